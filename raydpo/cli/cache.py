@@ -1,4 +1,4 @@
-"""``raydpo cache VERB``: inspect, verify, clean, export and import a reference cache."""
+"""``raydpo cache VERB``: inspect, verify, clean, export and import a reference cache, and the tokenised sets in it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from raydpo.terminal.console import Console
 
 if TYPE_CHECKING:
     from raydpo.pipeline.prepare import Prepared
-    from raydpo.reference.verify import ScoresReport
+    from raydpo.reference.store import ReferenceCache
+    from raydpo.reference.verify import FilesReport, ScoresReport
+    from raydpo.storage.files import Storage
 
 __all__ = ["add_cache_verbs", "with_json"]
 
@@ -27,20 +29,25 @@ def add_cache_verbs(cache: argparse.ArgumentParser) -> None:
     """Add the verbs of ``raydpo cache`` to its parser."""
     verbs = cache.add_subparsers(dest="cache_verb", required=True, metavar="VERB")
 
-    def add(name: str, act: Act, about: str, *, uri: bool = True, identity: bool = True) -> argparse.ArgumentParser:
+    reference = "digest of the reference, or its first digits; needed if the cache holds several"
+    either = "digest of the reference or tokenised set, or its first digits; needed if the cache holds several references"
+
+    def add(
+        name: str, act: Act, about: str, *, uri: bool = True, identity: bool = True, which: str = reference
+    ) -> argparse.ArgumentParser:
         verb = verbs.add_parser(name, help=about, description=about)
         verb.set_defaults(act=act if act is _verify else with_json(act))  # verify prints what it found before it fails
         if uri:
             verb.add_argument("uri", metavar="URI", help="directory or URI of the cache")
             if identity:
-                about = "digest of the reference, or its first digits; needed if the cache holds several"
-                verb.add_argument("identity", nargs="?", help=about)
+                verb.add_argument("identity", nargs="?", help=which)
         verb.add_argument("--json", action="store_true", help="print one JSON object")
         return verb
 
-    add("ls", _ls, "list the references in a cache", identity=False)
-    add("show", _show, "show one reference: identity, origin, contents, lengths, log-probs")
-    verify = add("verify", _verify, "check all files of a cache; with --config, score a sample again and compare")
+    add("ls", _ls, "list the references and tokenised sets in a cache", identity=False)
+    add("show", _show, "show one reference or tokenised set: identity, origin, contents, lengths, log-probs", which=either)
+    about = "check all files of a cache; with --config, score a sample again and compare"
+    verify = add("verify", _verify, about, which=either)
     verify.add_argument(
         "--config",
         nargs="+",
@@ -98,19 +105,77 @@ def with_json(act: Act) -> Act:
 
 def _ls(args: argparse.Namespace, console: Console) -> Any:
     from raydpo.reference.inspect import identities
+    from raydpo.storage.files import Storage
     from raydpo.storage.uri import redact
+    from raydpo.tokens.inspect import list_sets
 
-    found = identities(args.uri)
+    storage = Storage(args.uri)
+    found, sets = identities(args.uri), list_sets(storage)
+    if not found and not sets:
+        raise CacheError(
+            f"there is no cache at {storage}, neither a reference nor a tokenised set; 'raydpo score' makes both"
+        )
     texts, numbers = ("identity", "model", "dtype"), ("rows", "unverified_rows", "parts", "bytes")
     columns = (*texts, "rows", "unverified", "parts", "bytes", "newest")
     rows = [(*(one[key] for key in texts), *(f"{one[key]:,}" for key in numbers), _ago(one["age_seconds"])) for one in found]
-    console.table(redact(args.uri), columns, rows)
-    return found
+    if found:
+        console.table(redact(args.uri), columns, rows)
+    else:
+        console.say(f"{storage} holds no reference, only tokenised sets; 'raydpo score' makes one")
+    if sets:
+        numbers = ("pairs", "blocks", "bytes")
+        rows = [
+            (
+                *(one["set"], one["path"], "yes" if one["complete"] else "no"),
+                *(f"{one[key]:,}" for key in numbers),
+                _ago(one["age_seconds"]),
+            )
+            for one in sets
+        ]
+        console.table("tokenised sets", ("set", "source", "complete", *numbers, "newest"), rows)
+    return [{"kind": "reference"} | one for one in found] + [_as_reference(one) for one in sets]
+
+
+def _as_reference(one: dict[str, Any]) -> dict[str, Any]:
+    """The entry of a tokenised set with the keys that those of references have, too."""
+    same = {"identity": one["set"], "model": one["path"], "dtype": None, "rows": one["pairs"], "parts": one["blocks"]}
+    return {"kind": "set", **same, "bytes": one["bytes"], "unverified_rows": 0} | {
+        key: one[key] for key in ("age_seconds", "complete", "path")
+    }
+
+
+def _set_of(storage: Storage, digest: str | None, others: Sequence[str]) -> str | None:
+    """The tokenised set that ``digest`` begins, or the only one of a cache without references; None if a reference is meant.
+
+    Args:
+        others: digests of the references.
+
+    Raises:
+        CacheError: if several are meant.
+    """
+    from raydpo.tokens.store import TokenSet
+
+    sets = [one for one in TokenSet.digests(storage) if one.startswith(digest or "")]
+    if not sets or (digest is None and others):
+        return None
+    both = [*(one for one in others if one.startswith(digest or "")), *sets]
+    if len(both) != 1:
+        wanted = f" that begin with {digest!r}" if digest else ""
+        raise CacheError(
+            f"the cache at {storage} holds {len(both)} references and tokenised sets{wanted} ({', '.join(both)}); choose one"
+        )
+    return sets[0]
 
 
 def _show(args: argparse.Namespace, console: Console) -> Any:
     from raydpo.reference.inspect import describe
+    from raydpo.reference.store import ReferenceCache
+    from raydpo.storage.files import Storage
 
+    storage = Storage(args.uri)
+    chosen = _set_of(storage, args.identity, [one.digest for one in ReferenceCache.identities(storage)])
+    if chosen is not None:
+        return _show_set(storage, chosen, console)
     found = describe(args.uri, args.identity)
     console.table("identity", ("", "value"), _rows(found["identity"]))
     made = _rows({name: value for name, value in found["made_by"].items() if name != "provenance"})
@@ -126,6 +191,18 @@ def _show(args: argparse.Namespace, console: Console) -> Any:
     return found
 
 
+def _show_set(storage: Storage, digest: str, console: Console) -> Any:
+    from raydpo.tokens.inspect import describe_set
+
+    found = describe_set(storage, digest)
+    for name, value in found.items():
+        if isinstance(value, dict) and value:
+            console.table(name.replace("_", " "), ("", "value"), _rows(value))
+    for problem in found["problems"]:
+        console.warn(problem)
+    return found
+
+
 def _verify(args: argparse.Namespace, console: Console) -> None:
     told = (("--sample", args.sample is not None), ("--all", args.all), ("--tolerance", args.tolerance is not None))
     given = [name for name, is_given in told if is_given]
@@ -133,10 +210,69 @@ def _verify(args: argparse.Namespace, console: Console) -> None:
         raise ConfigError(f"{given[0]} has no effect without --config, the run whose completions are scored again; add it")
     if args.all and args.sample is not None:
         raise ConfigError(f"--all and --sample {args.sample} contradict each other; keep one")
+    from raydpo.reference.store import ReferenceCache
+
     prepared = None
     if args.config:
         told = Console(io.StringIO()) if args.json else console
         prepared = _prepare(args.config[0], [*args.config[1:], f"cache.uri={args.uri}"], told)
+    from raydpo.storage.files import Storage
+    from raydpo.tokens.inspect import verify_sets
+    from raydpo.tokens.store import TokenSet
+
+    storage = Storage(args.uri)
+    digests = TokenSet.digests(storage)
+    references = [one.digest for one in ReferenceCache.identities(storage)]
+    if args.identity is not None:
+        chosen = _set_of(storage, args.identity, references) if prepared is None else None
+        digests = [] if chosen is None else [chosen]
+    has_reference = not digests or prepared is not None or (args.identity is None and bool(references))
+    cache, files = _verify_files(args, prepared) if has_reference else (None, None)
+    sets = verify_sets(storage, digests)
+    scores = promoted = None
+    if prepared is not None and cache is not None:
+        scores, promoted = _verify_scores(args, prepared, cache, console)
+    if args.json:
+        found = {"files": None if files is None else dataclasses.asdict(files), "sets": dataclasses.asdict(sets)}
+        found["scores"] = None if scores is None else scores.to_dict()
+        print(json.dumps(found | {"promoted": promoted}, indent=2))
+    else:
+        if files is not None:
+            console.say(
+                f"files: {files.parts:,} sound part(s), {files.rows:,} rows, {files.bytes:,} bytes, "
+                f"{files.twice:,} rows stored twice, {len(files.problems):,} problem(s)"
+            )
+        if digests:
+            console.say(
+                f"tokenised sets: {sets.sets:,} complete, {sets.unfinished:,} not, {sets.blocks:,} sound block(s), "
+                f"{sets.pairs:,} pairs, {sets.bytes:,} bytes, {len(sets.problems):,} problem(s)"
+            )
+        for problem in (*(() if files is None else files.problems), *sets.problems):
+            console.warn(problem)
+        if scores is not None:
+            _print_scores(scores, promoted, console)
+        elif files is not None:
+            console.say("scores: not checked; give --config, the run whose data were scored, to score a sample again")
+    if files is not None and files.problems:
+        raise CacheError(
+            f"{len(files.problems)} file(s) of {storage} are damaged and not used; 'raydpo score' "
+            "renames them and scores again what they held"
+        )
+    if sets.problems:
+        raise CacheError(
+            f"{len(sets.problems)} file(s) of tokenised sets in {storage} are damaged and not used; the next command that "
+            "needs them sets them aside and makes them again"
+        )
+    if scores is not None and cache is not None and not scores.passed:
+        again = "; if imported rows are wrong, import the right ones" if scores.imported else ""
+        raise CacheError(
+            f"{scores.problem}: these log-probs are not of this model and data. Delete {storage}/{cache.directory} "
+            f"and score again{again}, or raise --tolerance if they were computed on very different devices"
+        )
+
+
+def _verify_files(args: argparse.Namespace, prepared: Prepared | None) -> tuple[ReferenceCache, FilesReport]:
+    """The reference that is meant, and what reading all of its files finds."""
     from raydpo.reference.store import ReferenceCache
     from raydpo.reference.verify import verify_files
 
@@ -150,34 +286,7 @@ def _verify(args: argparse.Namespace, console: Console) -> None:
         if others:
             fix = f", only of others: {told}. Give the model, adapter and score.dtype that it was made with"
         raise CacheError(f"{cache.storage} holds nothing of reference {cache.identity.digest}{fix}")
-    scores = promoted = None
-    if prepared is not None:
-        scores, promoted = _verify_scores(args, prepared, cache, console)
-    if args.json:
-        found = {"files": dataclasses.asdict(files), "scores": None if scores is None else scores.to_dict()}
-        print(json.dumps(found | {"promoted": promoted}, indent=2))
-    else:
-        console.say(
-            f"files: {files.parts:,} sound part(s), {files.rows:,} rows, {files.bytes:,} bytes, "
-            f"{files.twice:,} rows stored twice, {len(files.problems):,} problem(s)"
-        )
-        for problem in files.problems:
-            console.warn(problem)
-        if scores is None:
-            console.say("scores: not checked; give --config, the run whose data were scored, to score a sample again")
-        else:
-            _print_scores(scores, promoted, console)
-    if files.problems:
-        raise CacheError(
-            f"{len(files.problems)} file(s) of {cache.storage} are damaged and not used; 'raydpo score' "
-            "renames them and scores again what they held"
-        )
-    if scores is not None and not scores.passed:
-        again = "; if imported rows are wrong, import the right ones" if scores.imported else ""
-        raise CacheError(
-            f"{scores.problem}: these log-probs are not of this model and data. Delete {cache.storage}/{cache.directory} "
-            f"and score again{again}, or raise --tolerance if they were computed on very different devices"
-        )
+    return cache, files
 
 
 def _verify_scores(
@@ -263,14 +372,18 @@ def _gc(args: argparse.Namespace, console: Console) -> Any:
     from raydpo.reference.compact import delete_garbage, find_garbage
     from raydpo.reference.store import ReferenceCache
     from raydpo.storage.files import Storage
+    from raydpo.tokens.inspect import find_set_garbage
 
     storage = Storage(args.uri)
     caches = [ReferenceCache(storage, identity) for identity in ReferenceCache.identities(storage)]
     found = [(cache, find_garbage(cache)) for cache in caches]
-    garbage = [one for _, each in found for one in each]
+    of_sets = find_set_garbage(storage)
     if args.delete:
         for cache, each in found:
             delete_garbage(cache, each)
+        for one in of_sets:
+            storage.delete(one.path)
+    garbage = [*(one for _, each in found for one in each), *of_sets]
     for one in garbage:
         console.say(f"{one.path}  {one.bytes:,} bytes  {one.reason}")
     size, done = sum(one.bytes for one in garbage), "deleted" if args.delete else "can be deleted, with --delete"

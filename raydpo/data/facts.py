@@ -9,8 +9,9 @@ import pyarrow.compute as pc
 
 from raydpo.config.filter import FACTS
 from raydpo.data.index import KeyIndex, as_bytes
+from raydpo.data.ragged import Ragged
 
-__all__ = ["LENGTH_BINS", "pair_facts", "prompt_numbers"]
+__all__ = ["LENGTH_BINS", "digests", "digests_of", "pair_facts", "prompt_numbers", "with_reference"]
 
 _TYPES = {"bool": pa.bool_(), "float64": pa.float64(), "int64": pa.int64(), "string": pa.string()}
 BLOCK_ROWS = 50_000
@@ -43,33 +44,58 @@ def pair_facts(pairs: pa.Table, ref_chosen: np.ndarray | None = None, ref_reject
         "copy": copy,
         "opposites": opposites,
         "contradictory": opposites > 0,
-        "prompt_pairs": _uses(_digests(pairs["prompt_ids"])),
+        "prompt_pairs": _uses(digests_of(pairs, "prompt")),
         "answer_pairs": _answer_pairs(pairs),
     }
-    if ref_chosen is not None and ref_rejected is not None:
-        unknown = np.isnan(ref_chosen) | np.isnan(ref_rejected)
-        reference = {
-            "ref_chosen_logps": ref_chosen,
-            "ref_rejected_logps": ref_rejected,
-            "ref_margin": ref_chosen - ref_rejected,
-            "ref_chosen_per_token": ref_chosen / chosen,
-            "ref_rejected_per_token": ref_rejected / rejected,
-        }
-        columns |= {name: pa.array(values, mask=unknown) for name, values in reference.items()}
-    schema = [(name, _TYPES[kind]) for name, (kind, _) in FACTS.items()]
-    table = pa.table({name: columns.get(name, pa.nulls(pairs.num_rows, kind)) for name, kind in schema})
-    return table.cast(pa.schema(schema))
+    kinds = {name: _TYPES[kind] for name, (kind, _) in FACTS.items()}
+    nothing = pa.nulls(pairs.num_rows, pa.float64())  # one array for all columns of the reference
+    facts = pa.table({name: columns.get(name, nothing) for name in kinds}).cast(pa.schema(kinds))
+    return facts if ref_chosen is None or ref_rejected is None else with_reference(facts, ref_chosen, ref_rejected)
+
+
+def with_reference(facts: pa.Table, ref_chosen: np.ndarray, ref_rejected: np.ndarray) -> pa.Table:
+    """Rows of ``pair_facts`` with their columns of the reference. Arguments as there, for these rows."""
+    unknown = np.isnan(ref_chosen) | np.isnan(ref_rejected)
+    reference = {
+        "ref_chosen_logps": ref_chosen,
+        "ref_rejected_logps": ref_rejected,
+        "ref_margin": ref_chosen - ref_rejected,
+        "ref_chosen_per_token": ref_chosen / facts["chosen_tokens"].to_numpy(),
+        "ref_rejected_per_token": ref_rejected / facts["rejected_tokens"].to_numpy(),
+    }
+    for name, values in reference.items():
+        facts = facts.set_column(facts.column_names.index(name), name, pa.array(values, pa.float64(), mask=unknown))
+    return facts
 
 
 def prompt_numbers(pairs: pa.Table) -> np.ndarray:
     """Number of each pair's prompt among the distinct prompts, int64 [pairs]."""
-    return np.unique(_digests(pairs["prompt_ids"]), return_inverse=True)[1]
+    return np.unique(digests_of(pairs, "prompt"), return_inverse=True)[1]
 
 
 def _answer_pairs(pairs: pa.Table) -> np.ndarray:
-    chosen, rejected = (_digests(pairs[f"{side}_ids"]) for side in ("chosen", "rejected"))
+    chosen, rejected = (digests_of(pairs, side) for side in ("chosen", "rejected"))
     uses = _uses(np.concatenate([chosen, rejected]))
     return np.maximum(uses[: len(chosen)], uses[len(chosen) :])
+
+
+def digests_of(pairs: pa.Table, part: str) -> np.ndarray:
+    """``digests`` of the ids in use of each pair, uint64 [pairs]. Reads tokens only of pairs that are cut, if the table has
+    the digests before truncation (``select.PLACE_SCHEMA``).
+
+    Args:
+        part: prompt, chosen or rejected.
+    """
+    ids = pairs[f"{part}_ids"]
+    if f"{part}_hash" not in pairs.column_names:
+        return digests(ids)
+    found = pairs[f"{part}_hash"].to_numpy()
+    if part != "prompt":
+        cut = np.flatnonzero(pc.list_value_length(ids).to_numpy() < pairs[f"{part}_full"].to_numpy())
+        if len(cut):
+            found = found.copy()
+            found[cut] = digests(ids, cut)
+    return found
 
 
 def _uses(digests: np.ndarray) -> np.ndarray:
@@ -78,21 +104,26 @@ def _uses(digests: np.ndarray) -> np.ndarray:
     return counts[inverse]
 
 
-def _digests(lists: pa.ChunkedArray) -> np.ndarray:
-    """64-bit digest of each list of token ids, by which equal lists are counted: a polynomial in an odd number, modulo
-    2^64."""
-    digests = [np.empty(0, np.uint64)]
-    for chunk in lists.chunks:
-        for start in range(0, len(chunk), BLOCK_ROWS):
-            rows = chunk.slice(start, BLOCK_ROWS)
-            lengths = rows.value_lengths().to_numpy().astype(np.int64)
-            ends = np.cumsum(lengths)
-            flat = rows.flatten().to_numpy().astype(np.uint64) + np.uint64(1)
-            within = np.arange(len(flat)) - np.repeat(ends - lengths, lengths)
-            powers = np.cumprod(np.full(int(lengths.max(initial=0)) + 1, _FACTOR, np.uint64))
-            total = np.concatenate([[np.uint64(0)], np.cumsum((flat * flat + flat) * powers[within], dtype=np.uint64)])
-            digests.append((total[ends] - total[ends - lengths]) * powers[0] + lengths.astype(np.uint64))
-    return np.concatenate(digests)
+def digests(lists: pa.Array | pa.ChunkedArray, rows: np.ndarray | None = None) -> np.ndarray:
+    """64-bit digest of each list of token ids, by which equal lists are counted, uint64 [lists]: a polynomial in an odd
+    number, modulo 2^64.
+
+    Args:
+        rows: which lists; None = all.
+    """
+    ragged = Ragged.of(lists)
+    count = len(ragged) if rows is None else len(rows)
+    found = np.empty(count, np.uint64)
+    for start in range(0, count, BLOCK_ROWS):
+        stop = min(start + BLOCK_ROWS, count)
+        values, offsets = ragged.gather(np.arange(start, stop) if rows is None else rows[start:stop])
+        lengths = np.diff(offsets)
+        flat = values.astype(np.uint64) + np.uint64(1)
+        within = np.arange(len(flat)) - np.repeat(offsets[:-1], lengths)
+        powers = np.cumprod(np.full(int(lengths.max(initial=0)) + 1, _FACTOR, np.uint64))
+        total = np.concatenate([[np.uint64(0)], np.cumsum((flat * flat + flat) * powers[within], dtype=np.uint64)])
+        found[start:stop] = (total[offsets[1:]] - total[offsets[:-1]]) * powers[0] + lengths.astype(np.uint64)
+    return found
 
 
 def _copies(pairs: pa.Table) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -7,16 +7,18 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from pyarrow import fs as pafs
 
-from raydpo.config import SourceConfig
+from raydpo.config import SourceConfig, is_hub_name
 from raydpo.config.data import DATA_SUFFIXES, bare_suffix
 from raydpo.errors import DataError, RaydpoError, reason, some_of
 from raydpo.storage.files import Storage
-from raydpo.storage.uri import redact
+from raydpo.storage.uri import is_uri, redact
 
-__all__ = ["DataFile", "data_files"]
+__all__ = ["DataFile", "data_files", "hub_dataset", "is_on_hub"]
 
 _KEYWORDS = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -44,6 +46,45 @@ class DataFile:
     path: str
     label: str
     note: str | None = None
+
+
+def is_on_hub(source: SourceConfig) -> bool:
+    """Whether the source is a data set on the hub, not files.
+
+    Raises:
+        DataError: if it can be neither.
+    """
+    if is_uri(source.path) or _exists(source.path):
+        return False
+    if not is_hub_name(source.path):
+        raise DataError(f"there is no file {source.path!r}; check the path in data.train or data.eval")
+    return True
+
+
+def _exists(path: str) -> bool:
+    try:
+        return Path(path).exists()
+    except OSError as error:  # no permission, or a name that is too long
+        raise DataError(f"cannot open {path!r}: {reason(error)}") from None
+
+
+def hub_dataset(source: SourceConfig) -> Any:
+    """The data set of a source on the hub, as the package ``datasets`` loads it.
+
+    Raises:
+        DataError: if the hub does not give it.
+    """
+    try:
+        from datasets import load_dataset
+
+        names = {} if source.subset is None else {"name": source.subset}
+        return load_dataset(source.path, **names, split=source.split)
+    except Exception as error:  # to the user every network, hub or format failure means the same: no data
+        hint = "; set the source's subset" if "onfig name is missing" in str(error) else ""
+        raise DataError(
+            f"there is no file {source.path!r}, and the hub does not give split {source.split!r} of a data set "
+            f"of that name: {reason(error)}{hint}"
+        ) from None
 
 
 def data_files(source: SourceConfig) -> Iterator[DataFile]:

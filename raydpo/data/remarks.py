@@ -170,6 +170,29 @@ class Remarks:
         for kind in {kind for kind, _ in done}:
             self.pairs[kind] += 1
 
+    def merge(self, other: Remarks) -> None:
+        """Add what was found on later pairs."""
+        for key, count in other.counts.items():
+            self.counts[key] += count
+            first = self.places.setdefault(key, [])
+            first += [where for where in other.places[key] if where not in first][: _PLACES - len(first)]
+            self.examples.setdefault(key, other.examples[key])
+        self.pairs.update(other.pairs)
+        self.remedies |= other.remedies
+
+    def to_state(self) -> dict[str, Any]:
+        """All of it for JSON, with its order."""
+        cases = [[*key, count, self.places[key], self.examples[key]] for key, count in self.counts.items()]
+        return {"cases": cases, "pairs": sorted(self.pairs.items()), "remedies": list(self.remedies)}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> Remarks:
+        found = cls(pairs=Counter(dict(state["pairs"])), remedies=dict.fromkeys(state["remedies"]))
+        for kind, what, count, places, example in state["cases"]:
+            key = kind, what
+            found.counts[key], found.places[key], found.examples[key] = count, list(places), example
+        return found
+
     @property
     def lost(self) -> int:
         """Pairs of which the chat template leaves out a text that counts for ``data.max_lost``."""

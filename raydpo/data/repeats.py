@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from raydpo.data.preference import Preference
 
-__all__ = ["Repeats"]
+__all__ = ["Repeats", "repeating"]
 
 _NEAR = 60
 """Characters before a repeated prompt, such as "User: "."""
@@ -42,17 +43,8 @@ class Repeats:
 
     def taken_off(self, preferences: Sequence[Preference]) -> list[Preference]:
         """Return ``preferences``, those whose answers repeat the prompt with shorter answers if all did at first."""
-        counting, repeated, taken = 0, 0, 0
-        answers: list[tuple[str, str] | tuple[()] | None] = []
-        for preference in preferences:
-            prompt, shorter = preference.prompt, None
-            if isinstance(prompt, str) and len(bare := prompt.strip()) >= SHORTEST:
-                counting += 1
-                if preference.chosen.lstrip().startswith(bare):  # type: ignore[union-attr]
-                    shorter = _without_prompt(preference, bare)
-                    repeated += shorter is not None
-                    taken += bool(shorter)
-            answers.append(shorter)
+        answers, counting = _shorter(preferences)
+        repeated, taken = sum(answer is not None for answer in answers), sum(map(bool, answers))
         if self.take_off is None and counting:
             self.take_off = taken == counting
             self.first = counting, taken
@@ -86,6 +78,22 @@ class Repeats:
             elif held:
                 self.one += 1
 
+    def merge(self, other: Repeats) -> None:
+        """Add what was counted of later records, with the same decision."""
+        if self.take_off is None:
+            self.take_off = other.take_off
+        for name in ("taken", "kept", "without", "looked", "both", "one"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.first = self.first[0] + other.first[0], self.first[1] + other.first[1]
+
+    def to_state(self) -> dict[str, Any]:
+        """All of it for JSON."""
+        return vars(self) | {"first": list(self.first)}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> Repeats:
+        return cls(**state | {"first": tuple(state["first"])})
+
     def lines(self) -> list[str]:
         """What was done, for people. Lines that begin with ``warning:`` need attention."""
         found = []
@@ -110,6 +118,26 @@ class Repeats:
                 "source do; separate the two kinds"
             )
         return found
+
+
+def repeating(preferences: Sequence[Preference]) -> tuple[int, int]:
+    """Number of pairs with a text prompt, and of those whose answers begin with it, so that it can be taken off."""
+    answers, counting = _shorter(preferences)
+    return counting, sum(map(bool, answers))
+
+
+def _shorter(preferences: Sequence[Preference]) -> tuple[list[tuple[str, str] | tuple[()] | None], int]:
+    """What ``_without_prompt`` gives for each pair, None where the prompt is no text; and the number with a text prompt."""
+    counting = 0
+    answers: list[tuple[str, str] | tuple[()] | None] = []
+    for preference in preferences:
+        prompt, shorter = preference.prompt, None
+        if isinstance(prompt, str) and len(bare := prompt.strip()) >= SHORTEST:
+            counting += 1
+            if preference.chosen.lstrip().startswith(bare):  # type: ignore[union-attr]
+                shorter = _without_prompt(preference, bare)
+        answers.append(shorter)
+    return answers, counting
 
 
 def _last_texts(preference: Preference) -> tuple[str, str, str]:

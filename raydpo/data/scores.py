@@ -46,10 +46,10 @@ class Compared(NamedTuple):
 
 @dataclass
 class Contradictions:
-    """Number of kept pairs whose scores say the opposite, or that both answers are equal; and the first places of each.
+    """Number of pairs whose scores say the opposite, or that both answers are equal; and the first places of each.
 
     Attributes:
-        compared: kept pairs with scores.
+        compared: pairs with scores.
         columns: the columns that were read, in the order in which they were found.
     """
 
@@ -76,6 +76,20 @@ class Contradictions:
             if len(self.places[kind]) < _FIRST:
                 self.places[kind].append(where)
 
+    def merge(self, other: Contradictions) -> None:
+        """Add what was counted of later records."""
+        self.reversed += other.reversed
+        self.tied += other.tied
+        self.compared += other.compared
+        self.columns |= other.columns
+        for kind, places in other.places.items():
+            self.places[kind] = [*self.places[kind], *places][:_FIRST]
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> Contradictions:
+        """The reverse of ``to_dict``."""
+        return cls(**state | {"columns": dict.fromkeys(state["columns"])})
+
     def lines(self, records: int) -> Iterator[str]:
         """What to warn of, in at most one line; none if all scores agree with the order."""
         told = [
@@ -96,6 +110,8 @@ class Contradictions:
 
     def to_dict(self) -> dict[str, Any]:
         return vars(self) | {"columns": list(self.columns)}
+
+    to_state = to_dict
 
 
 def compared(record: Mapping[str, Any]) -> Compared | None:

@@ -39,6 +39,22 @@ class Faults:
         if len(first) < FIRST_PLACES and where not in first:
             first.append(where)
 
+    def merge(self, other: Faults) -> None:
+        """Add the faults of later records."""
+        for reason, count in other.counts.items():
+            self.counts[reason] += count
+            first = self.places.setdefault(reason, [])
+            first += [where for where in other.places[reason] if where not in first][: FIRST_PLACES - len(first)]
+
+    def to_state(self) -> list[Any]:
+        """All of it for JSON, with its order."""
+        return [[reason, count, self.places[reason]] for reason, count in self.counts.items()]
+
+    @classmethod
+    def from_state(cls, state: list[Any]) -> Faults:
+        counts = Counter({reason: count for reason, count, _ in state})
+        return cls(counts, {reason: list(places) for reason, _, places in state})
+
     @property
     def total(self) -> int:
         return self.counts.total()
@@ -95,6 +111,41 @@ class SourceReport:
     understood: Counter[str] = field(default_factory=Counter)
     unused: Counter[str] = field(default_factory=Counter)
     repeats: Repeats = field(default_factory=Repeats)
+
+    def merge(self, other: SourceReport) -> None:
+        """Add the account of later records of the same source. Name and path stay."""
+        for name in _COUNTS:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        for name in _PARTS:
+            getattr(self, name).merge(getattr(other, name))
+        self.files += other.files
+        self.understood.update(other.understood)
+        self.unused.update(other.unused)
+
+    def to_state(self) -> dict[str, Any]:
+        """All of it for JSON, so that ``from_state`` gives an equal report. Unlike in ``to_dict``, every order is kept."""
+        return {
+            **{name: getattr(self, name) for name in ("name", "path", *_COUNTS)},
+            **{name: getattr(self, name).to_state() for name in _PARTS},
+            "files": list(self.files),
+            "understood": list(map(list, self.understood.items())),
+            "unused": list(map(list, self.unused.items())),
+        }
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> SourceReport:
+        """The report that ``to_state`` describes.
+
+        Raises:
+            KeyError, TypeError, ValueError: if it is no such state.
+        """
+        return cls(
+            **{name: state[name] for name in ("name", "path", *_COUNTS)},
+            **{name: kind.from_state(state[name]) for name, kind in _PARTS.items()},
+            files=list(state["files"]),
+            understood=Counter(dict(state["understood"])),
+            unused=Counter(dict(state["unused"])),
+        )
 
     def lines(self) -> list[str]:
         parts = [f"{self.records:,} records", f"{self.kept:,} pairs kept"]
@@ -187,6 +238,16 @@ class SourceReport:
         parts = {name: getattr(self, name).to_dict() for name in ("malformed", "dropped", "remarks", "scores")}
         parts |= {"understood": dict(self.understood), "unused": dict(self.unused), "repeats": vars(self.repeats).copy()}
         return vars(self) | parts
+
+
+_COUNTS = ("records", "malformed_records", "pairs", "kept", "truncated", "duplicates", "merged", "several_turns")
+_PARTS: dict[str, Any] = {
+    "malformed": Faults,
+    "dropped": Faults,
+    "scores": Contradictions,
+    "remarks": Remarks,
+    "repeats": Repeats,
+}
 
 
 @dataclass

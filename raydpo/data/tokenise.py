@@ -22,13 +22,14 @@ from raydpo.data.words import Words
 from raydpo.errors import FilesError, reason
 from raydpo.storage.pointers import refuse_pointers
 
-__all__ = ["TokenisedPair", "Tokeniser", "has_tokenizer", "load_tokenizer"]
+__all__ = ["FILES", "TokenisedPair", "Tokeniser", "has_tokenizer", "load_tokenizer", "template_text"]
 
-_FILES = (
+FILES = (
     # Without one of the first four there is no tokenizer.
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
     "added_tokens.json", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
+"""Names of the files of a tokenizer."""
 
 _ID = np.dtype("<i4")
 _SHORT = 20
@@ -46,7 +47,7 @@ class TokenisedPair(NamedTuple):
 
 def has_tokenizer(path: str | Path) -> bool:
     """Whether directory ``path`` has files of a tokenizer. Not every model's or adapter's has."""
-    return any(Path(path, name).is_file() for name in _FILES[:4])
+    return any(Path(path, name).is_file() for name in FILES[:4])
 
 
 def load_tokenizer(path: str, *, chat_template: str | None = None, trust_remote_code: bool = False) -> Any:
@@ -60,7 +61,7 @@ def load_tokenizer(path: str, *, chat_template: str | None = None, trust_remote_
     """
     from transformers import AutoTokenizer
 
-    refuse_pointers(Path(path) / name for name in _FILES)  # tokenizers would report broken JSON
+    refuse_pointers(Path(path) / name for name in FILES)  # tokenizers would report broken JSON
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # tokenizers raise what their backends raise
@@ -70,7 +71,7 @@ def load_tokenizer(path: str, *, chat_template: str | None = None, trust_remote_
             "with tokenizer.json, or a hub name"
         ) from None
     if chat_template is not None:
-        tokenizer.chat_template = _template_text(chat_template)
+        tokenizer.chat_template = template_text(chat_template)
         _check_syntax(tokenizer, chat_template)
     return tokenizer
 
@@ -90,7 +91,12 @@ def _refuse_config(path: str, error: Exception, trust_remote_code: bool) -> None
                 ) from None
 
 
-def _template_text(template: str) -> str:
+def template_text(template: str) -> str:
+    """The text of ``data.chat_template``, which is that text or the path of a file.
+
+    Raises:
+        FilesError: if it is neither.
+    """
     if "{{" in template or "{%" in template:
         return template
     try:

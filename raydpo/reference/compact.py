@@ -18,14 +18,13 @@ from raydpo.data.index import as_bytes
 from raydpo.reference.claims import CLAIMS
 from raydpo.reference.part import COMPACTED, Part, encode_part, part_time
 from raydpo.reference.store import PARTS, SET_ASIDE, UNVERIFIED, ReferenceCache
-from raydpo.storage.files import FileInfo, stale_temporaries
+from raydpo.storage.files import FileInfo
+from raydpo.storage.garbage import ABANDONED_SECONDS, Garbage, files_below, half_written
 
-__all__ = ["TARGET_BYTES", "CompactReport", "Garbage", "compact", "delete_garbage", "find_garbage"]
+__all__ = ["TARGET_BYTES", "CompactReport", "compact", "delete_garbage", "find_garbage"]
 
 TARGET_BYTES = 128 << 20
 """Size of a merged part: large enough that a cache needs few requests, small enough to be read into memory."""
-ABANDONED_SECONDS = 24 * 3600.0
-"""Age at which a temporary file of another machine counts as left by a dead writer: writing takes seconds."""
 
 
 @dataclass(frozen=True)
@@ -116,31 +115,16 @@ def _merged(cache: ReferenceCache, parts: list[Part], kept: list[np.ndarray], pr
     )
 
 
-@dataclass(frozen=True)
-class Garbage:
-    """A file that is not needed: its path below the cache's root, its size in bytes, and the reason."""
-
-    path: str
-    bytes: int
-    reason: str
-
-
 def find_garbage(cache: ReferenceCache) -> list[Garbage]:
     """Files of one identity that ``delete_garbage`` would delete, in order of path."""
     storage, directory = cache.storage, cache.directory
 
     def files(folder: str) -> dict[str, FileInfo]:
-        place = f"{directory}/{folder}"
-        return {f"{place}/{entry.name}": entry for entry in storage.entries(place) if not entry.name.startswith(".")}
+        return files_below(storage, f"{directory}/{folder}")
 
     cache.reload()
-    found = []
-    for folder in ("", PARTS, UNVERIFIED, SET_ASIDE, CLAIMS):
-        place = f"{directory}/{folder}".rstrip("/")
-        found += [
-            Garbage(f"{place}/{entry.name}", entry.size, "left half-written")
-            for entry in stale_temporaries(storage, place, older_than=ABANDONED_SECONDS)
-        ]
+    folders = [directory, *(f"{directory}/{folder}" for folder in (PARTS, UNVERIFIED, SET_ASIDE, CLAIMS))]
+    found = half_written(storage, folders, ABANDONED_SECONDS)
     if claims := files(CLAIMS):
         old = storage.clock() - ABANDONED_SECONDS
         why = "a claim that its build did not take back"

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import time
 from collections import Counter
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from raydpo.errors import CacheError
 from raydpo.reference.part import COMPACTED, PartInfo, builder_of
 from raydpo.reference.store import PARTS, SET_ASIDE, UNVERIFIED, ReferenceCache
 from raydpo.storage.files import Storage
+from raydpo.storage.garbage import now
 
 __all__ = ["describe", "difference", "identities"]
 
@@ -26,12 +25,10 @@ def identities(uri: str) -> list[dict[str, Any]]:
         One dictionary per reference: identity, model, dtype, rows, bytes, parts, unverified rows, and the seconds since its
         newest part was written. Rows are counted as stored; a completion in two parts counts twice.
 
-    Raises:
-        CacheError: if the cache holds no reference.
     """
     storage = Storage(uri)
     found = []
-    now = None
+    time_there = None
     for identity in ReferenceCache.identities(storage):
         cache = ReferenceCache(storage, identity)
         parts = _current(cache.parts())
@@ -39,7 +36,7 @@ def identities(uri: str) -> list[dict[str, Any]]:
             (entry.modified for folder in (PARTS, UNVERIFIED) for entry in storage.entries(f"{identity.digest}/{folder}")),
             default=0.0,
         )
-        now = _now(storage) if now is None else now
+        time_there = now(storage) if time_there is None else time_there
         found.append(
             {
                 "identity": identity.digest,
@@ -49,11 +46,9 @@ def identities(uri: str) -> list[dict[str, Any]]:
                 "parts": len(parts),
                 "bytes": sum(part.bytes for part in parts),
                 "unverified_rows": sum(part.rows for part in cache.parts(UNVERIFIED)),
-                "age_seconds": max(0.0, now - newest),
+                "age_seconds": max(0.0, time_there - newest),
             }
         )
-    if not found:
-        raise CacheError(f"there is no reference cache at {storage}; 'raydpo score' makes one")
     return found
 
 
@@ -120,13 +115,6 @@ def difference(one: ReferenceCache, two: ReferenceCache) -> dict[str, Any]:
         "difference": _quantiles(np.array(gaps)),
         "worst": worst,
     }
-
-
-def _now(storage: Storage) -> float:
-    try:
-        return storage.clock()
-    except Exception:  # reading the store's clock needs a write, which a read-only cache refuses
-        return time.time()
 
 
 def _current(parts: list[PartInfo]) -> list[PartInfo]:

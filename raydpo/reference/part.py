@@ -5,7 +5,6 @@ A part holds either log-probs per token or, if imported from a trainer that keep
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import re
@@ -20,6 +19,7 @@ import pyarrow.parquet as pq
 
 from raydpo.errors import CacheError, RaydpoError, one_line
 from raydpo.reference.identity import ReferenceIdentity
+from raydpo.storage.content import checksum
 
 __all__ = [
     "COMPACTED",
@@ -116,7 +116,7 @@ def part_time(name: str) -> int:
 def digest_is_sound(name: str, data: bytes) -> bool:
     """Whether ``data`` have the checksum in the name."""
     match = _NAME.fullmatch(name)
-    return match is not None and match["digest"] == _checksum(data)
+    return match is not None and match["digest"] == checksum(data)
 
 
 def encode_part(
@@ -171,7 +171,7 @@ def encode_part(
         column_encoding={column: "BYTE_STREAM_SPLIT", "tokens": "PLAIN", "key": "PLAIN"},
     )
     data = sink.getvalue()
-    return f"part-{time_ns:020d}-{builder}-{_checksum(data)}.parquet", data
+    return f"part-{time_ns:020d}-{builder}-{checksum(data)}.parquet", data
 
 
 def decode_part(name: str, data: bytes, *, values: bool = True) -> Part:
@@ -234,10 +234,6 @@ def ragged(rows: Sequence[np.ndarray]) -> pa.ListArray:
     """Build a list<float32> array with one row per float array."""
     offsets = np.cumsum([0, *map(len, rows)], dtype=np.int32)
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(rows), pa.float32()))
-
-
-def _checksum(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()[:32]
 
 
 def _wrong_value(table: pa.Table) -> str | None:

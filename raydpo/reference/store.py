@@ -43,6 +43,7 @@ from raydpo.reference.part import (
 )
 from raydpo.storage.files import Storage, remove_stale_temporaries
 from raydpo.storage.local_copy import LocalCopy
+from raydpo.tokens.store import SETS
 
 __all__ = ["PARTS", "SET_ASIDE", "UNVERIFIED", "ReferenceCache"]
 
@@ -92,6 +93,9 @@ class ReferenceCache:
         if isinstance(identity, ReferenceIdentity):
             return cls(storage, identity, unverified=unverified)
         found = [one for one in cls.identities(storage) if one.digest.startswith(identity or "")]
+        if not found and not identity:
+            only = ", only tokenised sets" if storage.list(SETS) else ""
+            raise CacheError(f"the cache at {storage} holds no reference{only}; 'raydpo score' makes one")
         if len(found) != 1:
             wanted = f"that begin with {identity!r}" if identity else ""
             raise CacheError(

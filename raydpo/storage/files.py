@@ -29,7 +29,13 @@ from pyarrow import fs as pafs
 from raydpo.errors import ConfigError, RaydpoError, one_line
 from raydpo.storage.uri import is_uri, redact, secrets_of
 
-__all__ = ["FileInfo", "Storage", "redact", "remove_stale_temporaries", "stale_temporaries"]
+__all__ = [
+    "FileInfo",
+    "Storage",
+    "redact",
+    "remove_stale_temporaries",
+    "stale_temporaries",
+]
 
 T = TypeVar("T")
 _TEMPORARY = re.compile(r"^\.tmp-(?P<host>.+)-(?P<pid>\d+)-[0-9a-f]{32}$")
@@ -187,11 +193,15 @@ class Storage:
 
         return self._persist("read", name, look, long=True)
 
-    def write(self, name: str, data: bytes | pa.Buffer) -> None:
+    def write(self, name: str, data: bytes | pa.Buffer, *, durable: bool = True) -> None:
         """Write a file atomically: local files are flushed and renamed; object stores get one put or multipart upload.
 
         Readers see the old content or the new, never a part. A kill leaves at most a temporary file, which
         ``remove_stale_temporaries`` deletes.
+
+        Args:
+            durable: False = local files are not flushed, which takes milliseconds each. A power cut may then lose or damage
+                them, a kill may not.
 
         Raises:
             OSError: if the disk is full or read-only, or access is denied; the old content stays.
@@ -199,7 +209,7 @@ class Storage:
         """
         target = self.path(name)
         if self.is_local:
-            _write_local(Path(target), data)
+            _write_local(Path(target), data, durable)
         else:
             # Convert before a stream is open: closing a stream stores what it has, even nothing.
             buffer = pa.py_buffer(data)
@@ -222,6 +232,13 @@ class Storage:
         """Delete a file. It is no error if it does not exist."""
         try:
             self._persist("delete", name, lambda: self.fs.delete_file(self.path(name)))
+        except FileNotFoundError:
+            return
+
+    def delete_directory(self, name: str) -> None:
+        """Delete a directory and all that is in it. It is no error if it does not exist."""
+        try:
+            self._persist("delete", name, lambda: self.fs.delete_dir(self.path(name)))
         except FileNotFoundError:
             return
 
@@ -437,16 +454,17 @@ def remove_stale_temporaries(storage: Storage, name: str, older_than: float | No
     return len(stale)
 
 
-def _write_local(path: Path, data: bytes | pa.Buffer) -> None:
+def _write_local(path: Path, data: bytes | pa.Buffer, durable: bool) -> None:
     try:
-        _make_directory(path.parent)
+        _make_directory(path.parent, durable)
         while True:
             temporary = path.with_name(_temporary_name())
             try:
                 with open(temporary, "wb") as stream:
                     stream.write(data)
                     stream.flush()
-                    os.fsync(stream.fileno())
+                    if durable:
+                        os.fsync(stream.fileno())
                 os.replace(temporary, path)
                 break
             except FileNotFoundError:
@@ -455,16 +473,17 @@ def _write_local(path: Path, data: bytes | pa.Buffer) -> None:
                     raise
             finally:
                 temporary.unlink(missing_ok=True)
-        _sync_directory(path.parent)
+        if durable:
+            _sync_directory(path.parent)
     except OSError as error:
         raise _explained(error, str(path)) from None
 
 
-def _make_directory(directory: Path) -> None:
-    """Create a directory that survives a power cut, like the files in it."""
+def _make_directory(directory: Path, durable: bool = True) -> None:
+    """Create a directory that survives a power cut if it is ``durable``, like the files in it."""
     missing = [one for one in (directory, *directory.parents) if not one.exists()]
     directory.mkdir(parents=True, exist_ok=True)
-    for one in missing:
+    for one in missing if durable else []:
         _sync_directory(one.parent)
 
 

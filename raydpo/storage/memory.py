@@ -15,7 +15,7 @@ from typing import Any
 
 from raydpo.storage.local_copy import alone, local_home
 
-__all__ = ["keep", "program", "recall", "remembered", "stamp"]
+__all__ = ["keep", "last_start", "one_at_a_time", "program", "recall", "remembered", "stamp", "versions"]
 
 
 def remembered(kind: str, decides: object, find: Callable[[], Any]) -> Any:
@@ -28,7 +28,7 @@ def remembered(kind: str, decides: object, find: Callable[[], Any]) -> Any:
     """
     known = recall(kind, decides)
     if known is None:
-        with _one_at_a_time(_place(kind, decides)):
+        with one_at_a_time(_place(kind, decides)):
             known = recall(kind, decides)
             if known is None:
                 known = find()
@@ -37,7 +37,7 @@ def remembered(kind: str, decides: object, find: Callable[[], Any]) -> Any:
 
 
 @contextlib.contextmanager
-def _one_at_a_time(place: Path) -> Iterator[None]:
+def one_at_a_time(place: Path) -> Iterator[None]:
     """Let one process of this machine at a time into the block; without a writable home, all of them."""
     lock = place.with_suffix(".lock")
     with contextlib.ExitStack() as held:
@@ -82,12 +82,27 @@ def stamp(file: Path) -> list[str | int]:
 
 
 @functools.cache
+def last_start() -> str:
+    """What changes whenever this machine is started again; empty where the system does not tell."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return ""
+
+
+@functools.cache
 def program(*packages: str) -> list[str]:
     """Versions of ``packages``, and a digest of raydpo's own code for models: what a result of that code depends on."""
     digest = hashlib.sha256()
     for file in sorted(Path(__file__).parents[1].glob("model/*.py")):
         digest.update(file.name.encode() + file.read_bytes())
-    return [digest.hexdigest(), *(f"{name} {_version(name)}" for name in packages)]
+    return [digest.hexdigest(), *versions(*packages)]
+
+
+@functools.cache
+def versions(*packages: str) -> tuple[str, ...]:
+    """``name version`` of each package; version None if it is not installed."""
+    return tuple(f"{name} {_version(name)}" for name in packages)
 
 
 def _version(package: str) -> str | None:

@@ -7,6 +7,7 @@ from samples import text
 from raydpo.config import DataConfig
 from raydpo.data.keys import completion_key
 from raydpo.data.pairs import PAIR_SCHEMA, load_pairs
+from raydpo.data.select import PLACE_SCHEMA
 from raydpo.data.split import held_out, prompt_digest
 from raydpo.errors import DataError
 
@@ -19,7 +20,7 @@ def test_table(tokeniser, write):
     seen = []
     path = write([text(number) for number in range(1, 4)])
     sets = load_pairs(DataConfig(train=[{"path": path, "weight": 0.5}]), tokeniser, seen.append)
-    assert sets.train.schema.equals(PAIR_SCHEMA) and sets.eval is None and seen == [3]
+    assert sets.train.column_names == [*PAIR_SCHEMA.names, *PLACE_SCHEMA.names] and sets.eval is None and seen == [3]
     rows = sets.train.to_pylist()
     assert [row["pair_id"] for row in rows] == ["prefs:1", "prefs:2", "prefs:3"]
     assert {(row["source"], row["weight"]) for row in rows} == {("prefs", 0.5)}
@@ -51,8 +52,10 @@ def test_more_tokens_than_32_bits_count(tokeniser, write, monkeypatch):
     config = DataConfig(train=train, eval={"path": write([text(9)], "c.jsonl")})
     usual = load_pairs(config, tokeniser)
     monkeypatch.setattr("raydpo.data.spool.MOST_SMALL", 60)
+    monkeypatch.setattr("raydpo.data.select.MOST_SMALL", 60)
     sets = load_pairs(config, tokeniser)
-    assert pa.types.is_large_list(sets.train["prompt_ids"].type) and pa.types.is_list(sets.eval["prompt_ids"].type)
+    assert sets.train["prompt_ids"].type == pa.list_view(pa.int32())
+    assert (sets.train["prompt_ids"].num_chunks, sets.eval["prompt_ids"].num_chunks) == (4, 1)
     assert sets.train.to_pylist() == usual.train.to_pylist() and sets.eval.to_pylist() == usual.eval.to_pylist()
 
     def contents(sets):
@@ -230,7 +233,7 @@ def test_one_question_on_both_sides_is_a_leak_however_it_is_written(tokeniser, w
     records = [text(number) | {"prompt": text(number)["prompt"] + end} for number in range(30) for end in ("", " ")]
     sets = load(tokeniser, write(records), eval={"fraction": 0.5}, fraction=0.5)
     assert 0 < sets.report.leaked < sets.eval.num_rows
-    assert sets.train.column_names == sets.eval.column_names == PAIR_SCHEMA.names
+    assert sets.train.column_names == sets.eval.column_names == [*PAIR_SCHEMA.names, *PLACE_SCHEMA.names]
 
 
 def test_weights_and_margins_of_pairs(tokeniser, write):
@@ -244,7 +247,7 @@ def test_weights_and_margins_of_pairs(tokeniser, write):
     ]
     told = " ".join(sets.report.lines())
     assert "'importance' is below 0" in told and "'gap' is missing or no number" in told
-    assert sets.train.column_names == [*PAIR_SCHEMA.names, "pair_weight", "pair_margin"]
+    assert sets.train.column_names == [*PAIR_SCHEMA.names, "pair_weight", "pair_margin", *PLACE_SCHEMA.names]
 
 
 def test_weights_and_margins_that_are_hardly_meant(tokeniser, write):

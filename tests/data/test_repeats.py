@@ -23,6 +23,7 @@ def test_answers_that_repeat_the_prompt(write, monkeypatch):
         "warning: data prefs: in 1 pairs both answers begin with the prompt, which was kept"
     )
     monkeypatch.setattr("raydpo.data.pairs.CHUNK", 2)
+    monkeypatch.setattr("raydpo.data.rows.FIRST_RECORDS", 2)
     rows, lines = decoded(write, [*map(repeating, REPEATED[:4]), REPEATED[4]])
     assert rows == plain
     assert lines[2].startswith("warning: data prefs: in 1 pairs the answers do not repeat the prompt")

@@ -99,17 +99,20 @@ def test_a_margin_beside_a_pair_with_an_implicit_prompt(tmp_path, tokeniser):
     assert line.startswith("warning: data a: by 'margin', 1 pair scores the rejected answer higher (a.jsonl:1)")
 
 
-def test_the_report_names_the_columns_read_and_counts_kept_pairs_alone(tmp_path, tokeniser):
+def test_the_report_names_the_columns_read_and_counts_well_formed_pairs_alone(tmp_path, tokeniser):
     path = tmp_path / "a.jsonl"
     rows = [pair(number, score_chosen=2, score_rejected=1, weight=1) for number in range(4)]
     rows.append(pair(4, score_chosen=1, score_rejected=2, weight=-1))  # refused for its weight
-    rows.append(pair(5, margin=-1, weight=1) | {"prompt": "word " * 500})  # dropped for its length
+    rows.append(pair(5, margin=-1, weight=1) | {"prompt": "word " * 500})  # dropped for its length, but well-formed
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = DataConfig(train=[str(path)], weight_column="weight", max_malformed=0.5, max_dropped=0.5, max_length=200)
     report = load_pairs(config, tokeniser).report
-    assert not any("score" in line for line in report.lines())
+    assert [line.split(" of ")[0] for line in report.lines() if "score" in line] == [
+        "warning: data a: by 'score_chosen' and 'score_rejected' and 'margin', 1 pair scores the rejected answer higher "
+        "(a.jsonl:6),"
+    ]
     (source,) = report.to_dict()["sources"]
     assert source["kept"] == 4
     found = source["scores"]
-    assert (found["reversed"], found["tied"], found["compared"]) == (0, 0, 4)
-    assert found["columns"] == ["score_chosen", "score_rejected"]
+    assert (found["reversed"], found["tied"], found["compared"]) == (1, 0, 5)
+    assert found["columns"] == ["score_chosen", "score_rejected", "margin"]

@@ -1,0 +1,477 @@
+"""Which pairs of tokenised sources a run trains on and measures, and how it cuts them: arithmetic on their light rows."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import date
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from raydpo.config import DataConfig
+from raydpo.data.index import KeyIndex, as_bytes
+from raydpo.data.ragged import Ragged
+from raydpo.data.rows import (
+    CHARACTERS_A_TOKEN,
+    MOST_CHARACTERS,
+    PAIR_MARGIN,
+    PAIR_WEIGHT,
+    SEVERAL_TURNS,
+    TOKEN_SCHEMA,
+    TokenSource,
+)
+from raydpo.data.split import held_out, kept
+from raydpo.data.spool import MOST_SMALL
+from raydpo.data.tally import FIRST_PLACES, DataReport, SourceReport
+from raydpo.errors import DataError
+from raydpo.storage.uri import redact
+
+__all__ = [
+    "PAIR_SCHEMA",
+    "SAME",
+    "PairSets",
+    "SourceRows",
+    "TokenTables",
+    "check_source",
+    "select",
+    "window",
+]
+
+_IDS, _KEY = pa.list_(pa.int32()), pa.binary(16)
+PAIR_SCHEMA = pa.schema(
+    [
+        ("pair_id", pa.string()),  # source:row, plus #n for further pairs of a record that ranks several completions
+        ("source", pa.string()),
+        ("weight", pa.float64()),  # weight of the source
+        ("prompt_ids", _IDS),
+        ("chosen_ids", _IDS),
+        ("rejected_ids", _IDS),  # truncated, as scored and trained on
+        ("chosen_key", _KEY),
+        ("rejected_key", _KEY),  # keys.completion_key of the completions before truncation
+        ("chosen_full", pa.int32()),
+        ("rejected_full", pa.int32()),  # their tokens before truncation
+    ]
+)
+"""Columns of a table of tokenised pairs. Token columns may be lists of any Arrow layout, see ``ragged.Ragged``; those of
+``select`` are views."""
+PLACE_SCHEMA = pa.schema(
+    [
+        ("set", pa.int16()),  # number of the pair's source, in order; the held-out file comes last
+        ("place", pa.int64()),  # 0-based number of the pair in its source
+        ("prompt_hash", pa.uint64()),
+        ("chosen_hash", pa.uint64()),
+        ("rejected_hash", pa.uint64()),  # facts.digests of the ids before truncation
+        ("highest", pa.int32()),  # highest token id before truncation
+    ]
+)
+"""Further columns of the tables that ``select`` returns. Those of a table from elsewhere may lack them."""
+NO_ROOM, TOO_LONG, SAME = "prompt leaves no room", "longer than max_length", "identical after truncation"
+_SIDES = ("chosen", "rejected")
+_BLOCK_ROWS = 1 << 20
+_VIEW_ROWS = 10_000
+
+
+@dataclass(frozen=True)
+class SourceRows:
+    """All pairs of one source, as ``rows.Rows`` of its blocks, one after another.
+
+    Attributes:
+        light: columns of ``rows.LIGHT_SCHEMA``, and the numbers of weight and margin columns.
+        tokens: tables of ``rows.TOKEN_SCHEMA`` with the tokens of the same pairs; None if only lengths are needed.
+        labels: files of the records, to which ``light["file"]`` refers.
+        sources: names that ``light["source"]`` refers to.
+        account: the sum of the accounts.
+        name: the source's name in counts and metrics.
+        path: where it was read from.
+        weight: uses of each pair in an epoch.
+    """
+
+    light: pa.Table
+    tokens: Sequence[pa.Table] | None
+    labels: Sequence[str]
+    sources: Sequence[str]
+    account: SourceReport
+    name: str
+    path: str
+    weight: float
+
+
+@dataclass(frozen=True)
+class PairSets:
+    """Tables of ``PAIR_SCHEMA`` and ``PLACE_SCHEMA``; ``eval`` is None if nothing is held out.
+
+    Attributes:
+        tokens: reads the tokens of a pair before truncation on any machine, given its set and place.
+        sources: the rows of each set.
+    """
+
+    train: pa.Table
+    eval: pa.Table | None
+    report: DataReport
+    tokens: TokenSource | None = None
+    sources: tuple[SourceRows, ...] = field(default=(), repr=False)
+
+
+class TokenTables:
+    """A ``TokenSource`` of tables in memory.
+
+    Args:
+        tables: the token tables of each set.
+    """
+
+    def __init__(self, tables: Sequence[Sequence[pa.Table]]) -> None:
+        self._tables = [list(each) for each in tables]
+        self._opened: dict[int, list[Ragged]] = {}
+
+    def rows(self, sets: np.ndarray, places: np.ndarray) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        for number in set(np.unique(sets).tolist()) - self._opened.keys():
+            whole = pa.concat_tables(self._tables[number])
+            self._opened[number] = [Ragged.of(whole[name]) for name in TOKEN_SCHEMA.names]
+        found = []
+        for number, place in zip(np.asarray(sets).tolist(), np.asarray(places).tolist(), strict=True):
+            prompt, chosen, rejected = self._opened[number]
+            found.append((prompt[place], chosen[place], rejected[place]))
+        return found
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A list view would take along all values of the column that it is a view of.
+        return {"_tables": [[_without_views(table) for table in each] for each in self._tables], "_opened": {}}
+
+
+def _without_views(table: pa.Table) -> pa.Table:
+    """A table of tokens whose columns are lists in memory of their own."""
+    if not any(pa.types.is_list_view(field.type) for field in table.schema):
+        return table
+    columns = [Ragged.of(table[name]) for name in TOKEN_SCHEMA.names]
+    batches = [
+        pa.RecordBatch.from_arrays(
+            [column.lists(start, min(start + _VIEW_ROWS, len(table))) for column in columns], schema=TOKEN_SCHEMA
+        )
+        for start in range(0, len(table), _VIEW_ROWS)
+    ]
+    return pa.Table.from_batches(batches, schema=TOKEN_SCHEMA)
+
+
+@dataclass(frozen=True)
+class _Decided:
+    """What is used of the pairs of a source.
+
+    Attributes:
+        keep: which are not dropped, bool [pairs].
+        tokens: of prompt, chosen and rejected in use, int32 [pairs] each; means nothing for dropped ones.
+        report: on the source, without duplicates.
+    """
+
+    keep: np.ndarray
+    tokens: tuple[np.ndarray, np.ndarray, np.ndarray]
+    report: SourceReport
+
+
+def check_source(config: DataConfig, source: SourceRows) -> None:
+    """Refuse a source as ``select`` does, before the next is read.
+
+    Raises:
+        DataError: if more of it is malformed or dropped than allowed, or no pair is left.
+    """
+    _decided(config, source).report.check(config)
+
+
+def window(config: DataConfig, source: SourceRows, number: int, start: int, stop: int | None = None) -> pa.Table:
+    """The pairs of a set with ``start <= place < stop`` that are not dropped: as ``select`` gives them without tokens.
+
+    Args:
+        number: of the set.
+        stop: None = to the end.
+    """
+    length = None if stop is None else stop - start
+    part = replace(source, light=source.light.slice(start, length), tokens=None)
+    decided = _decided(config, part)
+    table = _part(number, part, decided, decided.keep)
+    place = table.column_names.index("place")
+    return table.set_column(place, "place", pc.add(table["place"], start))
+
+
+def select(
+    config: DataConfig,
+    sources: Sequence[SourceRows],
+    held: SourceRows | None,
+    tokens: TokenSource | None,
+    *,
+    template_date: date | None = None,
+) -> PairSets:
+    """Truncate, drop, split and thin the pairs of all sources.
+
+    Args:
+        sources: those of ``config.train``, in order.
+        held: the pairs of ``config.eval.path``.
+        tokens: where the tokens of ``sources`` and ``held`` can be read.
+        template_date: as ``tally.DataReport``.
+
+    Returns:
+        Tables without a copy of tokens: their lists are views of ``SourceRows.tokens``. Without those, columns
+        prompt_tokens, chosen_tokens and rejected_tokens, int32, the tokens in use, stand in place of the ids.
+
+    Raises:
+        DataError: if more of a source is malformed or dropped than allowed, no pair is left of it, all pairs have the same
+            prompt and some should be held out, or all weights are 0.
+    """
+    every = [*sources, *([] if held is None else [held])]
+    decided = []
+    for source in every:
+        decided.append(_decided(config, source))
+        decided[-1].report.check(config)
+    report = DataReport([one.report for one in decided], template_date=template_date)
+    trained = [one.keep for one in decided[: len(sources)]]
+    for one, count in zip(decided, _duplicates(sources, trained), strict=False):
+        one.report.duplicates = count
+    measured: list[np.ndarray] | None = None
+    if held is not None:
+        (decided[-1].report.duplicates,) = _duplicates([held], [decided[-1].keep])
+        measured = [*(np.zeros(len(keep), bool) for keep in trained), decided[-1].keep]
+        trained = [*trained, np.zeros(held.light.num_rows, bool)]
+    elif config.eval is not None and config.eval.fraction is not None:
+        mask = held_out(_digests(sources, trained, "prompt_digest"), config.eval.fraction)
+        trained, measured = _divided(trained, ~mask), _divided(trained, mask)
+    if measured is not None:
+        report.leaked = _leaked(every, trained, measured)
+    if config.fraction != 1:
+        before = sum(int(use.sum()) for use in trained)
+        mask = kept(_digests(every, trained, "prompt_digest"), config.fraction, config.fraction_seed)
+        trained = _divided(trained, mask)
+        report.thinned = int(mask.sum()), before
+    train = _table(every, decided, trained)
+    evaluated = None if measured is None else _table(every, decided, measured)
+    for name, pairs, use in (("training", train, "learned"), ("held-out", evaluated, "measured")):
+        weighted = pairs is not None and pairs.num_rows and config.weight_column is not None
+        if weighted and not pc.any(pc.greater(pairs[PAIR_WEIGHT], 0)).as_py():
+            raise DataError(
+                f"data.weight_column {config.weight_column!r} is 0 for all {pairs.num_rows:,} {name} pairs, so nothing "
+                f"would be {use}; correct the weights, or drop data.weight_column"
+            )
+    return PairSets(train, evaluated, report, tokens, tuple(every))
+
+
+def _decided(config: DataConfig, source: SourceRows) -> _Decided:
+    """Each completion is cut by itself, as TRL does."""
+    light, report = source.light, copy.deepcopy(source.account)
+    report.name, report.path = source.name, redact(source.path)
+    prompt, chosen, rejected, agree = (
+        light[name].to_numpy() for name in ("prompt_tokens", "chosen_tokens", "rejected_tokens", "agree")
+    )
+    limit = max(MOST_CHARACTERS, CHARACTERS_A_TOKEN * config.max_length)
+    giant = light["characters"].to_numpy() > limit
+    if (untold := ~giant & (prompt == 0)).any():
+        raise ValueError(
+            f"{int(untold.sum())} pairs of {source.path} were not tokenised for data.max_length {config.max_length}"
+        )
+    room = config.max_length - prompt
+    used = np.minimum(chosen, room), np.minimum(rejected, room)
+    beyond = np.maximum(chosen, rejected) > room
+    same = beyond & (used[0] == used[1]) & (agree >= used[0])
+    dropped = ~giant & (room <= 0)
+    faults = {f"text of more than {limit:,} characters": giant, NO_ROOM: dropped}
+    dropped = dropped | giant
+    faults[TOO_LONG if config.truncation == "drop" else SAME] = ~dropped & (beyond if config.truncation == "drop" else same)
+    for reason, rows in sorted(
+        ((reason, np.flatnonzero(mask)) for reason, mask in faults.items() if mask.any()), key=lambda fault: int(fault[1][0])
+    ):
+        dropped[rows] = True
+        report.dropped.counts[reason] = len(rows)
+        report.dropped.places[reason] = _first_places(source, rows)
+    keep = ~dropped
+    report.kept = int(keep.sum())
+    report.truncated = sum(int((keep & (short < full)).sum()) for short, full in zip(used, (chosen, rejected), strict=True))
+    report.several_turns = int((keep & ((light["flags"].to_numpy() & SEVERAL_TURNS) > 0)).sum())
+    return _Decided(keep, (prompt, *used), report)
+
+
+def _first_places(source: SourceRows, rows: np.ndarray) -> list[str]:
+    """The first places of ``rows``, as ``tally.Faults`` keeps them."""
+    found: list[str] = []
+    for row in map(int, rows):
+        label, line = source.labels[source.light["file"][row].as_py()], source.light["line"][row].as_py()
+        if (where := f"{label}:{line}" if line >= 0 else label) not in found:
+            found.append(where)
+        if len(found) == FIRST_PLACES:
+            break
+    return found
+
+
+def _divided(uses: Sequence[np.ndarray], mask: np.ndarray) -> list[np.ndarray]:
+    """Those of the pairs in ``uses`` for which ``mask``, bool [pairs in use], is true."""
+    found, start = [], 0
+    for use in uses:
+        left = use.copy()
+        stop = start + int(use.sum())
+        left[use] = mask[start:stop]
+        found.append(left)
+        start = stop
+    return found
+
+
+def _blocks(
+    sources: Sequence[SourceRows], uses: Sequence[np.ndarray], names: Sequence[str]
+) -> Iterator[tuple[np.ndarray, ...]]:
+    """Columns of 16 bytes of the pairs in use, block by block: uint8 [block, 16] each."""
+    for source, use in zip(sources, uses, strict=True):
+        start = 0
+        for batch in source.light.select(list(names)).to_batches(max_chunksize=_BLOCK_ROWS):
+            mask = use[start : start + batch.num_rows]
+            start += batch.num_rows
+            yield tuple(as_bytes(column) if mask.all() else as_bytes(column)[mask] for column in batch.columns)
+
+
+def _digests(sources: Sequence[SourceRows], uses: Sequence[np.ndarray], name: str) -> np.ndarray:
+    """A column of 16 bytes of all pairs in use, uint8 [pairs in use, 16]."""
+    return np.concatenate([np.empty((0, 16), np.uint8), *(block for (block,) in _blocks(sources, uses, [name]))])
+
+
+def _leaked(sources: Sequence[SourceRows], trained: Sequence[np.ndarray], measured: Sequence[np.ndarray]) -> int:
+    """Number of held-out pairs whose question is also trained on."""
+    asked, index = _digests(sources, measured, "question_digest"), KeyIndex()
+    index.add((asked, np.zeros(len(asked), np.int32), 0))
+    known = np.zeros(len(asked) + 1, bool)
+    for (block,) in _blocks(sources, trained, ["question_digest"]):
+        known[index.find(block)] = True
+    known[-1] = False  # of questions that are not held out, which are found at -1
+    return int(known[index.find(asked)].sum())
+
+
+def _duplicates(sources: Sequence[SourceRows], uses: Sequence[np.ndarray]) -> list[int]:
+    """Number of pairs in use, of each source, with both keys of an earlier one."""
+    names = [f"{side}_key" for side in _SIDES]
+    mixed = np.concatenate(
+        [
+            np.empty(0, np.uint64),
+            *(
+                chosen[:, 0] + np.uint64(3) * rejected[:, 0]
+                for chosen, rejected in map(_halves, _blocks(sources, uses, names))
+            ),
+        ]
+    )
+    order = np.argsort(mixed)
+    mixed = mixed[order]
+    again = mixed[1:] == mixed[:-1]
+    of_several = np.append(again, False) | np.insert(again, 0, False) if len(mixed) else again
+    rows = order[of_several]
+    if not len(rows):
+        return [0] * len(sources)
+    starts = np.flatnonzero(np.insert(np.diff(mixed[of_several]) != 0, 0, True))
+    del mixed, order, again
+    first = np.repeat(np.minimum.reduceat(rows, starts), np.diff(np.append(starts, len(rows))))
+    keys = np.concatenate([np.hstack(_halves(block)) for block in _blocks(sources, uses, names)])
+    differ = (keys[rows] != keys[first]).any(axis=1)
+    later = rows[(rows != first) & ~differ]
+    if differ.any():  # different keys of the same digest
+        seen: set[bytes] = set()
+        more = []
+        for row in np.sort(rows[differ]).tolist():
+            content = keys[row].tobytes()
+            more += [row] if content in seen else []
+            seen.add(content)
+        later = np.concatenate([later, np.array(more, later.dtype)])
+    ends = np.cumsum([int(use.sum()) for use in uses])
+    return np.bincount(np.searchsorted(ends, later, side="right"), minlength=len(sources)).tolist()
+
+
+def _halves(keys: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Keys, uint8 [rows, 16] each, as uint64 [rows, 2] each."""
+    return [np.ascontiguousarray(each).view(np.uint64) for each in keys]
+
+
+def _table(sources: Sequence[SourceRows], decided: Sequence[_Decided], uses: Sequence[np.ndarray]) -> pa.Table:
+    """The table of the pairs in use. What one source lacks altogether, all lack."""
+    parts = [
+        _part(number, source, one, use)
+        for number, (source, one, use) in enumerate(zip(sources, decided, uses, strict=True))
+        if use.any()
+    ] or [_part(0, sources[0], decided[0], uses[0])]
+    return pa.concat_tables(parts)
+
+
+def _part(number: int, source: SourceRows, decided: _Decided, use: np.ndarray) -> pa.Table:
+    """The pairs of one source that are in use."""
+    numbers = [name for name in (PAIR_WEIGHT, PAIR_MARGIN) if name in source.light.column_names]
+    names = ["row", "number", "source", *(f"{side}_key" for side in _SIDES), *(f"{side}_tokens" for side in _SIDES)]
+    names += [*PLACE_SCHEMA.names[2:], *numbers]
+    whole = bool(use.all())
+    light = source.light.select(names)
+    light = light if whole else light.filter(pa.array(use))
+    columns: dict[str, Any] = {"pair_id": _pair_ids(light, source.name), "source": _source_names(light, source)}
+    columns["weight"] = _constant(light, pa.scalar(float(source.weight)))
+    sizes = decided.tokens if whole else tuple(each[use] for each in decided.tokens)
+    for name, used in zip(("prompt", *_SIDES), sizes, strict=True):
+        if source.tokens is None:
+            columns[f"{name}_tokens"] = pa.array(used)
+        else:
+            columns[f"{name}_ids"] = _views([table[f"{name}_ids"] for table in source.tokens], use, used)
+    columns |= {f"{side}_key": light[f"{side}_key"] for side in _SIDES}
+    columns |= {f"{side}_full": light[f"{side}_tokens"] for side in _SIDES}
+    columns |= {name: light[name] for name in numbers}
+    columns["set"] = _constant(light, pa.scalar(number, pa.int16()))
+    columns["place"] = pa.array(np.flatnonzero(use))
+    columns |= {name: light[name] for name in PLACE_SCHEMA.names[2:]}
+    return pa.table(columns)
+
+
+def _pair_ids(light: pa.Table, name: str) -> pa.ChunkedArray:
+    """``name:row``, and ``#n`` for further pairs of a record."""
+    chunks = []
+    for batch in light.select(["row", "number"]).to_batches(max_chunksize=_BLOCK_ROWS):
+        row, number = batch.columns
+        ids = pc.binary_join_element_wise(pa.scalar(name), row.cast(pa.string()), ":")
+        if pc.max(number).as_py():
+            further = pc.binary_join_element_wise(ids, number.cast(pa.string()), "#")
+            ids = pc.if_else(pc.greater(number, 0), further, ids)
+        chunks.append(ids)
+    return pa.chunked_array(chunks, pa.string())
+
+
+def _source_names(light: pa.Table, source: SourceRows) -> pa.ChunkedArray:
+    """The name of the source that each pair counts as."""
+    if not source.sources:
+        return _constant(light, pa.scalar(source.name))
+    names = pa.array([*source.sources, source.name])
+    indices = (np.where(chunk.to_numpy() < 0, len(source.sources), chunk.to_numpy()) for chunk in light["source"].chunks)
+    return pa.chunked_array([names.take(pa.array(each)) for each in indices], pa.string())
+
+
+def _constant(light: pa.Table, value: pa.Scalar) -> pa.ChunkedArray:
+    """``value`` for each pair. All blocks share its memory."""
+    lengths = [min(_BLOCK_ROWS, light.num_rows - start) for start in range(0, light.num_rows, _BLOCK_ROWS)]
+    same = pa.repeat(value, max(lengths, default=0))
+    return pa.chunked_array([same.slice(0, length) for length in lengths], value.type)
+
+
+def _views(columns: Sequence[pa.ChunkedArray], use: np.ndarray, sizes: np.ndarray) -> pa.ChunkedArray:
+    """The first ``sizes`` values, int32 [pairs in use], of each list in use, as list views of the columns' own values.
+
+    Args:
+        columns: of type list or large_list, one after another.
+        use: bool [lists].
+    """
+    found, row, done = [], 0, 0
+    for chunk in (chunk for column in columns for chunk in column.chunks):
+        mask, starts = use[row : row + len(chunk)], chunk.offsets.to_numpy()[:-1]
+        starts = starts if mask.all() else starts[mask]
+        found += _of_chunk(chunk.values, starts, sizes[done : done + len(starts)])
+        row, done = row + len(chunk), done + len(starts)
+    if row != len(use):
+        raise ValueError(f"{row} pairs with tokens, {len(use)} light rows")
+    return pa.chunked_array(found, pa.list_view(pa.int32()))
+
+
+def _of_chunk(values: pa.Array, starts: np.ndarray, sizes: np.ndarray) -> Iterator[pa.Array]:
+    """Views of one array of values. Several if their ends need more than 32 bits, since all offsets are from its start."""
+    row = 0
+    while row < len(starts):
+        base = int(starts[row]) if int(starts[-1]) + int(sizes[-1]) > MOST_SMALL else 0
+        ends = starts[row:].astype(np.int64) + sizes[row:] - base
+        stop = row + max(1, int(np.searchsorted(ends, MOST_SMALL, side="right")))
+        offsets = (starts[row:stop] - base).astype(np.int32, copy=False)
+        yield pa.ListViewArray.from_arrays(pa.array(offsets), pa.array(sizes[row:stop]), values.slice(base))
+        row = stop
