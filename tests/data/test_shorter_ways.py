@@ -7,7 +7,7 @@ import random
 import pytest
 from by_the_book import by_the_book
 from templates import calling, say, tokenizer_for, tool
-from test_traced import TEMPLATES
+from test_forms import TEMPLATES
 
 from raydpo.data.messages import Malformed
 from raydpo.data.preference import Preference
