@@ -79,8 +79,8 @@ def first_pairs(
 ) -> FirstPairs:
     """Read and tokenise the first ``most_records`` records of each ``large`` source, and all of others.
 
-    A prompt is held out, or left out of ``data.fraction``, as in the whole data, since its digest decides. ``data.filter`` is
-    not applied.
+    A prompt is held out, or left out of ``data.fraction``, as in the whole data, since its digest decides. ``data.filter``
+    is not applied.
 
     Raises:
         DataError: as ``load_pairs``; says of which records, where they are not all.
