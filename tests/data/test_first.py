@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -38,10 +39,10 @@ def test_the_first_records_are_those_of_all(big):
     assert not found.whole and found.sets.train.num_rows == 400
     for name in ("pair_id", "chosen_ids", "rejected_key"):
         assert found.sets.train[name].to_pylist() == whole[name].slice(0, 400).to_pylist()
-    assert found.read["big"].records == 400 and found.read["big"].of_records == pytest.approx(4000, rel=0.03)
-    assert found.scales["big"] == pytest.approx(10, rel=0.03) and found.cpu_seconds > 0
+    assert found.read["big"].records == 400 and found.read["big"].of_records == pytest.approx(4000, rel=0.1)
+    assert found.scales["big"] == pytest.approx(10, rel=0.1) and found.cpu_seconds > 0
     [line] = found.lines()
-    assert line.startswith("from the first 400 of about 4,000 records of big; ")
+    assert re.match(r"from the first 400 of about [34],\d00 records of big; ", line)
     assert found.to_dict() == {"big": {"records": 400, "of_records": found.read["big"].of_records}}
 
 
@@ -65,7 +66,7 @@ def test_other_files_tell_how_many_records_they_have(records, tmp_path):
         (tmp_path / "files" / f"{number}.jsonl").write_text("".join(lines[number * 1000 : number * 1000 + 1000]))
     for name in ("packed.jsonl.gz", "list.json", "rows.parquet", "files"):
         [reading] = first(config(tmp_path / name)).read.values()
-        assert reading.records == 400 and reading.of_records == pytest.approx(4000, rel=0.1), name
+        assert reading.records == 400 and reading.of_records == pytest.approx(4000, rel=0.25), name
 
 
 def test_a_limit_bounds_what_is_estimated(big):
