@@ -36,7 +36,7 @@ def advise(figures: dict[str, Any], objective: ObjectiveConfig | None = None) ->
 
 
 def _advice(figures: dict[str, Any], objective: ObjectiveConfig) -> Iterator[Finding]:
-    pairs = figures["pairs"]
+    pairs, all_pairs = figures["pairs"], figures["all_pairs"]
     length, reference, surprise = figures["length"], figures["reference"], figures["surprise"]
     rule, rule_low = length["rule_accuracy"]["share"], length["rule_accuracy"]["low"]
     if rule_low is not None and rule_low > 0.5 and rule >= LENGTH_RULE:
@@ -71,7 +71,8 @@ def _advice(figures: dict[str, Any], objective: ObjectiveConfig) -> Iterator[Fin
     if even:
         yield Finding(
             "Remove contradictions",
-            f"{even:,} of {pairs:,} pairs ({even / pairs:.1%}) prefer A to B exactly as often as others prefer B to A.",
+            f"{even:,} of {all_pairs:,} pairs ({even / all_pairs:.1%}) prefer A to B exactly as often as others prefer B to "
+            "A.",
             "They cancel out and keep the loss high. The filter keeps pairs where one side has more votes: the loss fits "
             "the share of votes.",
             'data: {filter: "opposites != copies"}',
@@ -97,8 +98,8 @@ def _advice(figures: dict[str, Any], objective: ObjectiveConfig) -> Iterator[Fin
             "data: {max_length: ...}, or data: {truncation: drop}",
         ),
     ):
-        if count and count >= SOME * pairs:
-            yield Finding(kind, f"{count:,} of {pairs:,} pairs ({count / pairs:.1%}).", why, setting)
+        if count and count >= SOME * all_pairs:
+            yield Finding(kind, f"{count:,} of {all_pairs:,} pairs ({count / all_pairs:.1%}).", why, setting)
     # Sums favour short answers, so the ranking per token must be right too.
     by_sum, per_token = reference["right_by_sum"], reference["right_per_token"]
     if by_sum["low"] is not None and min(by_sum["low"], per_token["low"]) > NOT_MUCH_TO_LEARN:

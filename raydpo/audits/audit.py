@@ -12,9 +12,9 @@ import pyarrow as pa
 
 from raydpo.audits.advice import advise
 from raydpo.audits.extremes import extremes
-from raydpo.audits.measure import figures
+from raydpo.audits.measure import counts, counts_by_source, figures
+from raydpo.audits.sample import Sample
 from raydpo.config import ObjectiveConfig
-from raydpo.data.facts import prompt_numbers
 from raydpo.pages.finding import Finding
 
 __all__ = ["Audit", "audit_pairs", "summary_lines"]
@@ -25,11 +25,11 @@ class Audit:
     """The result of an audit.
 
     Attributes:
-        meta: name of the run, model, identity of the reference, version.
+        meta: name of the run, model, identity of the reference, version; ``sample``: ``sample.Sample.to_dict``.
         total, sources: figures of ``measure.figures``, over all pairs and by source.
         identical: pairs left out at loading because chosen and rejected are the same, by source.
         scores: by source with scores beside its pairs, ``data.scores.Contradictions.to_dict`` of all pairs that were loaded.
-        advice: the most important first. extremes: lists of pairs worth reading.
+        advice: the most important first. extremes: lists of pairs worth reading, of the sample.
         frame: the facts that the figures were computed from, for plots; not part of ``to_dict``.
     """
 
@@ -52,8 +52,10 @@ def audit_pairs(
     facts: pa.Table,
     pairs: pa.Table,
     decode: Callable[[list[list[int]]], list[str]],
+    sample: Sample,
     *,
     meta: dict[str, Any],
+    everything: pa.Table | None = None,
     identical: dict[str, int] | None = None,
     scores: dict[str, dict[str, Any]] | None = None,
     objective: ObjectiveConfig | None = None,
@@ -61,32 +63,50 @@ def audit_pairs(
     """Audit tokenised pairs and their reference log-probs.
 
     Args:
-        facts: ``data.facts.pair_facts`` of ``pairs``. decode: turns the token ids of many completions into texts.
+        facts: ``data.facts.pair_facts`` of the pairs of ``sample``. everything: of all ``pairs``, if those are more; only
+            they tell copies, contradictions, and shared prompts and answers.
+        decode: turns the token ids of many completions into texts.
         identical, scores: see ``Audit``. objective: the objective that the pairs will be trained with.
     """
-    frame = pl.from_arrow(facts.drop_columns(["pair_id"])).with_columns(prompt=prompt_numbers(pairs))
-    total = figures(frame)
-    sources = {str(name): figures(part) for (name,), part in frame.group_by("source", maintain_order=True)}
-    advice, lists = advise(total, objective), extremes(facts, pairs, decode)
-    return Audit(meta, total, sources, identical or {}, scores or {}, advice, lists, frame)
+    frame = _frame(facts).with_columns(prompt=sample.prompts)
+    counted = frame if everything is None else _frame(everything)
+    total = figures(frame, counts(counted))
+    sources = {
+        name: figures(frame.filter(pl.col("source") == name), each) for name, each in counts_by_source(counted).items()
+    }
+    advice, lists = advise(total, objective), extremes(facts, pairs, sample.rows, decode)
+    about = meta | {"sample": sample.to_dict()}
+    return Audit(about, total, sources, identical or {}, scores or {}, advice, lists, frame)
+
+
+def _frame(facts: pa.Table) -> pl.DataFrame:
+    return pl.from_arrow(facts.drop_columns(["pair_id"]))
 
 
 def summary_lines(audit: Audit) -> list[str]:
     """Summarise an audit in a few lines for the terminal."""
     total = audit.total
     length, surprise, reference = total["length"], total["surprise"], total["reference"]
-    lines = [
+    lines, of_all = [], ""
+    if drawn := audit.meta["sample"]:
+        lines.append(
+            f"audit: a sample of {drawn['pairs']:,} of {drawn['of_pairs']:,} pairs, all those of {drawn['prompts']:,} of "
+            f"{drawn['of_prompts']:,} prompts, drawn with seed {drawn['seed']} (train.seed); copies, contradictions, shared "
+            "prompts and answers, and empty and cut answers are counted over all pairs"
+        )
+        of_all = f"of all {drawn['of_pairs']:,} pairs: "
+    lines.append(
         f"audit: the chosen answer is longer in {length['chosen_longer']['share']:.1%} of {total['pairs']:,} pairs; the "
         f"median difference is {length['difference']['median']:+.0f} tokens; '{length['rule']} is better' is right for "
         f"{length['rule_accuracy']['share']:.1%}"
-    ]
+    )
     if surprise["chosen"]:
         lines.append(
             f"audit: the reference ranks {reference['right_by_sum']['share']:.1%} right "
             f"({reference['right_per_token']['share']:.1%} per token); chosen {surprise['chosen']['median']:.2f}, "
             f"rejected {surprise['rejected']['median']:.2f} nats a token in the median"
         )
-    counts = {
+    found = {
         "copies": total["duplicates"],
         "share a prompt": total["shared_prompt"],
         "share an answer": total["shared_answer"],
@@ -95,8 +115,8 @@ def summary_lines(audit: Audit) -> list[str]:
         "empty answers": sum(total["empty"].values()),
         "cut answers": sum(total["truncated"].values()),
     }
-    if any(counts.values()):
-        lines.append(f"audit: {', '.join(f'{count:,} {what}' for what, count in counts.items() if count)}")
+    if any(found.values()):
+        lines.append(f"audit: {of_all}{', '.join(f'{count:,} {what}' for what, count in found.items() if count)}")
     return lines + [
         f"advice: {one.title.lower()}: {one.found}{f' ({one.setting})' if one.setting else ''}" for one in audit.advice
     ]

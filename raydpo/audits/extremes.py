@@ -54,31 +54,32 @@ def _ranks(f: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     }
 
 
-def extremes(facts: pa.Table, pairs: pa.Table, decode: Callable[[list[list[int]]], list[str]]) -> list[dict[str, Any]]:
+def extremes(
+    facts: pa.Table, pairs: pa.Table, rows: np.ndarray, decode: Callable[[list[list[int]]], list[str]]
+) -> list[dict[str, Any]]:
     """Select up to ``COUNT`` pairs of each kind, with their facts and with texts that are safe to show.
 
     Args:
-        facts: ``data.facts.pair_facts`` of ``pairs``. decode: turns the token ids of many completions into texts.
+        facts: rows of ``data.facts.pair_facts``. rows: the rows of ``pairs`` that they are about.
+        decode: turns the token ids of many completions into texts.
     """
     columns = {name: facts[name].to_numpy() for name in facts.column_names if name not in ("pair_id", "source")}
     found = []
     for title, ranks in _ranks(columns).items():
         ranks = np.asarray(ranks, float)
-        rows = np.argsort(ranks, kind="stable")[:COUNT]  # NaN sorts last
-        rows = rows[~np.isnan(ranks[rows])]
-        if len(rows):
-            of, shown_pairs = int((~np.isnan(ranks)).sum()), _texts(facts, pairs, rows, decode)
+        first = np.argsort(ranks, kind="stable")[:COUNT]  # NaN sorts last
+        first = first[~np.isnan(ranks[first])]
+        if len(first):
+            texts = pairs.select(["prompt_ids", "chosen_ids", "rejected_ids"]).take(pa.array(rows[first]))
+            of, shown_pairs = int((~np.isnan(ranks)).sum()), _shown(facts.take(pa.array(first)), texts, decode)
             found.append({"title": title, "about": KINDS[title], "of": of, "pairs": shown_pairs})
     return found
 
 
-def _texts(
-    facts: pa.Table, pairs: pa.Table, rows: np.ndarray, decode: Callable[[list[list[int]]], list[str]]
-) -> list[dict[str, Any]]:
-    index = pa.array(rows)
-    chosen = pairs.select(["prompt_ids", "chosen_ids", "rejected_ids"]).take(index)
-    texts = {name: decode(chosen[f"{name}_ids"].to_pylist()) for name in ("prompt", "chosen", "rejected")}
+def _shown(facts: pa.Table, ids: pa.Table, decode: Callable[[list[list[int]]], list[str]]) -> list[dict[str, Any]]:
+    """The rows of ``facts``, each with the texts of the same row of ``ids``."""
+    texts = {name: decode(ids[f"{name}_ids"].to_pylist()) for name in ("prompt", "chosen", "rejected")}
     return [
         row | {name: shown(texts[name][number], keep_end=name == "prompt") for name in texts}
-        for number, row in enumerate(facts.take(index).to_pylist())
+        for number, row in enumerate(facts.to_pylist())
     ]

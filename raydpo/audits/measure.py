@@ -11,7 +11,7 @@ import polars as pl
 from raydpo.data.facts import LENGTH_BINS
 from raydpo.data.interval import Interval, mean_by_group, share, share_by_group
 
-__all__ = ["figures", "separation"]
+__all__ = ["counts", "counts_by_source", "figures", "separation"]
 
 QUANTILES = {
     "least": 0,
@@ -30,7 +30,30 @@ FAR_SHARE = 0.01
 """Largest share of pairs that the advised filter removes for their margin. Of fewer than 100 pairs it may remove one."""
 
 
-def figures(frame: pl.DataFrame) -> dict[str, Any]:
+_COUNTS = {
+    "all_pairs": pl.len(),
+    "duplicates": ((pl.col("copy") > 0) & ~pl.col("contradictory")).sum(),
+    "contradictory": pl.col("contradictory").sum(),
+    "contradictory_evenly": (pl.col("contradictory") & (pl.col("opposites") == pl.col("copies"))).sum(),
+    "shared_prompt": (pl.col("prompt_pairs") > pl.col("copies")).sum(),
+    "shared_answer": (pl.col("answer_pairs") > pl.col("copies")).sum(),
+    "empty": pl.struct(**{side: (pl.col(f"{side}_tokens") <= 1).sum() for side in ("chosen", "rejected")}),
+    "truncated": pl.struct(**{side: (pl.col(f"{side}_cut") > 0).sum() for side in ("chosen", "rejected")}),
+}
+
+
+def counts(frame: pl.DataFrame) -> dict[str, Any]:
+    """Count pairs by what needs no reference. ``frame`` has columns of ``config.filter.FACTS``."""
+    return frame.select(**_COUNTS).row(0, named=True)
+
+
+def counts_by_source(frame: pl.DataFrame) -> dict[str, dict[str, Any]]:
+    """``counts`` of the pairs of each source, in order of their first pairs."""
+    found = frame.group_by("source", maintain_order=True).agg(**_COUNTS)
+    return {row.pop("source"): row for row in found.iter_rows(named=True)}
+
+
+def figures(frame: pl.DataFrame, counted: dict[str, Any] | None = None) -> dict[str, Any]:
     """Compute all figures of the pairs in ``frame``.
 
     Shares have 95 % intervals that take prompts as independent, not pairs. Log-probs are in nats. Surprise is -log-prob per
@@ -38,9 +61,9 @@ def figures(frame: pl.DataFrame) -> dict[str, Any]:
 
     Args:
         frame: has the columns of ``config.filter.FACTS`` and ``prompt``, the number of the prompt.
+        counted: ``counts`` of the pairs that ``frame`` is a sample of; None if it has them all.
     """
     scored = frame.filter(pl.col("ref_margin").is_not_null())
-    even = frame["contradictory"] & (frame["opposites"] == frame["copies"])
     return {
         "pairs": frame.height,
         "not_scored": frame.height - scored.height,
@@ -49,13 +72,7 @@ def figures(frame: pl.DataFrame) -> dict[str, Any]:
         "reference": _reference(scored),
         "length_and_reference": _length_and_reference(scored),
         "surprise": _surprise(scored),
-        "duplicates": int(((frame["copy"] > 0) & ~frame["contradictory"]).sum()),
-        "contradictory": int(frame["contradictory"].sum()),
-        "contradictory_evenly": int(even.sum()),
-        "shared_prompt": int((frame["prompt_pairs"] > frame["copies"]).sum()),
-        "shared_answer": int((frame["answer_pairs"] > frame["copies"]).sum()),
-        "empty": {side: int((frame[f"{side}_tokens"] <= 1).sum()) for side in ("chosen", "rejected")},
-        "truncated": {side: int((frame[f"{side}_cut"] > 0).sum()) for side in ("chosen", "rejected")},
+        **(counts(frame) if counted is None else counted),
     }
 
 

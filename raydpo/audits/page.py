@@ -24,7 +24,8 @@ def render_page(audit: Audit) -> str:
     pictures = [("All pairs", plots(audit.frame, audit.total))]
     if len(audit.sources) > 1:
         for name, figures in list(audit.sources.items())[:MOST_SOURCES]:
-            pictures.append((name, plots(audit.frame.filter(pl.col("source") == name), figures)))
+            if figures["pairs"]:  # a sample may have none of a small source
+                pictures.append((name, plots(audit.frame.filter(pl.col("source") == name), figures)))
     columns = {
         name: _column(figures, audit.identical.get(name, 0), [audit.scores[name]] if name in audit.scores else [])
         for name, figures in audit.sources.items()
@@ -62,7 +63,7 @@ def _scores(found: list[dict[str, Any]]) -> str:
 
 
 ABOUT = {
-    "pairs": "usable pairs of this source",
+    "pairs": "usable pairs of this source; of a sample, those drawn and all of them",
     "reference right, sum": "pairs whose chosen answer has the higher log-prob under the reference",
     "reference right, per token": "the same by the mean log-prob per token, which does not favour short answers",
     "chosen longer": "pairs whose chosen answer has more tokens",
@@ -90,7 +91,7 @@ def _column(figures: dict[str, Any], identical: int, scores: list[dict[str, Any]
     """The figures of one source, or of all, as text, by row of the table."""
     length, reference, surprise = figures["length"], figures["reference"], figures["surprise"]
     return {
-        "pairs": f"{figures['pairs']:,}",
+        "pairs": " of ".join(f"{count:,}" for count in dict.fromkeys((figures["pairs"], figures["all_pairs"]))),
         "reference right, sum": _share(reference["right_by_sum"]),
         "reference right, per token": _share(reference["right_per_token"]),
         "chosen longer": _share(length["chosen_longer"]),

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import re
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain, islice
 from typing import Any
 
+import pyarrow as pa
+
 from raydpo import errors
+from raydpo.cluster.feed import Feed
 from raydpo.cluster.resources import Resources
 from raydpo.cluster.watch import Watched, watching
 from raydpo.errors import RaydpoError
@@ -17,11 +21,15 @@ __all__ = ["original_error", "over_actors"]
 _NO_MEMORY = re.compile(r"running low on memory\..*?\(IP: ([^,)]+).*? was ([\d.]+GB) used / ([\d.]+GB) limit")
 """Ray 2.60's message when it kills workers for lack of memory: node, memory in use, limit."""
 
+AHEAD = 4
+"""Blocks in advance for each concurrent call, and as many for all: Ray Data gives an actor two for each, and a few results
+are on their way."""
+
 
 def over_actors(
     actor: type,
     arguments: tuple[Any, ...],
-    blocks: Sequence[Any],
+    blocks: Iterable[pa.Table],
     resources: Resources,
     doing: str,
     *,
@@ -29,12 +37,14 @@ def over_actors(
     environment: Mapping[str, str] | None = None,
     tell: Callable[[str], None] = lambda line: None,
 ) -> Iterator[dict[str, Any]]:
-    """Process Arrow blocks in Ray's object store with Ray Data actors. There is one actor for each team of workers.
+    """Process blocks with Ray Data actors. There is one actor for each team of workers, but no more than blocks.
+
+    Blocks are taken from ``blocks`` while others are processed, a few for each actor in advance.
 
     Args:
-        actor: class whose instances are called with one block at a time, and return a block.
+        actor: class whose instances are called with one block at a time, and return a block of one row.
         arguments: arguments of the actors' constructor.
-        blocks: references of the blocks.
+        blocks: blocks of one row each. After the first ones they are taken in another thread.
         resources: number of teams, and what each requests.
         doing: what is done, for messages, such as "scoring the reference".
         calls_at_once: concurrent calls of one actor, each in its own thread.
@@ -45,42 +55,54 @@ def over_actors(
         The rows that the actors return.
 
     Raises:
-        RaydpoError: if an actor fails.
+        RaydpoError: if an actor fails. What ``blocks`` raises is raised once the blocks before it are done.
     """
     import ray
 
-    context = ray.data.DataContext.get_current()
+    blocks = iter(blocks)
+    first = list(islice(blocks, resources.teams))
+    if not first:
+        return
+    context = ray.data.DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     # Ray 2.60 ends an execution in which no block moves for half an hour (data/_internal/execution/no_progress_guard.py).
     # One shard may take that long, and so may a driver that prepares the next one.
     context.execution_no_progress_timeout_s = -1
+    # Ray Data joins small blocks to larger ones, which one call after another of the same actor would process.
+    context.target_max_block_size = 1
     run = f"watch/{uuid.uuid4().hex}"
-    dataset = ray.data.from_arrow_refs(list(blocks)).map_batches(
-        Watched,
-        fn_constructor_args=(run, actor, arguments),
-        batch_size=1,
-        batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(
-            size=min(resources.teams, len(blocks)), max_concurrent_calls_per_actor=calls_at_once
-        ),
-        num_cpus=resources.together,
-        num_gpus=resources.gpus_per_worker * resources.together,
-        accelerator_type=resources.accelerator,
-        label_selector=dict(resources.labels) or None,
-        # By default Ray restarts an actor without limit, also one that a bad block kills each time.
-        # Ray deprecates passing these two here, but has no named arguments for them yet.
-        max_restarts=3,
-        max_task_retries=3,
-        **({"runtime_env": {"env_vars": dict(environment)}} if environment else {}),
-    )
+    feed = Feed(chain(first, blocks), AHEAD * calls_at_once * len(first) + AHEAD)
     try:
+        with ray.data.DataContext.current(context):
+            dataset = feed.dataset().map_batches(
+                Watched,
+                fn_constructor_args=(run, actor, arguments),
+                batch_size=1,
+                batch_format="pyarrow",
+                compute=ray.data.ActorPoolStrategy(size=len(first), max_concurrent_calls_per_actor=calls_at_once),
+                num_cpus=resources.together,
+                num_gpus=resources.gpus_per_worker * resources.together,
+                accelerator_type=resources.accelerator,
+                label_selector=dict(resources.labels) or None,
+                # By default Ray restarts an actor without limit, also one that a bad block kills each time.
+                # Ray deprecates passing these two here, but has no named arguments for them yet.
+                max_restarts=3,
+                max_task_retries=3,
+                **({"runtime_env": {"env_vars": dict(environment)}} if environment else {}),
+            )
         with watching(run, doing, tell):
-            yield from dataset.iter_rows()
+            for row in dataset.iter_rows():
+                feed.done()
+                yield row
+        if feed.error is not None:
+            raise feed.error
     except RaydpoError:
         raise
     except Exception as error:
         raise original_error(error, doing) from error
+    finally:
+        feed.close()
 
 
 def original_error(error: BaseException, doing: str) -> RaydpoError:

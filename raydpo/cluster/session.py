@@ -13,7 +13,7 @@ from raydpo.config import Config
 from raydpo.errors import ConfigError, RaydpoError, one_line
 from raydpo.storage.uri import shown
 
-__all__ = ["owns_ray", "session", "starts_own_ray"]
+__all__ = ["has_ray", "owns_ray", "session", "starts_own_ray"]
 
 WORKER_ENV = {
     "TOKENIZERS_PARALLELISM": "false",
@@ -115,8 +115,13 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
 
 def starts_own_ray(config: Config) -> bool:
     """Whether ``session`` will start a local Ray: there is no cluster to connect to, and the program has no Ray yet."""
+    return not has_ray() and not _address(config)
+
+
+def has_ray() -> bool:
+    """Whether this process is connected to a Ray."""
     ray = sys.modules.get("ray")  # a program that has a Ray has imported it
-    return not (ray and ray.is_initialized()) and not _address(config)
+    return ray is not None and ray.is_initialized()
 
 
 def _address(config: Config) -> str | None:

@@ -89,12 +89,10 @@ def do_work(
 
 def _on_ray(work: BlockTask, blocks: dict[str, pa.Table], storage: Storage, resources: Resources, doing: str) -> Any:
     """Yield the name of each block when it is done."""
-    import ray
-
     encoded = ((name, pa.array([_encode(one)], pa.large_binary())) for name, one in blocks.items())
-    refs = [ray.put(pa.table({"name": [name], "rows": rows})) for name, rows in encoded]
+    tables = (pa.table({"name": [name], "rows": rows}) for name, rows in encoded)
     alone = dataclasses.replace(resources, together=1)
-    for row in over_actors(_Actor, (work, storage.uri, resources), refs, alone, doing):
+    for row in over_actors(_Actor, (work, storage.uri, resources), tables, alone, doing):
         yield row["name"]
 
 

@@ -34,6 +34,7 @@ __all__ = [
     "Rows",
     "TokenSource",
     "head_of",
+    "heads_of",
     "most_characters_of",
     "preferences_of",
 ]
@@ -142,10 +143,10 @@ def head_of(prompt: Sequence[int] | np.ndarray, head: int) -> bytes:
     Three tokens are a big-endian uint64 of 21 bits each: the token + 1, or 0 where the prompt has ended.
     """
     flat = np.asarray(prompt, np.int32)
-    return _heads(flat, np.array([0, len(flat)]), head).tobytes()
+    return heads_of(flat, np.array([0, len(flat)]), head).tobytes()
 
 
-def _heads(flat: np.ndarray, offsets: np.ndarray, head: int) -> np.ndarray:
+def heads_of(flat: np.ndarray, offsets: np.ndarray, head: int) -> np.ndarray:
     """``head_of`` of prompts whose ids lie one after another, big-endian uint64 [prompts, HEAD_TOKENS / 3]."""
     places = offsets[:-1, None] + np.arange(head, head + HEAD_TOKENS)
     inside = places < offsets[1:, None]
@@ -354,7 +355,7 @@ class RowMaker:
             *(np.where(lengths[0] > 0, digests(values), np.uint64(0)) for values in lists),
             np.fromiter((entry.characters for entry, _ in pairs), np.int64, len(pairs)),
             np.fromiter((entry.preference.several_turns * SEVERAL_TURNS for entry, _ in pairs), np.uint8, len(pairs)),
-            _fixed(_heads(flats[0], offsets[0], self.head or 0).tobytes(), 64),
+            _fixed(heads_of(flats[0], offsets[0], self.head or 0).tobytes(), 64),
             *(
                 np.fromiter((entry.preference.numbers[number] for entry, _ in pairs), np.float64, len(pairs))
                 for number in range(len(self.numbers))

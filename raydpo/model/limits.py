@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from raydpo.data.ragged import tokens_in_use
 from raydpo.data.tokenise import load_tokenizer
 from raydpo.errors import FilesError
 from raydpo.model.files import GENERATION, model_files, read_header
@@ -134,7 +135,8 @@ def check_limits(tables: Sequence[pa.Table], models: Mapping[str, ModelLimits]) 
         ModelError: if a token id has no row, or a sequence cannot be computed.
     """
     longest = max((int(_lengths(table).max()) for table in tables if table.num_rows), default=0)
-    highest = max((_highest(table) for table in tables), default=-1)
+    fewest = min((limits.rows for limits in models.values() if limits.rows is not None), default=None)
+    highest = max((_highest(table, fewest) for table in tables), default=-1)
     warnings = []
     for path, limits in models.items():
         if limits.rows is not None and highest >= limits.rows:
@@ -217,19 +219,27 @@ def _pairs(tables: Sequence[pa.Table], wanted: Any) -> tuple[int, str]:
 
 def _lengths(table: pa.Table) -> np.ndarray:
     """Tokens of the longer sequence of each pair: int64 [pairs]."""
-    prompt, chosen, rejected = (
-        pc.list_value_length(table[f"{part}_ids"]).to_numpy().astype(np.int64) for part in ("prompt", "chosen", "rejected")
-    )
+    prompt, chosen, rejected = (tokens_in_use(table, part).astype(np.int64) for part in ("prompt", "chosen", "rejected"))
     return prompt + np.maximum(chosen, rejected)
 
 
-def _highest(table: pa.Table) -> int:
-    """Highest token id, -1 if there is none."""
+def _highest(table: pa.Table, fewest: int | None) -> int:
+    """Highest token id, -1 if there is none.
+
+    Args:
+        fewest: rows of the smallest embedding. Where no id of a pair before truncation reaches it, tokens are not read.
+    """
+    if "highest" in table.column_names:
+        bound = pc.max(table["highest"]).as_py()
+        if bound is None or fewest is None or bound < fewest or "prompt_ids" not in table.column_names:
+            return -1 if bound is None else bound
     columns = (chunk for part in ("prompt", "chosen", "rejected") for chunk in table[f"{part}_ids"].chunks)
     return max((pc.max(chunk.flatten()).as_py() or 0 for chunk in columns if len(chunk)), default=-1)
 
 
 def _highest_by_pair(table: pa.Table) -> np.ndarray:
     """Highest token id of each pair: [pairs]. Only called for a message."""
+    if "prompt_ids" not in table.column_names:
+        return table["highest"].to_numpy()
     parts = (table[f"{part}_ids"].to_pylist() for part in ("prompt", "chosen", "rejected"))
     return np.array([max(max(ids, default=-1) for ids in pair) for pair in zip(*parts, strict=True)])

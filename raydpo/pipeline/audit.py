@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import pyarrow as pa
+
 from raydpo.config import Config
-from raydpo.data.facts import pair_facts
+from raydpo.data.facts import digests_of, pair_facts, with_reference
 from raydpo.data.select import SAME
 from raydpo.errors import ConfigError
 from raydpo.pipeline.checks import check, check_models
@@ -27,7 +29,8 @@ __all__ = ["audit", "audit_prepared"]
 def audit(config: Config, console: Console | None = None) -> Audit:
     """Measure what the training pairs teach, from their lengths and cached log-probs, and write it to the run directory.
 
-    Pairs without cached log-probs are counted, not refused.
+    Pairs without cached log-probs are counted, not refused. Of more than ``audits.sample.MOST_AUDITED`` pairs, those of some
+    prompts are audited, drawn with ``train.seed``.
 
     Raises:
         RaydpoError: if it fails.
@@ -44,12 +47,15 @@ def audit_prepared(prepared: Prepared, console: Console) -> Audit:
     Raises:
         ConfigError: if the run directory belongs to a run with other pairs.
     """
-    from raydpo.audits import audit_pairs, summary_lines, write_audit
+    from raydpo.audits import audit_pairs, draw, summary_lines, write_audit
 
     storage = Storage(prepared.config.run_dir)
     _refuse_other_pairs(storage, prepared)
     pairs = prepared.sets.train
-    facts = pair_facts(pairs, *(found.sums for found in reference_values(pairs, prepared.cache)))
+    everything = pair_facts(pairs)
+    sample = draw(digests_of(pairs, "prompt"), prepared.config.train.seed)
+    facts = everything if sample.whole else everything.take(pa.array(sample.rows))
+    facts = with_reference(facts, *(found.sums for found in reference_values(pairs, prepared.cache, sample.rows)))
     identical = {source.name: source.dropped.counts[SAME] for source in prepared.sets.report.sources}
     scores = {source.name: source.scores.to_dict() for source in prepared.sets.report.sources if source.scores.compared}
     decode = prepared.tokeniser.tokenizer.batch_decode
@@ -57,6 +63,8 @@ def audit_prepared(prepared: Prepared, console: Console) -> Audit:
         facts,
         pairs,
         lambda ids: decode(ids, skip_special_tokens=False),
+        sample,
+        everything=None if sample.whole else everything,
         meta={
             "name": prepared.config.run_name,
             "model": prepared.config.reference_path,

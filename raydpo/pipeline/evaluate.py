@@ -21,7 +21,7 @@ from raydpo.answers.draws import ROWS
 from raydpo.answers.judge import Judge, judge_contests
 from raydpo.answers.reward import RewardModel, check_prompts
 from raydpo.cluster.preflight import check_cluster
-from raydpo.cluster.resources import bfloat16_is_faster, resources_for
+from raydpo.cluster.resources import resources_for
 from raydpo.cluster.session import session, starts_own_ray
 from raydpo.cluster.work import BlockTask, do_work
 from raydpo.config import Config, ObjectiveConfig, load_config
@@ -38,8 +38,9 @@ from raydpo.evaluation.samples import Answers
 from raydpo.model.limits import ModelLimits, check_limits
 from raydpo.model.rotary import rope_line
 from raydpo.pipeline.checks import check, check_models, pythons_of
-from raydpo.pipeline.prepare import limits_of, measured_pairs, open_reference, open_tokeniser, reference_line
+from raydpo.pipeline.prepare import measured_pairs, native_dtype, open_reference, reference_line
 from raydpo.pipeline.score import fill_cache
+from raydpo.pipeline.tokenised import limits_of, make_missing, open_tokeniser
 from raydpo.reference.identity import resolve_model
 from raydpo.reference.pairs import reference_values
 from raydpo.reference.score import ReferenceSpec
@@ -105,7 +106,10 @@ def pairs_to_evaluate(config: Config, tokeniser: Tokeniser, console: Console) ->
         DataError: if they cannot be read.
     """
     data, on_training_side = evaluation_data(config)
-    sets = load_pairs(data, tokeniser, console.counter("reading", "records"), reading(config.evaluate))
+    if on_training_side:  # read in ways of their own, such as by subsets
+        sets = load_pairs(data, tokeniser, console.counter("reading", "records"), reading(config.evaluate))
+    else:
+        sets = make_missing(config, tokeniser, console).select(tokeniser)
     for line in sets.report.lines():
         console.say(line)
     return (sets.train, None) if on_training_side else (sets.eval, sets.report.leaked)
@@ -159,7 +163,7 @@ class _Evaluation:
     @classmethod
     def of(cls, config: Config, console: Console, read: tuple[Tokeniser, pa.Table, int | None] | None = None) -> _Evaluation:
         """Find the models, and read the pairs unless ``read`` has them (the result of ``_read_pairs``)."""
-        reference, _ = open_reference(config, "bfloat16" if bfloat16_is_faster() else "float32")
+        reference, _ = open_reference(config, native_dtype())
         console.say(reference_line(config, reference))
         if reference.identity.rope_length is not None:
             console.say(rope_line(reference.identity.rope_length, config.data.max_length))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -15,18 +15,17 @@ import pyarrow.compute as pc
 
 from raydpo.cluster.preflight import check_nodes
 from raydpo.cluster.resources import Resources, bfloat16_is_faster
-from raydpo.cluster.session import starts_own_ray
 from raydpo.cluster.waiting import wait_for
 from raydpo.config import Config, Verb, is_hub_name
 from raydpo.config.filter import PairFilter
-from raydpo.data.filter import filtered_by_tokens
 from raydpo.data.index import as_bytes
-from raydpo.data.pairs import PAIR_MARGIN, PAIR_WEIGHT, PairSets, load_pairs
-from raydpo.data.tokenise import Tokeniser, load_tokenizer
+from raydpo.data.rows import PAIR_MARGIN, PAIR_WEIGHT
+from raydpo.data.select import PairSets
+from raydpo.data.tokenise import Tokeniser
 from raydpo.losses import own_sources
-from raydpo.model.limits import ModelLimits, check_limits, tokenizer_warnings
 from raydpo.model.rotary import ROTARY, rope_line
 from raydpo.pipeline.checks import check, check_models
+from raydpo.pipeline.tokenised import Tokenised
 from raydpo.reference.identity import ReferenceIdentity, earlier_identity, identify, resolve_model
 from raydpo.reference.score import ReferenceSpec
 from raydpo.reference.store import ReferenceCache
@@ -35,12 +34,10 @@ from raydpo.terminal.console import Console
 
 __all__ = [
     "Prepared",
-    "Tokenised",
     "checked",
-    "limits_of",
     "measured_pairs",
+    "native_dtype",
     "open_reference",
-    "open_tokeniser",
     "reference_line",
     "wait_for_workers",
 ]
@@ -57,47 +54,6 @@ def wait_for_workers(stage: Literal["score", "train"], config: Config, resources
     wait_for(stage, resources, console, autoscaling=config.ray.autoscaling)
     if config.ray.autoscaling:
         check_nodes(config, [stage], console)
-
-
-@dataclass(frozen=True)
-class Tokenised:
-    """The pairs of a configuration as token ids, and the tokeniser that made them."""
-
-    tokeniser: Tokeniser
-    sets: PairSets
-
-    @classmethod
-    def of(cls, config: Config, console: Console) -> Tokenised:
-        """Read and tokenise the pairs, and compare them with the limits of the configured models. Needs no Ray.
-
-        Raises:
-            DataError: as ``load_pairs``.
-            ModelError: if a model has no row for a token id, or no position for a token.
-        """
-        tokeniser = open_tokeniser(config)
-        started = time.perf_counter()
-        sets = load_pairs(config.data, tokeniser, console.counter("reading", "records"))
-        for line in sets.report.lines():
-            console.say(line)
-        sets, line = filtered_by_tokens(sets, config.data)
-        if line:
-            console.say(line)
-        held_out = 0 if sets.eval is None else sets.eval.num_rows
-        console.say(
-            f"pairs: {sets.train.num_rows:,} to train on, {held_out:,} held out, tokenised in "
-            f"{time.perf_counter() - started:.1f} s"
-        )
-        for line in tokenizer_warnings(tokeniser.tokenizer, _models_of(config), config.model.trust_remote_code):
-            console.warn(line)
-        for line in check_limits([sets.train, *([] if sets.eval is None else [sets.eval])], limits_of(config)):
-            console.warn(line)
-        return cls(tokeniser, sets)
-
-    @classmethod
-    def before_ray(cls, config: Config, console: Console) -> Tokenised | None:
-        """As ``of``, where a local Ray will be started: bad pairs then end the command before that. None on a cluster, whose
-        nodes are checked first, or started by an autoscaler while the pairs are read."""
-        return cls.of(config, console) if starts_own_ray(config) else None
 
 
 def checked(config: Config, verb: Verb, console: Console) -> Tokenised | None:
@@ -140,7 +96,7 @@ class Prepared:
         """
         console.begin("pairs, reference and cache")
         model = config.model
-        native = "bfloat16" if bfloat16_is_faster() else "float32"
+        native = native_dtype()
         dtype = native if model.dtype == "auto" else model.dtype
         policy_dir = resolve_model(model.path)
         tokeniser, sets = (both := tokenised or Tokenised.of(config, console)).tokeniser, both.sets
@@ -213,23 +169,9 @@ class Prepared:
         )
 
 
-def open_tokeniser(config: Config) -> Tokeniser:
-    """Load the tokenizer of a configuration, with its chat template."""
-    directory, template = resolve_model(config.model.tokenizer or config.model.path), config.data.chat_template
-    tokenizer = load_tokenizer(directory, chat_template=template, trust_remote_code=config.model.trust_remote_code)
-    return Tokeniser(tokenizer, config.data.template_date)
-
-
-def _models_of(config: Config) -> dict[str, str]:
-    """Local directories of policy and reference, by path."""
-    return {path: resolve_model(path) for path in (config.model.path, config.reference_path)}
-
-
-def limits_of(config: Config, *more: str) -> dict[str, ModelLimits]:
-    """Limits of reference and policy, and of models in the local directories ``more``, by path."""
-    trusted = config.model.trust_remote_code
-    paths = _models_of(config) | {path: path for path in more}
-    return {path: ModelLimits.of(directory, trusted) for path, directory in paths.items()}
+def native_dtype() -> str:
+    """Precision for dtype ``auto`` on this Ray's machines."""
+    return "bfloat16" if bfloat16_is_faster() else "float32"
 
 
 def open_reference(config: Config, native: str) -> tuple[ReferenceSpec, ReferenceCache]:
@@ -296,6 +238,10 @@ def _digest(table: pa.Table) -> str:
         if column in table.column_names:
             digest.update(f"{column}\0".encode() + np.ascontiguousarray(table[column].to_numpy()).tobytes())
     for batch in table.select(["source", "weight"]).to_batches():
-        for source, weight in zip(batch[0].to_pylist(), batch[1].to_pylist(), strict=True):
-            digest.update(f"{source}\0{weight}\0".encode())
+        names, weights = batch[0].dictionary_encode(), batch[1].to_numpy()
+        numbers = names.indices.to_numpy()
+        starts = np.flatnonzero((np.diff(numbers, prepend=-1) != 0) | (np.diff(weights, prepend=np.nan) != 0))
+        for start, stop in pairwise([*starts.tolist(), len(numbers)]):
+            each = f"{names.dictionary[int(numbers[start])]}\0{float(weights[start])}\0"
+            digest.update(each.encode() * (stop - start))
     return digest.hexdigest()[:32]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import pyarrow as pa
 
@@ -10,15 +12,24 @@ from raydpo.cluster.preflight import check_cluster
 from raydpo.cluster.resources import resources_for
 from raydpo.cluster.session import session
 from raydpo.config import Config
+from raydpo.data.rows import TokenSource
 from raydpo.pipeline.audit import audit_prepared
-from raydpo.pipeline.prepare import Prepared, checked, wait_for_workers
+from raydpo.pipeline.prepare import (
+    Prepared,
+    checked,
+    native_dtype,
+    open_reference,
+    reference_line,
+    wait_for_workers,
+)
+from raydpo.pipeline.stream import Stream, streams
 from raydpo.reference.build import BuildReport, build
 from raydpo.reference.score import ReferenceSpec
 from raydpo.reference.store import ReferenceCache
 from raydpo.rundir.trackers import export_pass
 from raydpo.terminal.console import Console, ProgressLine
 
-__all__ = ["fill_cache", "score", "score_prepared"]
+__all__ = ["fill_cache", "score", "score_prepared", "score_streamed"]
 
 
 def score(config: Config, console: Console | None = None) -> BuildReport:
@@ -31,18 +42,38 @@ def score(config: Config, console: Console | None = None) -> BuildReport:
     tokenised = checked(config, "score", console)
     with session(config):
         check_cluster(config, ["score"], console)
-        return score_prepared(Prepared.of(config, console, tokenised), console)
+        report = score_streamed(config, console) if tokenised is None and streams(config) else None
+        return score_prepared(Prepared.of(config, console, tokenised), console, report=report)
 
 
-def score_prepared(prepared: Prepared, console: Console, tables: list[pa.Table] | None = None) -> BuildReport:
+def score_streamed(config: Config, console: Console) -> BuildReport:
+    """Score the pairs of a configuration while they are tokenised, within a Ray session. Afterwards their sets are whole.
+
+    Raises:
+        RaydpoError: if it fails. Committed log-probs and tokenised blocks stay in the cache.
+    """
+    spec, cache = open_reference(config, native_dtype())
+    console.say(reference_line(config, spec))
+    console.begin("tokenising the first pairs")
+    with Stream(config, console) as stream:
+        stored: dict[str, Any] = {"tokens": stream.sets.tokens, "light": stream.light}
+        return fill_cache(stream.windows(), spec, cache, config, console, beside=stream.progress, **stored)
+
+
+def score_prepared(
+    prepared: Prepared, console: Console, tables: list[pa.Table] | None = None, *, report: BuildReport | None = None
+) -> BuildReport:
     """Score what the cache lacks, then write the audit.
 
     Args:
         tables: pairs to score; None = those of ``prepared``.
+        report: of a build that has just scored them.
     """
-    config, cache = prepared.config, prepared.cache
+    config, cache, sets = prepared.config, prepared.cache, prepared.sets
     if config.needs_reference:
-        report = fill_cache(tables or prepared.tables, prepared.reference, cache, config, console)
+        if report is None:
+            stored = {"tokens": sets.tokens, "light": [source.light for source in sets.sources]} if tables is None else {}
+            report = fill_cache(tables or prepared.tables, prepared.reference, cache, config, console, **stored)
     else:
         console.say(f"reference: none; loss {config.train.loss_text} needs none, so nothing is scored")
         nothing = dict.fromkeys(("wanted", "hits", "scored", "by_others", "twice", "tokens", "parts"), 0)
@@ -56,9 +87,22 @@ def score_prepared(prepared: Prepared, console: Console, tables: list[pa.Table] 
 
 
 def fill_cache(
-    tables: list[pa.Table], spec: ReferenceSpec, cache: ReferenceCache, config: Config, console: Console
+    tables: Iterable[pa.Table],
+    spec: ReferenceSpec,
+    cache: ReferenceCache,
+    config: Config,
+    console: Console,
+    *,
+    tokens: TokenSource | None = None,
+    light: Sequence[pa.Table] | None = None,
+    beside: Callable[[], str] = str,
 ) -> BuildReport:
-    """Score the completions of tokenised pairs that ``cache`` lacks, with the workers of section ``score``."""
+    """Score the completions of tokenised pairs that ``cache`` lacks, with the workers of section ``score``.
+
+    Args:
+        tables, tokens, light: as the pairs, tokens and light rows of ``reference.build.build``.
+        beside: says what goes on beside it, for the progress line.
+    """
     resources = resources_for("score", config)
     line: ProgressLine | None = None
     with contextlib.ExitStack() as stack:  # the progress line begins once build knows what is missing
@@ -69,10 +113,12 @@ def fill_cache(
                 console.begin("scoring")
             if line is None:
                 console.begin("scoring: workers")
-                console.say(f"scoring {to_do:,} completions on {resources.workers} {resources.device} worker(s)")
+                first = "the first " if beside() else ""
+                console.say(f"scoring {first}{to_do:,} completions on {resources.workers} {resources.device} worker(s)")
                 wait_for_workers("score", config, resources, console)
                 line = stack.enter_context(console.progress("scoring", to_do, "completions"))
-            line.update(done)
+            line.total = to_do
+            line.update(done, beside())
 
         report = build(
             tables,
@@ -83,6 +129,8 @@ def fill_cache(
             note=console.say,
             tokens_per_batch=config.score.tokens_per_batch,
             tokens_per_part=config.score.tokens_per_part,
+            tokens=tokens,
+            light=light,
         )
     for problem in report.problems:
         console.warn(problem)

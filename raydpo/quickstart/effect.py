@@ -68,7 +68,8 @@ def measure_effect(config: Config) -> Effect | None:
         return None
     from raydpo.data.pairs import load_pairs
     from raydpo.evaluation.policy import find_policy
-    from raydpo.pipeline.prepare import open_reference, open_tokeniser
+    from raydpo.pipeline.prepare import open_reference
+    from raydpo.pipeline.tokenised import open_tokeniser
 
     tokeniser = open_tokeniser(config)
     held_out = load_pairs(config.data, tokeniser).eval

@@ -6,9 +6,10 @@ import pickle
 import random
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import chain, islice
 from typing import Any, Literal
 
 import numpy as np
@@ -16,6 +17,9 @@ import pyarrow as pa
 
 from raydpo.cluster.actors import over_actors
 from raydpo.cluster.resources import Resources
+from raydpo.data.index import KeyIndex
+from raydpo.data.rows import TokenSource
+from raydpo.data.select import TokenTables
 from raydpo.errors import CacheError, ModelError
 from raydpo.model.layout import PromptGroup
 from raydpo.model.selfcheck import CHECK_ROWS
@@ -23,16 +27,18 @@ from raydpo.reference.claims import Claims
 from raydpo.reference.identity import on_this_machine
 from raydpo.reference.part import builder_of
 from raydpo.reference.score import ReferenceSpec, Scorer, refuse_difference
-from raydpo.reference.shards import Shard, Wanted, missing_shards, still_missing
+from raydpo.reference.shards import Plan, Shard, Wanted, prompt_groups, read_groups, still_missing
 from raydpo.reference.store import ReferenceCache
 from raydpo.reference.team import TeamScorer
 
 __all__ = ["BuildReport", "build"]
 
 SHARDS_PER_WORKER = 8
-"""Shards per actor of a small job. Shards are then smaller than ``tokens_per_part``, so that all actors finish at about the
-same time and progress is visible."""
+"""Shards per actor of a small job, and of the beginning of a large one. Shards are then smaller than ``tokens_per_part``, so
+that all actors have work at once, finish at about the same time, and progress is visible."""
 MIN_SHARD_TOKENS = 2048
+CHECK_COMPLETIONS = 64
+"""Completions of the first shard that are read for the check of the layout, which takes a few prompts of them."""
 PATIENCE_SHARDS, PATIENCE_SECONDS = 2, 10.0
 """How long a build waits for the next part of another build that claimed the remaining completions: this many times the
 duration of its own longest shard, and at least this many seconds."""
@@ -72,7 +78,7 @@ class BuildReport:
 
 
 def build(
-    pairs: list[pa.Table],
+    pairs: Iterable[pa.Table],
     spec: ReferenceSpec,
     cache: ReferenceCache,
     resources: Resources,
@@ -81,6 +87,8 @@ def build(
     tokens_per_part: int,
     progress: Callable[[int, int], None],
     note: Callable[[str], None] = lambda line: None,
+    tokens: TokenSource | None = None,
+    light: Sequence[pa.Table] | None = None,
 ) -> BuildReport:
     """Score the completions of ``pairs`` that ``cache`` lacks.
 
@@ -90,10 +98,15 @@ def build(
     not arrive. So at most the shards in progress when another build started are scored twice.
 
     Args:
-        pairs: tables of tokenised pairs, for training and evaluation.
+        pairs: tables of tokenised pairs, for training and evaluation: a list of all, in any order; or an iterator that
+            yields one table for each window (see ``shards.WINDOWS``) as soon as it is known, while earlier ones are scored.
+            Both give the same shards.
         resources: number of actors and the resources of each.
-        progress: called with (completions done, completions to do), at the start and after each part.
+        progress: called with (completions done, completions to do), at the start and after each part. With an iterator the
+            second number grows.
         note: called once for each message of an actor to the user.
+        tokens: source of the pairs' tokens, which actors read. None = the tables themselves, which then travel once.
+        light: for each set its rows of ``data.rows.LIGHT_SCHEMA``, see ``heads.Heads``; only with ``tokens``.
 
     Raises:
         RaydpoError: what an actor raised.
@@ -101,64 +114,170 @@ def build(
     """
     start = time.perf_counter()
     cache.prepare({"model": spec.path, "adapter": spec.adapter})
-    wanted = Wanted(pairs)
-    covered = cache.covers(wanted.keys, wanted.tokens)
-    problems = tuple(cache.problems)
+    work = _Work(pairs, cache, tokens, light)
+    waiting = work.next_missing()
     cache.set_aside()
     before = _parts(cache)
-    hits = int(covered.sum())
     here = version("transformers")
     others = sorted(one for one in cache.transformers if one.split(".")[:2] != here.split(".")[:2])
-    if hits and others:
+    if work.hits and others:
         note(
             f"warning: stored log-probs were computed with transformers {', '.join(others)}, here is {here}: a release may "
             f"change what a model computes; 'raydpo cache verify {cache.storage} --config CONFIG' scores a sample again"
         )
-    to_do = len(wanted) - hits
-    tokens = parts = scored = found = 0  # found: scored by other builds
+    parts = scored_tokens = scored = found = 0  # found: scored by other builds
     told: set[str] = set()
-    if to_do:
-        progress(0, to_do)
+    if waiting is not None:
+        progress(0, work.to_do)
     try:
-        while not covered.all():
+        while waiting is not None:
             left, longest, first = 0, 0.0, None  # first: the sample of the first worker that answers
             known = _parts(cache) | {*Claims.names(cache)}
-            # Completions of one prompt are only split where they exceed a part, even if shards are smaller.
-            shard_tokens = _shard_tokens(wanted, tokens_per_part, resources.teams)
-            shards = missing_shards(wanted, covered, shard_tokens, tokens_per_part)
-            for row in _score_on_ray(shards, spec, cache, known, resources, tokens_per_batch, note):
+            shards = work.shards(waiting, tokens_per_part, resources.teams)
+            source = work.source
+            for row in _score_on_ray(shards, source, spec, cache, known, resources, tokens_per_batch, note):
                 sample = np.array(row["sample"], np.float32)
                 first = sample if first is None else first
                 _compare_workers(spec, cache, first, sample)
                 scored += row["completions"]
                 found += row["by_others"]
                 left += row["left"]
-                tokens += row["tokens"]
+                scored_tokens += row["tokens"]
                 parts += row["part"] is not None
                 longest = max(longest, row["seconds"])
                 for line in row["notes"]:
                     if line not in told:
                         told.add(line)
                         note(line)
-                progress(scored + found, to_do)
-            covered = cache.covers(wanted.keys, wanted.tokens)
-            if not covered.all():
-                lacking = np.flatnonzero(~covered)
+                progress(scored + found, work.to_do)
+            waiting = work.look_again()
+            if waiting is not None:
+                lacking, key = work.lacking()
                 if not left:
                     raise CacheError(
-                        f"after scoring, {len(lacking):,} completions are still missing from {cache.storage} "
-                        f"(first key {wanted.keys[int(lacking[0])].as_py().hex()}); run it again"
+                        f"after scoring, {lacking:,} completions are still missing from {cache.storage} "
+                        f"(first key {key}); run it again"
                         f"{''.join(f'; {problem}' for problem in cache.problems)}"
                     )
-                note(f"waiting for another build that is scoring {len(lacking):,} of the completions")
-                covered = _wait_for_others(cache, wanted, covered, max(PATIENCE_SECONDS, PATIENCE_SHARDS * longest))
-            found = int(covered.sum()) - hits - scored
-            progress(scored + found, to_do)
+                note(f"waiting for another build that is scoring {lacking:,} of the completions")
+                waiting = _wait_for_others(work, waiting, max(PATIENCE_SECONDS, PATIENCE_SHARDS * longest))
+            found = work.to_do - work.lacking()[0] - scored
+            progress(scored + found, work.to_do)
     finally:
-        if to_do:
+        if work.to_do:
             Claims(cache, frozenset()).clear()
-    counts = len(wanted), hits, scored, to_do - scored, cache.stored_twice(cache.builder, since=before)
-    return BuildReport(cache.identity.digest, *counts, tokens, time.perf_counter() - start, parts, problems)
+    counts = work.wanted, work.hits, scored, work.to_do - scored, cache.stored_twice(cache.builder, since=before)
+    seconds = time.perf_counter() - start
+    return BuildReport(cache.identity.digest, *counts, scored_tokens, seconds, parts, tuple(work.problems))
+
+
+class _Work:
+    """The windows of a build, and which of their completions the cache holds.
+
+    Args:
+        pairs, tokens, light: as those of ``build``.
+
+    Attributes:
+        wanted, hits: completions of the windows that are known, and those that the cache held when they became known.
+        problems: one sentence for each damaged file that was found before something was scored.
+        source: where the tokens are read.
+    """
+
+    def __init__(
+        self,
+        pairs: Iterable[pa.Table],
+        cache: ReferenceCache,
+        tokens: TokenSource | None,
+        light: Sequence[pa.Table] | None,
+    ) -> None:
+        self._cache = cache
+        self._known: list[Wanted] = []
+        self._tokens: list[int] = []  # of each window and all before it
+        self._covered: list[np.ndarray] = []
+        self.wanted = self.hits = 0
+        self.problems: list[str] = []
+        self.source: TokenSource | None = tokens
+        if isinstance(pairs, list):
+            everything = Wanted(pairs, tokens, light)
+            self.source = everything.source
+            self._coming: Iterator[Wanted] = iter(())
+            for window in everything.windows():
+                self._add(window)
+        elif tokens is None:
+            raise ValueError("pairs that become known one by one need tokens, where they are read; found None")
+        else:
+            self._coming = _distinct(Wanted([table], tokens, light) for table in pairs)
+
+    def _add(self, window: Wanted) -> None:
+        covered = self._cache.covers(window.keys, window.tokens)
+        self._known.append(window)
+        self._covered.append(covered)
+        tokens = window.tokens.sum(dtype=np.int64) + window.prompt_tokens.sum(dtype=np.int64)
+        self._tokens.append(int(tokens) + (self._tokens[-1] if self._tokens else 0))
+        self.wanted += len(window)
+        self.hits += int(covered.sum())
+        self.problems += [problem for problem in self._cache.problems if problem not in self.problems]
+
+    @property
+    def to_do(self) -> int:
+        """Completions of the known windows that the cache lacked."""
+        return self.wanted - self.hits
+
+    def next_missing(self) -> int | None:
+        """Number of the first window that lacks something; windows are taken until there is one. None = there is none."""
+        number = 0
+        while number < len(self._known) or self._take():
+            if not self._covered[number].all():
+                return number
+            number += 1
+        return None
+
+    def _take(self) -> bool:
+        """Wait for the next window. False = there is none."""
+        window = next(self._coming, None)
+        if window is not None:
+            self._add(window)
+        return window is not None
+
+    def look_again(self) -> int | None:
+        """Ask the cache again what it holds. Returns the number of the first window that lacks something."""
+        for number, window in enumerate(self._known):
+            if not self._covered[number].all():
+                self._covered[number] = self._cache.covers(window.keys, window.tokens)
+        return self.next_missing()
+
+    def lacking(self) -> tuple[int, str]:
+        """Number of completions that the cache lacked when it was last asked, and the key of the first one."""
+        keys = [window.key_bytes(np.flatnonzero(~covered)[:1]) for window, covered in self._both()]
+        return sum(int((~covered).sum()) for _, covered in self._both()), next((one[0].hex() for one in keys if one), "")
+
+    def _both(self) -> Iterator[tuple[Wanted, np.ndarray]]:
+        return zip(self._known, self._covered, strict=True)
+
+    def shards(self, first: int, tokens_per_part: int, teams: int) -> Iterator[Shard]:
+        """Shards of what is missing, from window ``first`` on. Windows are planned, and taken, when their turn comes.
+
+        Every builder takes the shards of a window in an order of its own.
+        """
+        number = first
+        while number < len(self._known) or self._take():
+            window, covered = self._known[number], self._covered[number]
+            if not covered.all():
+                # Completions of one prompt are only split where they exceed a part, even if shards are smaller.
+                tokens = _shard_tokens(self._tokens[number], tokens_per_part, teams)
+                plan = Plan(window, tokens, tokens_per_part)
+                yield from plan.missing(covered, random.Random(f"{self._cache.builder} {number}"))
+            number += 1
+
+
+def _distinct(windows: Iterable[Wanted]) -> Iterator[Wanted]:
+    """The windows without the completions that an earlier one has."""
+    earlier = KeyIndex()
+    for window in windows:
+        new = window.beyond(earlier)
+        new.add_to(earlier)
+        if len(new):
+            yield new
 
 
 def _compare_workers(spec: ReferenceSpec, cache: ReferenceCache, one: np.ndarray, other: np.ndarray) -> None:
@@ -178,25 +297,32 @@ def _parts(cache: ReferenceCache) -> set[str]:
     return {path.rsplit("/", 1)[-1] for path in cache.paths()}
 
 
-def _wait_for_others(cache: ReferenceCache, wanted: Wanted, covered: np.ndarray, patience: float) -> np.ndarray:
-    """Wait until others have committed all or added nothing for ``patience`` seconds. Returns the new ``covered``."""
-    since = time.monotonic()
-    while not covered.all() and time.monotonic() - since < patience:
+def _wait_for_others(work: _Work, waiting: int | None, patience: float) -> int | None:
+    """Wait until others have committed all or added nothing for ``patience`` seconds.
+
+    Args:
+        waiting: first window that lacks something.
+
+    Returns:
+        The first window that still does, or None.
+    """
+    since, lacking = time.monotonic(), work.lacking()[0]
+    while waiting is not None and time.monotonic() - since < patience:
         time.sleep(1)
-        now = cache.covers(wanted.keys, wanted.tokens)
-        if now.sum() > covered.sum():
-            since = time.monotonic()
-        covered = now
-    return covered
+        waiting = work.look_again()
+        if (now := work.lacking()[0]) < lacking:
+            since, lacking = time.monotonic(), now
+    return waiting
 
 
-def _shard_tokens(wanted: Wanted, tokens_per_part: int, actors: int) -> int:
-    total = int(wanted.tokens.sum(dtype=np.int64) + wanted.prompt_tokens.sum(dtype=np.int64))
+def _shard_tokens(total: int, tokens_per_part: int, actors: int) -> int:
+    """Tokens of the shards of a window. ``total``: all tokens up to its end, since later windows may not be known yet."""
     return min(tokens_per_part, max(MIN_SHARD_TOKENS, total // (SHARDS_PER_WORKER * actors)))
 
 
 def _score_on_ray(
-    shards: Iterable[Shard],
+    shards: Iterator[Shard],
+    source: TokenSource,
     spec: ReferenceSpec,
     cache: ReferenceCache,
     known: set[str],
@@ -206,19 +332,17 @@ def _score_on_ray(
 ) -> Any:
     import ray
 
-    # One row per shard and one block per row, so that a task is exactly one shard. Blocks go to the object store one by one,
-    # which spills to disk.
-    check_rows: list[PromptGroup] = []
-    blocks = []
-    for shard in shards:
-        check_rows = check_rows or shard.prompt_groups()[:CHECK_ROWS]
-        blocks.append(ray.put(pa.table({"shard": [pickle.dumps(shard)]})))
-    random.Random(cache.builder).shuffle(blocks)
-    alone = min(resources.teams, len(blocks)) == 1
+    first = list(islice(shards, 2))
+    if not first:
+        return
+    check_rows = prompt_groups(read_groups(first[0].take(slice(CHECK_COMPLETIONS)), source))[:CHECK_ROWS]
+    alone = min(resources.teams, len(first)) == 1
+    tokens = ray.put(source) if isinstance(source, TokenTables) else source
     arguments = (spec, cache.storage.uri, cache.builder, frozenset(known), resources, tokens_per_batch, check_rows, alone)
-    # Two calls at once: while one shard is computed, the previous one is written, or the next one is unpacked and claimed.
+    # Two calls at once: while one shard is computed, the previous one is written, or the next one is read and claimed.
     given = {"calls_at_once": 2, "environment": resources.environment, "tell": tell}
-    yield from over_actors(_ScoreShard, arguments, blocks, resources, "scoring the reference", **given)
+    blocks = (pa.table({"shard": [pickle.dumps(shard)]}) for shard in chain(first, shards))
+    yield from over_actors(_ScoreShard, (tokens, *arguments), blocks, resources, "scoring the reference", **given)
 
 
 class _ScoreShard:
@@ -226,6 +350,7 @@ class _ScoreShard:
 
     def __init__(
         self,
+        tokens: Any,
         spec: ReferenceSpec,
         cache_uri: str,
         builder: str,
@@ -237,6 +362,11 @@ class _ScoreShard:
     ) -> None:
         import torch
 
+        if not hasattr(tokens, "rows"):  # a reference to an object in Ray's store
+            import ray
+
+            tokens = ray.get(tokens)
+        self.tokens: TokenSource = tokens
         if resources.threads is not None:
             torch.set_num_threads(resources.threads)
         self.threads = resources.threads
@@ -262,22 +392,24 @@ class _ScoreShard:
             known, builder = self.known, self.cache.builder
             open_ = still_missing(planned, self.cache, skip=lambda name: name in known or builder_of(name) == builder)
             shard, claim = self.claims.take(open_)
+            groups = read_groups(shard, self.tokens)
         with self.computing:
             if self.threads is not None:
                 torch.set_num_threads(self.threads)  # OpenMP keeps this number per calling thread
             started = time.perf_counter()
-            scored = self.scorer.score(shard.prompt_groups())
+            scored = self.scorer.score(prompt_groups(groups))
             seconds = time.perf_counter() - started
         logps = [values for group in scored for values in group]
-        name = self.cache.commit([one.key for one in shard.completions], logps, self.scorer.provenance) if logps else None
+        keys = [one.key for group in groups for one in group]
+        name = self.cache.commit(keys, logps, self.scorer.provenance) if logps else None
         if claim is not None:
             self.claims.release(claim)
         return pa.table(
             {
                 "part": pa.array([name], pa.string()),
                 "completions": [len(logps)],
-                "by_others": [len(planned.completions) - len(open_.completions)],
-                "left": [len(open_.completions) - len(logps)],
+                "by_others": [len(planned) - len(open_)],
+                "left": [len(open_) - len(logps)],
                 "tokens": [shard.tokens],
                 "seconds": [seconds],
                 "sample": pa.array([self.scorer.sample], pa.list_(pa.float32())),

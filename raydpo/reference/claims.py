@@ -55,13 +55,14 @@ class Claims:
                 completions).
         """
         shard = _unclaimed(shard, self._of_others())
-        if not shard.groups:
+        if not len(shard):
             return shard, None
-        rows = np.array([(one.key, len(one.tokens)) for one in shard.completions], _ROWS)
+        rows = np.empty(len(shard), _ROWS)
+        rows["key"], rows["tokens"] = shard.keys.view("V16")[:, 0], shard.needed
         mine = f"{time.time_ns():020d}-{self.cache.builder}-{uuid.uuid4().hex}.keys"
         self.cache.storage.write(self._path(mine), rows.tobytes())
         shard = _unclaimed(shard, self._of_others(before=mine))
-        if not shard.groups:
+        if not len(shard):
             self.release(mine)
             return shard, None
         return shard, mine
@@ -109,4 +110,5 @@ def _builder(name: str) -> str:
 
 
 def _unclaimed(shard: Shard, claimed: dict[bytes, int]) -> Shard:
-    return shard.without({one.key for one in shard.completions if claimed.get(one.key, -1) >= len(one.tokens)})
+    taken = [claimed.get(key.tobytes(), -1) >= needed for key, needed in zip(shard.keys, shard.needed, strict=True)]
+    return shard.take(~np.array(taken, bool))

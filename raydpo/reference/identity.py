@@ -33,6 +33,7 @@ __all__ = [
     "QUANTIZED",
     "ReferenceIdentity",
     "differs_from_its_tie",
+    "directory_here",
     "earlier_identity",
     "identify",
     "on_this_machine",
@@ -229,13 +230,14 @@ def on_this_machine(spec: Spec) -> Spec:
         ModelError: if the hub does not provide the files, or the bucket holds other files by now.
     """
     places = {name: place for name in ("path", "adapter") if (place := getattr(spec, name, None))}
-    here = {name: _local(place) for name, place in places.items()}
+    here = {name: directory_here(place) for name, place in places.items()}
     if getattr(spec, "origin", None) is not None:
         here["adapter" if "adapter" in here else "path"] = spec.origin.here()
     return dataclasses.replace(spec, **here)
 
 
-def _local(directory: str) -> str:
+def directory_here(directory: str) -> str:
+    """The directory on this machine that another one calls ``directory``; see ``on_this_machine``."""
     snapshot = re.search(r"/models--([^/]+)/snapshots/([0-9a-f]{40})/?$", directory)
     if snapshot is None:
         return directory

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from raydpo.errors import CacheError
 from raydpo.reference.join import join
 from raydpo.reference.part import KEY_TYPE
 from raydpo.reference.score import Scorer
-from raydpo.reference.shards import Completion, plan_shards
+from raydpo.reference.shards import Completion, grouped, prompt_groups
 from raydpo.reference.store import PARTS, UNVERIFIED, ReferenceCache
 
 __all__ = [
@@ -187,13 +187,14 @@ def _compare(
 ) -> list[dict[str, Any]]:
     """Key, tokens, mean difference, its tolerance, and most different token with both values, of each completion."""
     rows: list[dict[str, Any]] = []
-    for shard in plan_shards(completions, 8 * TOKENS_PER_BATCH):
-        scored = [values for group in scorer.score(shard.prompt_groups()) for values in group]
-        tokens = np.array([len(one.tokens) for one in shard.completions], np.int32)
-        keys = pa.array([one.key for one in shard.completions], KEY_TYPE)
+    for groups in _portions(grouped(completions)):
+        together = [one for group in groups for one in group]
+        scored = [values for group in scorer.score(prompt_groups(groups)) for values in group]
+        tokens = np.array([len(one.tokens) for one in together], np.int32)
+        keys = pa.array([one.key for one in together], KEY_TYPE)
         found = cache.lookup(keys)
         sums = join(cache, as_bytes(keys), tokens).sums
-        for index, (one, live) in enumerate(zip(shard.completions, scored, strict=True)):
+        for index, (one, live) in enumerate(zip(together, scored, strict=True)):
             row = found["logps"][index]
             if row.is_valid and len(row) >= len(live):
                 values = row.values.to_numpy()[: len(live)]
@@ -207,6 +208,20 @@ def _compare(
                 detail = {"token": None, "stored": float(sums[index]), "live": live_sum}
             rows.append({"key": one.key.hex(), "tokens": len(live), "mean": mean, "tolerance": allowed, **detail})
     return rows
+
+
+def _portions(groups: Sequence[tuple[Completion, ...]]) -> Iterator[list[tuple[Completion, ...]]]:
+    """Groups that are scored at once."""
+    portion: list[tuple[Completion, ...]] = []
+    filled = 0
+    for group in groups:
+        portion.append(group)
+        filled += sum(one.length for one in group)
+        if filled >= 8 * TOKENS_PER_BATCH:
+            yield portion
+            portion, filled = [], 0
+    if portion:
+        yield portion
 
 
 def _problem(worst: dict[str, Any]) -> str | None:

@@ -168,10 +168,10 @@ class ProgressLine:
         self._task = bar.add_task(label, total=total, completed=done, rate="", extra="") if bar else None
 
     def update(self, done: int, extra: str = "") -> None:
-        """Show that ``done`` of ``total`` are finished, with ``extra`` behind the rate."""
+        """Show that ``done`` of ``total`` are finished, with ``extra`` behind the rate. ``total`` may be set before."""
         self.done, self.extra = done, extra
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=done, rate=self._rate(), extra=extra)
+            self._bar.update(self._task, total=self.total, completed=done, rate=self._rate(), extra=extra)
         elif time.monotonic() - self.printed >= LINE_INTERVAL and done < self.total:
             self._print_line()
 

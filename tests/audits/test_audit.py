@@ -10,12 +10,12 @@ from browser import BROWSER, look, widths
 from kernel import tokenised
 from tiny import make_tokenizer, preferences
 
-from raydpo.audits import audit_pairs, summary_lines, write_audit
+from raydpo.audits import audit_pairs, draw, summary_lines, write_audit
 from raydpo.audits.advice import advise
 from raydpo.audits.measure import figures, separation
 from raydpo.config import ObjectiveConfig
 from raydpo.config.filter import PairFilter
-from raydpo.data.facts import pair_facts
+from raydpo.data.facts import digests, pair_facts
 from raydpo.data.filter import pairs_to_keep
 from raydpo.pages.text import shown
 from raydpo.storage.files import Storage
@@ -34,7 +34,8 @@ def audited(records, chosen=None, rejected=None, max_length=512, seed=0):
     ]
     decode = make_tokenizer().batch_decode
     scores = {"tiny": {"reversed": 3, "tied": 1, "compared": 1234, "columns": ["score_chosen", "<b>score_rejected"]}}
-    return audit_pairs(pair_facts(table, *sums), table, decode, meta=META, identical={"tiny": 2}, scores=scores)
+    sample = draw(digests(table["prompt_ids"]), 0)
+    return audit_pairs(pair_facts(table, *sums), table, decode, sample, meta=META, identical={"tiny": 2}, scores=scores)
 
 
 def frame(difference, margin, chosen_tokens=50):

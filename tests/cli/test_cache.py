@@ -27,7 +27,7 @@ def place(tmp_path_factory, tiny_llama):
     from raydpo.config import load_config
     from raydpo.pipeline.prepare import Prepared
     from raydpo.reference.score import Scorer
-    from raydpo.reference.shards import Wanted, plan_shards
+    from raydpo.reference.shards import Wanted, plan_shards, prompt_groups, read_groups
     from raydpo.terminal.console import Console
 
     place = tmp_path_factory.mktemp("cache-cli")
@@ -43,9 +43,11 @@ def place(tmp_path_factory, tiny_llama):
     prepared = Prepared.of(load_config(place / "config.yaml"), Console(io.StringIO()))
     prepared.cache.prepare({"model": str(tiny_llama)})
     scorer = Scorer(prepared.reference, device="cpu", tokens_per_batch=1000)
-    for shard in plan_shards(Wanted(prepared.tables), 600):
-        scored = [values for group in scorer.score(shard.prompt_groups()) for values in group]
-        prepared.cache.commit([one.key for one in shard.completions], scored, scorer.provenance)
+    wanted = Wanted(prepared.tables)
+    for shard in plan_shards(wanted, 600):
+        groups = read_groups(shard, wanted.source)
+        scored = [values for group in scorer.score(prompt_groups(groups)) for values in group]
+        prepared.cache.commit([one.key for group in groups for one in group], scored, scorer.provenance)
     return place
 
 

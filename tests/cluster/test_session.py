@@ -35,7 +35,7 @@ def processes_with_gpus():
     train = _ray_trainer(print, {}, TrainConfig(), Resources(1, 1.0, 1), sys.argv[1])
     given = train.run_config.worker_runtime_env
     environment = Resources(1, 1.0, 1).environment
-    block = ray.put(pa.table({"n": [1]}))
+    block = pa.table({"n": [1]})
     rows = over_actors(Scorer, (), [block], Resources(1, 0.0, 1), "scoring", environment=environment)
     return [next(iter(rows))["told"], _Workers._get_worker_runtime_env(given)["env_vars"]]
 

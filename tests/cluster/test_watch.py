@@ -22,7 +22,7 @@ class Slow:
 
 watch.QUIET_SECONDS = 1.0
 ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False, object_store_memory=1 << 27)
-blocks = [ray.put(pa.table({"seconds": [seconds]})) for seconds in (0.1, 4.5)]
+blocks = [pa.table({"seconds": [seconds]}) for seconds in (0.1, 4.5)]
 lines = []
 rows = [row["process"] for row in over_actors(Slow, (), blocks, Resources(1, 0.0, 1), "scoring", tell=lines.append)]
 print(json.dumps([rows, lines, len(_internal_kv_list("watch/", namespace=b"raydpo"))]))

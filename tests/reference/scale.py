@@ -1,33 +1,47 @@
 """Measure time and memory of planning and of the training join with made-up pairs; run by hand.
 
     python tests/reference/scale.py /a/place/on/disk --pairs 5000000 --missing 0.01
+    python tests/reference/scale.py /a/place/on/disk --plan --pairs 10000000 --missing 0.5
 
-Makes a cache and pairs once (minutes, 6 GB), then measures in a new process: finding the missing completions, planning the
-shards to score, and joining the log-probs to the pairs.
+The first makes a cache and pairs once (minutes, 6 GB), then measures in a new process: finding the missing completions,
+planning the shards to score, and joining the log-probs to the pairs. The second makes light rows only (1.5 GB), as those of
+a stored set, and measures the plan of all shards.
+
+    python tests/reference/scale.py pairs.jsonl --positions --model DIRECTORY
+
+counts the token positions of scoring real pairs in the tree layout: planned in windows, at once, and from whole prompts.
 """
 
 from __future__ import annotations
 
 import argparse
+import pickle
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+from families import planned_by_families, positions
 
-from raydpo.data.pairs import PAIR_SCHEMA
+from raydpo.config import DataConfig
+from raydpo.data.index import KeyIndex, as_bytes
+from raydpo.data.pairs import PAIR_SCHEMA, load_pairs
 from raydpo.data.spool import spooled
+from raydpo.data.tokenise import Tokeniser, load_tokenizer
+from raydpo.reference import shards
 from raydpo.reference.identity import ReferenceIdentity
 from raydpo.reference.pairs import reference_values
 from raydpo.reference.part import KEY_TYPE
-from raydpo.reference.shards import Wanted, missing_shards
+from raydpo.reference.shards import Plan, Wanted, plan_shards, prompt_groups, read_groups
 from raydpo.reference.store import ReferenceCache
 
 IDENTITY = ReferenceIdentity(weights="1" * 64, architecture="a" * 64, adapter=None, dtype="float32")
 ROWS_PER_PART, PAIRS_PER_TABLE = 25_000, 100_000
+PART_TOKENS, BATCH = 262_144, 16_384
 PROMPT_TOKENS, SHORTEST, LONGEST = 40, 20, 101
 
 
@@ -82,7 +96,112 @@ def make(place: Path, pairs: int) -> None:
             )
 
 
-def measure(place: Path, missing: float) -> None:
+def make_light(place: Path, pairs: int) -> None:
+    """Light rows as a stored set has them, in blocks, and a table of the same pairs without tokens."""
+    rng, keys, tokens = np.random.default_rng(2), keys_of(2 * pairs), tokens_of(2 * pairs)
+    light_schema = pa.schema([("head", pa.binary(64)), ("prompt_hash", pa.uint64())])
+    lists = pa.list_view(pa.int32())
+    schema = pa.schema(
+        [
+            ("set", pa.int16()),
+            ("place", pa.int64()),
+            *((f"{name}_ids", lists) for name in ("prompt", "chosen", "rejected")),
+            *((f"{side}_key", KEY_TYPE) for side in ("chosen", "rejected")),
+        ]
+    )
+    flat, hashes = pa.array(np.zeros(1000, np.int32)), rng.integers(0, 1 << 63, pairs, dtype=np.uint64)
+    with (
+        pa.OSFile(str(place / "light.arrow"), "wb") as light_file,
+        pa.ipc.new_file(light_file, light_schema) as light,
+        pa.OSFile(str(place / "table.arrow"), "wb") as table_file,
+        pa.ipc.new_file(table_file, schema) as table,
+    ):
+        for start in range(0, pairs, 8192):
+            count = min(8192, pairs - start)
+            ids = np.minimum(rng.zipf(1.3, (count, 24)), 100_000).astype(np.uint64)
+            again = np.flatnonzero(
+                rng.random(count) < 0.2
+            )  # another pair with the prompt before it, or one that continues it
+            ids[again] = ids[again - 1]
+            mine = hashes[start : start + count]
+            mine[again[::2]] = mine[again[::2] - 1]
+            heads = (ids[:, ::3] << np.uint64(42) | ids[:, 1::3] << np.uint64(21) | ids[:, 2::3]).astype(">u8")
+            column = pa.FixedSizeBinaryArray.from_buffers(pa.binary(64), count, [None, pa.py_buffer(heads.tobytes())])
+            light.write_batch(pa.record_batch([column, pa.array(mine)], schema=light_schema))
+            prompts = (50 + mine % np.uint64(250)).astype(np.int32)
+            chosen, rejected = (slice(start + side * pairs, start + side * pairs + count) for side in (0, 1))
+            zeros = pa.array(np.zeros(count, np.int32))
+            columns = [pa.array(np.zeros(count, np.int16)), pa.array(np.arange(start, start + count))]
+            columns += [
+                pa.ListViewArray.from_arrays(zeros, pa.array(sizes), flat)
+                for sizes in (prompts, tokens[chosen], tokens[rejected])
+            ]
+            columns += [binary(keys[chosen]), binary(keys[rejected])]
+            table.write_batch(pa.record_batch(columns, schema=schema))
+
+
+class NoTokens:
+    """Stands for the tokens of stored sets, which a plan does not read."""
+
+    def rows(self, sets: np.ndarray, places: np.ndarray) -> list[tuple[np.ndarray, ...]]:
+        raise AssertionError("a plan needs no tokens")
+
+
+def measure_plan(place: Path, missing: float) -> None:
+    """The stored keys stand for the index of a cache that holds the other completions."""
+    light, table = (pa.ipc.open_file(pa.memory_map(str(place / f"{name}.arrow"))).read_all() for name in ("light", "table"))
+    peak = watched()
+    start = time.process_time()
+    stored = KeyIndex()
+    keys = keys_of(2 * table.num_rows)[: int((1 - missing) * 2 * table.num_rows)]
+    stored.add((keys, np.full(len(keys), LONGEST, np.int32), 0))
+    del keys
+    print(f"index of the cache: {time.process_time() - start:.1f} CPU s for {len(stored.keys):,} rows, {peak()}")
+    start = time.process_time()
+    wanted = Wanted([table], NoTokens(), [light])
+    print(f"distinct: {time.process_time() - start:.1f} CPU s for {len(wanted):,} of {2 * table.num_rows:,}, {peak()}")
+    whole = time.process_time() - start
+    shards = completions = size = 0
+    for number, window in enumerate(wanted.windows()):
+        start = time.process_time()
+        covered = stored.find(as_bytes(window.keys)) >= 0
+        found = time.process_time()
+        plan = Plan(window, PART_TOKENS)
+        planned = time.process_time()
+        print(
+            f"window {number}: {len(window):,} completions, present {found - start:.1f} CPU s, "
+            f"plan {planned - found:.1f} CPU s, {len(plan):,} shards, {peak()}"
+        )
+        for shard in plan.missing(covered):
+            shards, completions, size = shards + 1, completions + len(shard), size + len(pickle.dumps(shard))
+        print(f"shards made and pickled: {time.process_time() - planned:.1f} CPU s, {peak()}")
+        whole += time.process_time() - start
+    each = size / max(1, completions)
+    print(f"all: {whole:.1f} CPU s; {shards:,} shards of {completions:,} completions, {each:.1f} B each")
+
+
+def measure_positions(data: Path, model: Path) -> None:
+    """Windows are those of 270,000 and of 10 million pairs, made smaller as the data are."""
+    config = DataConfig(train=str(data), max_dropped=1.0, max_malformed=1.0)
+    sets = load_pairs(config, Tokeniser(load_tokenizer(str(model))))
+    known = {"tokens": sets.tokens, "light": [source.light for source in sets.sources]}
+    count = sets.train.num_rows
+    print(f"{count:,} pairs")
+    usual = shards.WINDOWS
+    everything = [list(Wanted([sets.train], **known))]
+    for part in (20_000, PART_TOKENS):
+        exact = sum(positions(prompt_groups(groups), BATCH) for groups in planned_by_families(*everything, part))
+        print(f"shards of {part:,} tokens: {exact:,} positions from whole prompts")
+        for name, pairs in (("at once", 1), ("in windows of 10M", 10_000_000), ("in windows of 270k", 270_000)):
+            shards.WINDOWS = tuple(round(first * count / pairs) if pairs > 1 else (first and 10**9) for first in usual)
+            wanted = Wanted([sets.train], **known)
+            plan = plan_shards(wanted, part)
+            mine = sum(positions(prompt_groups(read_groups(one, wanted.source)), BATCH) for one in plan)
+            print(f"    {name}: {mine:,}, {mine / exact:.4f} of these")
+
+
+def watched() -> Callable[[], str]:
+    """Watch this process's memory. What is returned tells the peak so far."""
     peak = {"RssAnon": 0, "RssFile": 0, "VmRSS": 0}
 
     def watch() -> None:
@@ -93,6 +212,14 @@ def measure(place: Path, missing: float) -> None:
             time.sleep(0.02)
 
     threading.Thread(target=watch, daemon=True).start()
+    return lambda: (
+        f"peak memory {peak['VmRSS'] / 2**20:.2f} GiB, of which at most {peak['RssAnon'] / 2**20:.2f} GiB are the process's "
+        f"own and {peak['RssFile'] / 2**20:.2f} GiB pages of files"
+    )
+
+
+def measure(place: Path, missing: float) -> None:
+    peak = watched()
     source = pa.ipc.open_file(pa.OSFile(str(place / "pairs.arrow")))
     batches = (source.get_batch(index) for index in range(source.num_record_batches))
     table = spooled((pa.Table.from_batches([batch]) for batch in batches), PAIR_SCHEMA)
@@ -105,20 +232,18 @@ def measure(place: Path, missing: float) -> None:
     covered[: int(missing * len(covered))] = False
     planned = time.perf_counter()
     shards = completions = 0
-    for shard in missing_shards(wanted, covered, 262_144):
-        shards, completions = shards + 1, completions + len(shard.completions)
+    for window in wanted.windows():
+        for _shard in Plan(window, PART_TOKENS).missing(covered[completions : completions + len(window)]):
+            shards += 1
+        completions += len(window)
     sharded = time.perf_counter()
     chosen, rejected = reference_values(table, cache)
     assert not np.isnan(chosen.sums).any() and not np.isnan(rejected.sums).any()
     done = time.perf_counter()
     print(f"wanted minus present: {planned - start:.1f} s for {len(wanted):,} completions")
-    print(f"shards of the missing: {sharded - planned:.1f} s for {completions:,} completions in {shards:,} shards")
+    print(f"shards of the missing: {sharded - planned:.1f} s in {shards:,} shards")
     print(f"join: {done - sharded:.1f} s for {len(chosen.values) + len(rejected.values):,} log-probs")
-    print(
-        f"all: {done - start:.1f} s; peak memory {peak['VmRSS'] / 2**20:.2f} GiB, of which at most "
-        f"{peak['RssAnon'] / 2**20:.2f} GiB "
-        f"are the process's own and {peak['RssFile'] / 2**20:.2f} GiB pages of files"
-    )
+    print(f"all: {done - start:.1f} s; {peak()}")
 
 
 def main() -> None:
@@ -127,13 +252,21 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=5_000_000)
     parser.add_argument("--missing", type=float, default=0.01)
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--plan", action="store_true", help="measure the plan of light rows")
+    parser.add_argument("--positions", action="store_true", help="count positions of scoring the pairs in the file")
+    parser.add_argument("--model", type=Path, help="directory of the tokenizer")
     args = parser.parse_args()
-    if args.measure:
-        measure(args.place, args.missing)
+    if args.positions:
+        measure_positions(args.place, args.model)
         return
-    if not (args.place / "pairs.arrow").exists():
-        make(args.place, args.pairs)
-    subprocess.run([sys.executable, __file__, str(args.place), "--missing", str(args.missing), "--measure"], check=True)
+    if args.measure:
+        (measure_plan if args.plan else measure)(args.place, args.missing)
+        return
+    args.place.mkdir(parents=True, exist_ok=True)
+    if not (args.place / ("light.arrow" if args.plan else "pairs.arrow")).exists():
+        (make_light if args.plan else make)(args.place, args.pairs)
+    command = [sys.executable, __file__, str(args.place), "--missing", str(args.missing), "--measure"]
+    subprocess.run([*command, *(["--plan"] if args.plan else [])], check=True)
 
 
 if __name__ == "__main__":

@@ -91,15 +91,15 @@ def test_new_data_scores_only_the_new_rows(job, tmp_path, tiny_llama):
     from kernel import tiny_pairs
 
     from raydpo.reference.identity import identify
-    from raydpo.reference.shards import Wanted, missing_shards
+    from raydpo.reference.shards import Plan, Wanted
     from raydpo.reference.store import ReferenceCache
 
     cache = ReferenceCache.open(str(tmp_path / "cache"), identify(tiny_llama, "float32"))
     old = Wanted([tiny_pairs(10)])
     cache.commit([one.key for one in old], [np.full(len(one.tokens), -1.0, np.float32) for one in old], {})
     wanted = Wanted([tiny_pairs(25)])
-    missing = missing_shards(wanted, cache.covers(wanted.keys, wanted.tokens), 500)
-    keys = {one.key for shard in missing for one in shard.completions}
+    missing = Plan(wanted, 500).missing(cache.covers(wanted.keys, wanted.tokens))
+    keys = {key.tobytes() for shard in missing for key in shard.keys}
     assert len(keys) == 2 * 15 and not keys & {one.key for one in old}
 
 

@@ -13,7 +13,7 @@ from raydpo.reference import build, compact
 from raydpo.reference.claims import CLAIMS, Claims
 from raydpo.reference.compact import find_garbage
 from raydpo.reference.part import KEY_TYPE
-from raydpo.reference.shards import Completion, Shard
+from raydpo.reference.shards import Shard
 from raydpo.reference.store import ReferenceCache
 
 KEYS = rows(6)[0]
@@ -21,11 +21,22 @@ PROMPT = np.arange(3, dtype=np.int32)
 
 
 def shard(*numbers, tokens=4):
-    return Shard((tuple(Completion(KEYS[number], PROMPT, np.zeros(tokens, np.int32)) for number in numbers),))
+    """Chosen completions of the pairs at these places."""
+    count = len(numbers)
+    keys = np.frombuffer(b"".join(KEYS[number] for number in numbers), np.uint8).reshape(-1, 16)
+    needed, prompts = (np.full(count, length, np.int32) for length in (tokens, len(PROMPT)))
+    return Shard(np.zeros(count, np.int16), np.array(numbers), np.zeros(count, np.uint8), needed, prompts, keys)
+
+
+class Tokens:
+    """Tokens of any pair."""
+
+    def rows(self, sets, places):
+        return [(PROMPT, np.zeros(9, np.int32), np.zeros(9, np.int32)) for _ in places]
 
 
 def taken(found):
-    return [KEYS.index(one.key) for one in found[0].completions]
+    return [KEYS.index(key.tobytes()) for key in found[0].keys]
 
 
 @pytest.fixture
@@ -46,7 +57,8 @@ def test_what_another_one_scores_is_left_to_it_until_it_takes_its_claim_back(bui
     assert taken(mine) == [0, 1, 2]
     theirs = two.take(shard(1, 2, 3))
     assert taken(theirs) == [3], "row by row: two users' data need not be cut alike"
-    assert two.take(shard(0, 1)) == (Shard(()), None)
+    none, claim = two.take(shard(0, 1))
+    assert len(none) == 0 and claim is None
     one.release(mine[1])
     assert taken(two.take(shard(0, 1))) == [0, 1]
 
@@ -107,7 +119,7 @@ def test_of_claims_of_the_same_moment_the_least_name_keeps_it(builder):
     for thread in threads:
         thread.join(30)
     assert sorted(len(taken(found[who])) for who in (one, two)) == [0, 2]
-    winner = max(found.values(), key=lambda entry: len(entry[0].completions))
+    winner = max(found.values(), key=lambda entry: len(entry[0]))
     assert Claims.names(one.cache) == [winner[1]], "the other one took its claim back"
 
 
@@ -147,7 +159,7 @@ def test_the_next_shard_is_claimed_while_one_is_computed(builder):
     """On a store that takes a second to answer, the GPU does not wait for it."""
     claims, scoring = builder(), Scoring()
     actor = object.__new__(build._ScoreShard)
-    vars(actor).update(cache=claims.cache, claims=claims, known=claims.known, threads=None, scorer=scoring)
+    vars(actor).update(cache=claims.cache, claims=claims, known=claims.known, threads=None, scorer=scoring, tokens=Tokens())
     actor.planning, actor.computing = threading.Lock(), threading.Lock()
     blocks = [pa.table({"shard": [pickle.dumps(shard(*numbers))]}) for numbers in ((0, 1), (2, 3))]
     with ThreadPoolExecutor(2) as calls:

@@ -13,7 +13,7 @@ from tiny import preferences, write_preferences
 from raydpo.config import load_config
 from raydpo.pipeline.prepare import Prepared
 from raydpo.reference.score import Scorer
-from raydpo.reference.shards import Wanted, missing_shards, plan_shards
+from raydpo.reference.shards import Wanted, plan_shards, prompt_groups, read_groups
 from raydpo.terminal.console import Console
 
 COUNT = 12
@@ -52,10 +52,11 @@ def prepare(place, overrides=(), change=None):
 
 def fresh(prepared):
     """(completion, log-probs scored now) of everything wanted."""
-    shards = plan_shards(Wanted(prepared.tables), 2000)
+    wanted = Wanted(prepared.tables)
     scorer = Scorer(prepared.reference, device="cpu", tokens_per_batch=prepared.config.score.tokens_per_batch)
-    for shard in shards:
-        for group, scored in zip(shard.groups, scorer.score(shard.prompt_groups()), strict=True):
+    for shard in plan_shards(wanted, 2000):
+        groups = read_groups(shard, wanted.source)
+        for group, scored in zip(groups, scorer.score(prompt_groups(groups)), strict=True):
             yield from zip(group, scored, strict=True)
 
 
@@ -66,8 +67,8 @@ def fill(prepared):
 
 def missing_keys(prepared):
     wanted = Wanted(prepared.tables)
-    shards = missing_shards(wanted, prepared.cache.covers(wanted.keys, wanted.tokens), 2000)
-    return {one.key for shard in shards for one in shard.completions}
+    covered = prepared.cache.covers(wanted.keys, wanted.tokens)
+    return {one.key for one, there in zip(wanted, covered, strict=True) if not there}
 
 
 def share_of_hits(prepared):

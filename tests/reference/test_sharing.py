@@ -4,7 +4,6 @@ The same with both is in test_build_together.py and sweep/test_two_users.py.
 """
 
 import pickle
-import random
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -63,12 +62,10 @@ class SlowScorer:
 def in_this_process(monkeypatch):
     """One actor per build, called in its own thread."""
 
-    def score(shards, spec, cache, known, resources, tokens_per_batch, tell):
-        blocks = [pa.table({"shard": [pickle.dumps(shard)]}) for shard in shards]
-        random.Random(cache.builder).shuffle(blocks)
-        actor = module._ScoreShard(spec, cache.storage.uri, cache.builder, frozenset(known), resources, 100, [])
-        for block in blocks:
-            yield actor(block).to_pylist()[0]
+    def score(shards, source, spec, cache, known, resources, tokens_per_batch, tell):
+        actor = module._ScoreShard(source, spec, cache.storage.uri, cache.builder, frozenset(known), resources, 100, [])
+        for shard in shards:
+            yield actor(pa.table({"shard": [pickle.dumps(shard)]})).to_pylist()[0]
 
     monkeypatch.setattr(module, "Scorer", SlowScorer)
     monkeypatch.setattr(module, "on_this_machine", lambda spec: spec)
@@ -117,7 +114,7 @@ def test_what_a_build_claimed_that_died_is_scored_after_a_while(tmp_path):
             time.sleep(0.002)
         shards = plan_shards(module.Wanted([table]), SHARD_TOKENS)
         claims = Claims(dead, frozenset())
-        theirs = [one for shard in shards for one in claims.take(shard)[0].completions]
+        theirs = [key for shard in shards for key in claims.take(shard)[0].keys]
         assert theirs, "or this test proves nothing"
         report = other.result(60)
     assert report.scored == report.wanted == 120 and report.by_others == 0

@@ -67,7 +67,7 @@ def test_two_workers_compare_the_same_rows_and_nothing_of_the_build_stays(noise,
     cache.commit([earlier.key], [np.full(len(earlier.tokens), -1, np.float32)], {})
     ours = ReferenceCache.open(str(tmp_path / "cache"), spec.identity)
 
-    def score(shards, *arguments):
+    def score(shards, source, *arguments):
         """What two workers answer, the second with other numbers."""
         for worker, share in enumerate((others[::2], others[1::2])):
             logps = [np.full(len(one.tokens), -1, np.float32) for one in share]

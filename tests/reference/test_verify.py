@@ -12,7 +12,7 @@ from raydpo.reference.compact import find_garbage
 from raydpo.reference.identity import identify
 from raydpo.reference.part import KEY_TYPE
 from raydpo.reference.score import ReferenceSpec, Scorer
-from raydpo.reference.shards import Wanted, plan_shards
+from raydpo.reference.shards import Wanted, grouped, prompt_groups
 from raydpo.reference.store import UNVERIFIED, ReferenceCache
 from raydpo.reference.verify import promote, sum_tolerance, verify_scores
 
@@ -26,8 +26,8 @@ def scored(scorer, wanted):
     """Log-probs of each completion, by key."""
     return {
         one.key: logps
-        for shard in plan_shards(wanted, 1 << 20)
-        for group, each in zip(shard.groups, scorer.score(shard.prompt_groups()), strict=True)
+        for groups in [grouped(wanted)]
+        for group, each in zip(groups, scorer.score(prompt_groups(groups)), strict=True)
         for one, logps in zip(group, each, strict=True)
     }
 
