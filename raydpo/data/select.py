@@ -41,7 +41,7 @@ __all__ = [
     "window",
 ]
 
-_IDS, _KEY = pa.list_view(pa.int32()), pa.binary(16)
+_IDS, _KEY = pa.list_(pa.int32()), pa.binary(16)
 PAIR_SCHEMA = pa.schema(
     [
         ("pair_id", pa.string()),  # source:row, plus #n for further pairs of a record that ranks several completions
@@ -56,7 +56,8 @@ PAIR_SCHEMA = pa.schema(
         ("rejected_full", pa.int32()),  # their tokens before truncation
     ]
 )
-"""Columns of a table of tokenised pairs. Token columns may be lists of any Arrow layout, see ``ragged.Ragged``."""
+"""Columns of a table of tokenised pairs. Token columns may be lists of any Arrow layout, see ``ragged.Ragged``; those of
+``select`` are views."""
 PLACE_SCHEMA = pa.schema(
     [
         ("set", pa.int16()),  # number of the pair's source, in order; the held-out file comes last
@@ -461,7 +462,7 @@ def _views(columns: Sequence[pa.ChunkedArray], use: np.ndarray, sizes: np.ndarra
         row, done = row + len(chunk), done + len(starts)
     if row != len(use):
         raise ValueError(f"{row} pairs with tokens, {len(use)} light rows")
-    return pa.chunked_array(found, _IDS)
+    return pa.chunked_array(found, pa.list_view(pa.int32()))
 
 
 def _of_chunk(values: pa.Array, starts: np.ndarray, sizes: np.ndarray) -> Iterator[pa.Array]:

@@ -71,7 +71,7 @@ def export_pairs(joined: pa.Table, decode: Any, path: Path) -> int:
 
 
 def _lists(column: pa.ChunkedArray) -> pa.Array:
-    """As the plain list type, which every reader of Parquet knows; tables may hold views or wide offsets."""
+    """As the plain list type, which every reader of Parquet knows; datasets 5 does not read list views."""
     return Ragged.of(column).lists(0, len(column))
 
 

@@ -122,6 +122,21 @@ def test_a_set_in_the_making_a_found_one_and_a_repeated_build_give_the_same_shar
     assert planned([table], tokens, Cache(*(key.tobytes() for shard in found for key in shard.keys))) == []
 
 
+def test_many_small_sources_give_few_more_shards_than_one_large_one(monkeypatch):
+    """All actors have work after the first source, and shards grow with what is known."""
+    monkeypatch.setattr(shards, "WINDOWS", (0, 10**6, 10**7, 10**8))
+    monkeypatch.setattr(build, "MIN_SHARD_TOKENS", 100)
+    table = pairs(900).drop(["set", "place"])
+    sources = [table.slice(start, 30) for start in range(0, 900, 30)]
+    work = build._Work(sources, Cache(), None, None)
+    many = list(work.shards(0, 10**6, 2))
+    first = {int(one) for shard in many for one in shard.sets[:1]}
+    assert len(first) == 30 and sum(shard.sets[0] == 0 for shard in many) >= 12
+    one = planned([table], None, Cache())
+    whole = list(build._Work([table], Cache(), None, None).shards(0, 10**6, 2))
+    assert 12 <= len(whole) <= 16 and len(many) <= 5 * len(whole) and one
+
+
 def test_every_completion_is_read_as_its_pair_has_it_and_as_long_as_its_longest_use():
     table = pairs(300)
     cut = table.set_column(
