@@ -246,6 +246,8 @@ class TokenSet:
         if name != f"{_COMPLETE}{checksum(data)}.json":
             raise DamagedBlock(f"its {len(data):,} bytes are not those that were written")
         content = json.loads(data)
+        if lacking := {"set", "tokens", "blocks", "facts"} - content.keys():
+            raise CacheError(f"it lacks {', '.join(sorted(lacking))}, as if another version of raydpo had written it")
         if content["set"] != self.digest:
             raise DamagedBlock(f"it is of set {content['set']}")
         return content
