@@ -276,7 +276,7 @@ def test_after_a_power_cut_indices_are_read_again(tmp_path, monkeypatch):
     make(tmp_path)
     opened(tmp_path).complete()
     file = of_block(tmp_path, 1, "index/*")
-    monkeypatch.setattr(store, "stamp", lambda path: [str(path)])  # a file that looks as before
+    monkeypatch.setattr(store, "content_stamp", lambda path: [1])  # a file that looks as before
     opened(tmp_path).complete()
     flip(file, 3000)
     assert opened(tmp_path).complete() is not None
