@@ -61,9 +61,8 @@ class Tokenised:
             console.say(line)
         held_out = 0 if sets.eval is None else sets.eval.num_rows
         how = "tokenised" if missing else "tokenised before, read"
-        console.say(
-            f"pairs: {sets.train.num_rows:,} to train on, {held_out:,} held out, {how} in {time.perf_counter() - started:.1f} s"
-        )
+        seconds = time.perf_counter() - started
+        console.say(f"pairs: {sets.train.num_rows:,} to train on, {held_out:,} held out, {how} in {seconds:.1f} s")
         for line in tokenizer_warnings(tokeniser.tokenizer, _models_of(config), config.model.trust_remote_code):
             console.warn(line)
         for line in check_limits([sets.train, *([] if sets.eval is None else [sets.eval])], limits_of(config)):
