@@ -12,7 +12,9 @@ from raydpo.data.plan import splitmix
 __all__ = ["MOST_AUDITED", "Sample", "draw"]
 
 MOST_AUDITED = 2_000_000
-"""Pairs above which a sample of about so many is audited. TODO-MEASURE"""
+"""Pairs above which a sample of about so many is audited. All of ten million pairs would take 7 GiB of memory. Two million
+of them take 3.3 GiB and a minute, most of both for the copies among all ten million. The index of the cache comes on top, 40
+bytes a stored row."""
 
 
 @dataclass(frozen=True)

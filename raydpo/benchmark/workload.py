@@ -20,7 +20,7 @@ from raydpo.data.records import read_records
 from raydpo.data.shapes import Shapes
 from raydpo.data.tokenise import Tokeniser, load_tokenizer
 from raydpo.errors import DataError
-from raydpo.estimate.plan import pair_groups
+from raydpo.estimate.work import pair_groups
 
 __all__ = ["ORDERS", "SHAPES", "Workload", "random_records", "usable_records", "write_random_llama"]
 

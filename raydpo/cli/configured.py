@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,10 +14,10 @@ from raydpo.terminal.console import Console
 
 if TYPE_CHECKING:
     from raydpo.config import Config
-    from raydpo.data.pairs import PairSets
+    from raydpo.data.first import FirstPairs
     from raydpo.data.tokenise import Tokeniser
 
-__all__ = ["load_training_pairs", "quietly"]
+__all__ = ["load_first_pairs", "quietly"]
 
 
 def quietly(config: Config, console: Console, act: Callable[[], object]) -> None:
@@ -46,11 +47,40 @@ def quietly(config: Config, console: Console, act: Callable[[], object]) -> None
         raise
 
 
-def load_training_pairs(config: Config) -> tuple[PairSets, Tokeniser]:
-    """Tokenise the pairs of a configuration as score and train do, without Ray."""
+def load_first_pairs(config: Config, most_records: int) -> tuple[FirstPairs, Tokeniser]:
+    """The pairs of a configuration as score and train use them, without Ray.
+
+    They come from their tokenised sets. Without these, sources are read and tokenised now, large ones up to record
+    ``most_records``. Then ``data.filter`` counts copies and shared prompts among what was read.
+
+    Raises:
+        DataError: see ``data.first.first_pairs``.
+    """
     from raydpo.data.filter import filtered_by_tokens
-    from raydpo.data.pairs import load_pairs
+    from raydpo.data.first import first_pairs
     from raydpo.pipeline.tokenised import open_tokeniser
+    from raydpo.tokens.build import worth_ray
 
     tokeniser = open_tokeniser(config)
-    return filtered_by_tokens(load_pairs(config.data, tokeniser), config.data)[0], tokeniser
+    found = _stored(config, tokeniser) or first_pairs(config.data, tokeniser, most_records, worth_ray)
+    return dataclasses.replace(found, sets=filtered_by_tokens(found.sets, config.data)[0]), tokeniser
+
+
+def _stored(config: Config, tokeniser: Tokeniser) -> FirstPairs | None:
+    """All pairs, if the set of each source is stored."""
+    from raydpo.data.first import FirstPairs
+    from raydpo.errors import CacheError
+    from raydpo.pipeline.tokenised import find_sets
+    from raydpo.storage.files import Storage
+    from raydpo.tokens.store import TokenSet
+
+    # Without any set in the cache, no source needs to be identified, which reads its files to their ends.
+    if not TokenSet.digests(Storage(config.cache_uri)):
+        return None
+    found = find_sets(config, tokeniser)
+    if next(found.missing(), None) is not None:
+        return None
+    try:
+        return FirstPairs(found.select(tokeniser), {})
+    except CacheError:  # a damaged file, which the commands that make sets mend
+        return None

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raydpo.cli.cache import add_cache_verbs, with_json
-from raydpo.cli.configured import load_training_pairs, quietly
+from raydpo.cli.configured import load_first_pairs, quietly
 from raydpo.errors import ConfigError, TrainError
 from raydpo.submit.command import add_jobs, add_submit, as_submit
 from raydpo.terminal.arguments import at_least
@@ -22,6 +22,11 @@ if TYPE_CHECKING:
     from raydpo.config import Config
 
 __all__ = ["job", "main", "parsed"]
+
+_SHOWN_RECORDS = 1000
+"""Records that ``show`` reads of a large source at first; ten times as many if they do not give enough pairs."""
+_PLANNED_RECORDS = 20_000
+"""Records that ``plan`` reads of a large source."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -192,11 +197,15 @@ def _show(args: argparse.Namespace, console: Console) -> None:
     config = _config(args)
     from raydpo.data.show import render_pairs
 
+    most_records = max(_SHOWN_RECORDS, 2 * args.count)
     with console.quiet():
-        sets, tokeniser = load_training_pairs(config)
-    for line in sets.report.lines():
+        first, tokeniser = load_first_pairs(config, most_records)
+        while not first.whole and first.sets.train.num_rows < args.count:
+            most_records *= 10
+            first, tokeniser = load_first_pairs(config, most_records)
+    for line in (*first.lines(), *first.sets.report.lines()):
         console.say(line)
-    for renderable in render_pairs(sets.train, tokeniser, args.count):
+    for renderable in render_pairs(first.sets.train, tokeniser, args.count):
         console.print(renderable)
 
 
@@ -221,10 +230,10 @@ def _plan(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     from raydpo.estimate.display import plan_run, print_plan
 
     with console.quiet():
-        sets, _ = load_training_pairs(config)
+        first, _ = load_first_pairs(config, _PLANNED_RECORDS)
         asked = ("measure", "measured", "device", "mfu_score", "mfu_train", "workers", "price", "runs", "memory")
-        plan = plan_run(config, sets, **{name: getattr(args, name) for name in asked})
-    for line in sets.report.lines():
+        plan = plan_run(config, first.sets, first=first, **{name: getattr(args, name) for name in asked})
+    for line in (*first.lines(), *first.sets.report.lines()):
         console.say(line)
     print_plan(plan, console)
     return plan.to_dict()

@@ -7,17 +7,18 @@ from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
-__all__ = ["Ragged"]
+__all__ = ["Ragged", "tokens_in_use"]
 
-_BLOCK_ROWS = 50_000
+_BLOCK_ROWS = 10_000
 """Rows whose values ``sums`` copies at once."""
 
 
 class Ragged:
-    """Lists of numbers in the memory of an Arrow column: one chunk or many, in memory or mapped from a file.
+    """Lists of numbers in the memory of Arrow columns: one chunk or many, in memory or mapped from a file.
 
-    It holds views of the column's buffers and about 1 KB for each chunk, and nothing for each row.
+    It holds views of the columns' buffers and about 1 KB for each chunk, and nothing for each row.
 
     Args:
         chunks: (values, starts, stops) of each chunk: row i of a chunk is ``values[starts[i]:stops[i]]``.
@@ -31,13 +32,19 @@ class Ragged:
             self._first.append(self._first[-1] + len(starts))
 
     @classmethod
-    def of(cls, column: pa.Array | pa.ChunkedArray) -> Ragged:
-        """The lists of a column of type list, large_list, list_view or large_list_view of numbers.
+    def of(cls, *columns: pa.Array | pa.ChunkedArray) -> Ragged:
+        """The lists of columns of type list, large_list, list_view or large_list_view of numbers, one column after another.
 
         Raises:
-            TypeError: if the column holds something else.
+            TypeError: if a column holds something else.
             ValueError: if a list or a value is null.
         """
+        found = [cls._chunks_of(column) for column in columns]
+        return cls([chunk for chunks, _ in found for chunk in chunks], [views for chunks, views in found for _ in chunks])
+
+    @staticmethod
+    def _chunks_of(column: pa.Array | pa.ChunkedArray) -> tuple[list[tuple[np.ndarray, np.ndarray, np.ndarray]], bool]:
+        """What ``__init__`` takes, of one column."""
         kind = column.type
         views = pa.types.is_list_view(kind) or pa.types.is_large_list_view(kind)
         if not (views or pa.types.is_list(kind) or pa.types.is_large_list(kind)):
@@ -55,7 +62,7 @@ class Ragged:
                 chunks.append((values, offsets, chunk.sizes.to_numpy()))
             else:
                 chunks.append((values, offsets[:-1], offsets[1:]))
-        return cls(chunks, [views] * len(chunks))
+        return chunks, views
 
     def __len__(self) -> int:
         return self._first[-1]
@@ -111,6 +118,11 @@ class Ragged:
             gathered[np.repeat(offsets[places], mine) + within] = found
         return gathered, offsets
 
+    def lists(self, start: int, stop: int) -> pa.ListArray:
+        """Copy of the rows from ``start`` to ``stop``, as an Arrow array without gaps."""
+        values, offsets = self.gather(np.arange(start, stop))
+        return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(values))
+
     def sums(self) -> np.ndarray:
         """Sum of each row's values, float64 [rows]; 0 for an empty row."""
         totals = np.zeros(len(self))
@@ -120,3 +132,14 @@ class Ragged:
             if len(filled):
                 totals[start + filled] = np.add.reduceat(values.astype(np.float64), offsets[filled])
         return totals
+
+
+def tokens_in_use(pairs: pa.Table, part: str) -> np.ndarray:
+    """Tokens of the prompt, chosen or rejected completion of each pair, int32 [pairs].
+
+    Args:
+        pairs: rows of ``select.PAIR_SCHEMA``, with the token ids or in their place columns of their numbers.
+    """
+    if f"{part}_tokens" in pairs.column_names:
+        return pairs[f"{part}_tokens"].to_numpy()
+    return pc.list_value_length(pairs[f"{part}_ids"]).to_numpy().astype(np.int32, copy=False)

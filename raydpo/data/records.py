@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -19,10 +19,13 @@ _SIZES = Sizes(first=1 << 16, most=1 << 18, lines=1000, first_lines=100)
 """Small pieces: many callers want the first records only."""
 
 
-def read_records(source: SourceConfig) -> Iterator[Record]:
+def read_records(source: SourceConfig, watch: Callable[[Piece], object] | None = None) -> Iterator[Record]:
     """Yield all records of a source, in order, with its column map applied.
 
     A line that is not a JSON object gives a record with a problem, not an error.
+
+    Args:
+        watch: called with each piece before its records are yielded.
 
     Raises:
         DataError: if the source cannot be read, is empty, or a mapped column is in none of its records.
@@ -30,6 +33,8 @@ def read_records(source: SourceConfig) -> Iterator[Record]:
     empty, present = True, dict[str, None]()
     for piece in pieces_of(source, _SIZES):
         empty = False
+        if watch is not None:
+            watch(piece)
         yield from records_of(piece, source.columns, present)
     if empty:
         raise no_records(source)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
-import pyarrow.compute as pc
 
 from raydpo.config import Config
+from raydpo.data.first import FirstPairs
 from raydpo.data.pairs import PairSets
 from raydpo.data.shapes import Shapes
 from raydpo.data.simulate import NAIVE_PAIRS, Simulation
@@ -17,6 +17,8 @@ from raydpo.estimate.checked import CheckedDevice, read_check
 from raydpo.estimate.modes import Fit, Modes, Question, compare_modes
 from raydpo.estimate.plan import PAIRS_PER_RANK, Plan, Stage, make_plan, sample_pairs
 from raydpo.estimate.rate import measured_rates, stated_rates
+from raydpo.estimate.tokenising import Tokenising
+from raydpo.estimate.work import lengths_of
 from raydpo.model.memory.activations import Batch
 from raydpo.model.memory.anatomy import Anatomy, model_cost
 from raydpo.reference.identity import resolve_model
@@ -29,6 +31,7 @@ def plan_run(
     config: Config,
     sets: PairSets,
     *,
+    first: FirstPairs | None = None,
     measure: bool = False,
     measured: str | None = None,
     device: str | None = None,
@@ -42,6 +45,7 @@ def plan_run(
     """Estimate ``config`` on its pairs. Arguments that are None have the defaults of ``stated_rates`` and ``make_plan``.
 
     Args:
+        first: how ``sets`` were read. What is known of the first records of a source then stands for all of it.
         measure: measure the rates on this machine. The two MFUs are then ignored; ``device`` only decides the memory.
         measured: report of ``raydpo gpu check`` with the rates, instead. The memory is that GPU's unless one is named.
         memory: GiB of a device; None = that of ``device``.
@@ -68,7 +72,10 @@ def plan_run(
         rates = measured_rates(config, sample_pairs(config, sets.train), model, reference)
     else:
         rates = stated_rates(**_given(device=device, mfu_score=mfu_score, mfu_train=mfu_train))
-    plan = make_plan(config, sets, model, reference, rates, **_given(workers=workers, price=price, runs=runs))
+    scales = None if first is None else first.scales
+    plan = make_plan(config, sets, model, reference, rates, **_given(workers=workers, price=price, runs=runs, scales=scales))
+    if first is not None:
+        plan = dataclasses.replace(plan, tokenising=Tokenising.of(first), first=first.to_dict())
     named = device or (DEVICE if memory is None else "device")
     if checked is not None and device is None and memory is None:
         named, memory = checked.name, checked.memory
@@ -94,8 +101,8 @@ DEVICE = "H100"
 def _modes(config: Config, sets: PairSets, plan: Plan, device: str, memory: float | None) -> Modes:
     """The modes in which the training of ``config`` fits."""
     layout = plan.data["layout"]
-    lengths = [pc.list_value_length(sets.train[f"{side}_ids"]).to_numpy() for side in ("prompt", "chosen", "rejected")]
-    pairs = np.stack(lengths, axis=1)[:SAMPLE].tolist()
+    lengths = lengths_of(sets.train)
+    pairs = np.stack([each[:SAMPLE] for each in lengths], axis=1).tolist()
     model = config.model
     if model.adapter is not None:
         model = model.model_copy(update={"adapter": resolve_model(model.adapter)})
@@ -131,6 +138,15 @@ def print_plan(plan: Plan, console: Console) -> None:
         f"tokens of the training pairs: {data['prompt_tokens']:,} of prompts, {data['completion_tokens']:,} of "
         f"completions, longest row {data['longest']:,}"
     )
+    if plan.tokenising is not None:
+        console.say(plan.tokenising.line())
+    sampled = [
+        f"{data['planned'][name]:,} of {data[name]:,} {what}"
+        for name, what in (("completions", "completions"), ("held_out_pairs", "held-out pairs"))
+        if data["planned"][name] < data[name]
+    ]
+    if sampled:
+        console.say(f"estimated from a part that was planned: {' and '.join(sampled)}; training from sampled steps")
     console.say(
         f"policy: {model['parameters']:,} parameters, {model['active']:,} of them multiply every token; the "
         f"vocabulary projection is {model['head_share']:.0%} of a forward pass"

@@ -6,25 +6,25 @@ from the imbalance of the ranks (``data.simulate``). Loading, communication, che
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from raydpo.config import Config, TrainConfig
 from raydpo.data.pairs import PairSets
-from raydpo.data.plan import epoch_order, fill_batches, split_over_ranks
-from raydpo.data.ragged import Ragged
-from raydpo.data.shapes import LayoutName, Shapes
+from raydpo.data.plan import epoch_order, split_over_ranks
+from raydpo.data.shapes import LayoutName
 from raydpo.data.simulate import STEPS, WORLD_SIZES, Simulation, amounts, deal, simulate, steps_of, training_order
 from raydpo.errors import ConfigError
 from raydpo.estimate.modes import Modes
+from raydpo.estimate.tokenising import Tokenising
+from raydpo.estimate.work import by_scale, evaluation_pass, lengths_of, reference_pass, shapes_of_steps
 from raydpo.model.cost import ModelCost
-from raydpo.model.layout import PromptGroup, shapes_of
-from raydpo.reference.shards import Wanted, plan_shards, prompt_groups, read_groups
 
 __all__ = [
     "ADAPTERS",
@@ -36,7 +36,6 @@ __all__ = [
     "Stage",
     "make_plan",
     "operations",
-    "pair_groups",
     "sample_pairs",
     "training_factors",
 ]
@@ -100,8 +99,9 @@ class Plan:
     """The whole estimate.
 
     Attributes:
-        data: counts of pairs, completions and tokens. ``positions``: token positions of a training by layout; ``dealt``
-            means padded rows dealt to ranks in turn (``data.simulate.deal``).
+        data: counts of pairs, completions and tokens. ``planned``: of how many completions and held-out pairs the batches
+            were planned; they stand for all. ``positions``: token positions of a training by layout; ``dealt`` means padded
+            rows dealt to ranks in turn (``data.simulate.deal``).
         model: sizes of the policy. ``head_share``: the head's share of a forward pass.
         score_workers, train_workers: devices of each stage.
         steps, epochs: steps and epochs of one training.
@@ -112,6 +112,8 @@ class Plan:
         imbalance: imbalance of this configuration. fixed: by world size, at its pairs per step. scaled: by world size, at
             ``PAIRS_PER_RANK``.
         memory: in which modes the training fits; None if that was not asked.
+        tokenising: of all sources; None if that was not asked.
+        first: ``data.first.FirstPairs.to_dict``: how much of each source was read, if not all.
     """
 
     data: dict[str, Any]
@@ -133,6 +135,8 @@ class Plan:
     fixed: tuple[Simulation, ...]
     scaled: tuple[Simulation, ...]
     memory: Modes | None = None
+    tokenising: Tokenising | None = None
+    first: dict[str, dict[str, int]] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The estimate as plain data, for JSON."""
@@ -166,10 +170,12 @@ def make_plan(
     workers: int | None = None,
     price: float | None = None,
     runs: int = 1,
+    scales: Mapping[str, float] | None = None,
 ) -> Plan:
     """Estimate ``runs`` runs of ``config`` on its pairs.
 
     Args:
+        scales: number of pairs for which each pair in ``sets`` stands, by name of source; 1 where a source is not named.
         model, reference: sizes of the policy and of the reference.
         workers: devices of both stages; None = as configured for each.
         price: dollars per GPU hour.
@@ -187,23 +193,40 @@ def make_plan(
     score_workers, train_workers = workers or config.score.workers, workers or train.most_workers
     if train_workers % together:
         raise ConfigError(f"--workers {train_workers} is not a multiple of train.sequence_parallel {together}")
-    shapes, sources = pair_groups(sets.train)[1], _sources(sets.train)
-    per_epoch = len(epoch_order(*sources, seed=train.seed, epoch=0, shuffle=False))
+    scales = scales or {}
+    numbers, weights, stands_for = _sources(sets.train, scales)
+    scale = float(stands_for.max())
+    # Of a source whose pairs stand for fewer, fewer are used, so that steps are mixed as in the run.
+    order_of = {"sources": numbers, "weights": weights * stands_for / scale, "seed": train.seed}
+    seen = len(epoch_order(**order_of, epoch=0, shuffle=False))
+    per_epoch = round(seen * scale)
     steps_per_epoch = -(-per_epoch // train.pairs_per_step)
     steps = train.steps if train.steps is not None else train.epochs * steps_per_epoch
     trained = steps // steps_per_epoch * per_epoch + min(steps % steps_per_epoch * train.pairs_per_step, per_epoch)
     costs: dict[str, Any] = {"tokens_per_batch": budget, "work": model.work}
 
-    def rows(count: int) -> np.ndarray:
-        return training_order(*sources, seed=train.seed, shuffle=config.data.shuffle, count=count)
+    # Beyond these sizes most ranks have no pair, or most pairs of a step are repeated: such rows tell nothing.
+    fixed = [size for size in WORLD_SIZES if size < 2 * max(train.pairs_per_step, train_workers)]
+    scaled = [size for size in WORLD_SIZES if PAIRS_PER_RANK * size < 2 * max(per_epoch, PAIRS_PER_RANK)]
+    most_steps = {
+        size: max(1, min(STEPS, PAIRS_SIMULATED // size))
+        for size in (train.pairs_per_step, *(PAIRS_PER_RANK * ranks for ranks in scaled))
+    }
+    most = max(seen, *(size * count for size, count in most_steps.items()))
+    order = training_order(**order_of, shuffle=config.data.shuffle, count=most)
+    shapes, (sampled, *simulations) = shapes_of_steps(
+        sets.train,
+        [
+            steps_of(order[:seen], train.pairs_per_step, STEPS),
+            *(steps_of(order[: max(seen, size * count)], size, count) for size, count in most_steps.items()),
+        ],
+    )
+    steps_by_size = dict(zip(most_steps, simulations, strict=True))
 
     def simulated(world_size: int, pairs_per_step: int) -> Simulation:
-        count, ranks = max(1, min(STEPS, PAIRS_SIMULATED // pairs_per_step)), max(1, world_size // together)
-        order = rows(max(per_epoch, count * pairs_per_step))
-        wanted = {"world_size": ranks, "pairs_per_step": pairs_per_step, "steps": count, "layout": layout}
-        return replace(simulate(order, shapes, **wanted, **costs), world_size=world_size)
-
-    sampled = steps_of(rows(per_epoch), train.pairs_per_step, STEPS)
+        taken, ranks = steps_by_size[pairs_per_step], max(1, world_size // together)
+        wanted = {"world_size": ranks, "pairs_per_step": pairs_per_step, "steps": len(taken), "layout": layout}
+        return replace(simulate(np.concatenate(taken), shapes, **wanted, **costs), world_size=world_size)
 
     def of_a_run(batches: list[Sequence[int]], kind: LayoutName) -> np.ndarray:
         """Amounts [3] of all steps, extrapolated from the micro-batches of the sampled steps."""
@@ -218,13 +241,22 @@ def make_plan(
     }
     dealt = of_a_run([batch for step in sampled for rank in deal(step, train_workers) for batch in rank], "padded")
     imbalance = simulated(train_workers, train.pairs_per_step)
-    completions, scored = _reference_pass(config, sets, layout) if train.needs_reference else (0, np.zeros(3))
+    planned, completions, scored = {"completions": 0, "held_out_pairs": 0}, 0.0, np.zeros(3)
+    if train.needs_reference:
+        positions = _budget(config.score.tokens_per_batch) * config.score.sequence_parallel
+        tables = [table for table in (sets.train, sets.eval) if table is not None]
+        for times, group in by_scale(tables, scales):
+            distinct, looked_at, amount = reference_pass(group, positions, config.score.tokens_per_part, layout)
+            planned["completions"] += looked_at
+            completions, scored = completions + times * distinct, scored + times * amount
     factors = training_factors(train, config.model.adapts)
-    held_out = np.zeros(3)
+    held_out_pairs, held_out = 0.0, np.zeros(3)
     if sets.eval is not None:
-        eval_shapes = pair_groups(sets.eval)[1]
-        once = amounts(fill_batches(range(len(eval_shapes)), eval_shapes, budget, layout), eval_shapes, layout)
-        held_out = once * (1 + -(-steps // train.eval_every))
+        for times, (table,) in by_scale([sets.eval], scales):
+            looked_at, once = evaluation_pass(table, budget, layout)
+            planned["held_out_pairs"] += looked_at
+            held_out_pairs += times * table.num_rows
+            held_out += times * once * (1 + -(-steps // train.eval_every))
 
     def of_training(flops: float, rate: float, lost: float) -> Stage:
         return Stage.of(flops, train_workers, rate, price, lost)
@@ -240,16 +272,23 @@ def make_plan(
         passes = of_training(operations(amount * train.needs_reference, reference), rates.score, lost)
         return (passes + of_training(operations(amount, model, factors), rates.train, lost) + evaluation) * runs
 
+    prompts, *answers = lengths_of(sets.train)
+
+    def over_all(values: np.ndarray | None = None) -> int:
+        """Sum of ``values`` of the pairs, and of those that they stand for."""
+        return round(float(np.bincount(numbers, values, len(stands_for)) @ stands_for))
+
     return Plan(
         data={
-            "training_pairs": len(shapes),
-            "held_out_pairs": 0 if sets.eval is None else sets.eval.num_rows,
+            "training_pairs": over_all(),
+            "held_out_pairs": round(held_out_pairs),
             "pairs_per_step": train.pairs_per_step,
             "pairs_trained_on": trained,
-            "completions": completions,
-            "prompt_tokens": int(shapes.prompt.sum()),
-            "completion_tokens": int(shapes.tokens.sum()),
-            "longest": int(shapes.longest.max()),
+            "completions": round(completions),
+            "planned": planned,
+            "prompt_tokens": over_all(prompts),
+            "completion_tokens": sum(map(over_all, answers)),
+            "longest": int((prompts + np.maximum(*answers)).max()),
             "layout": layout,
             "tokens_per_batch": budget // together,
             "positions": {kind: round(amount[0]) for kind, amount in (computed | {"dealt": dealt}).items()},
@@ -269,48 +308,29 @@ def make_plan(
         online=online(dealt, imbalance.naive),
         online_packed=online(computed["packed"], 0.0),
         imbalance=imbalance,
-        # Beyond these sizes most ranks have no pair, or most pairs of a step are repeated: such rows tell nothing.
-        fixed=tuple(
-            simulated(size, train.pairs_per_step)
-            for size in WORLD_SIZES
-            if size < 2 * max(train.pairs_per_step, train_workers)
-        ),
-        scaled=tuple(
-            simulated(size, PAIRS_PER_RANK * size)
-            for size in WORLD_SIZES
-            if PAIRS_PER_RANK * size < 2 * max(per_epoch, PAIRS_PER_RANK)
-        ),
+        fixed=tuple(simulated(size, train.pairs_per_step) for size in fixed),
+        scaled=tuple(simulated(size, PAIRS_PER_RANK * size) for size in scaled),
     )
 
 
 def sample_pairs(config: Config, table: pa.Table, count: int = 32) -> pa.Table:
     """The first ``count`` pairs of a run, for a measurement."""
-    order = training_order(*_sources(table), seed=config.train.seed, shuffle=config.data.shuffle, count=count)
+    sources, weights, _ = _sources(table, {})
+    order = training_order(sources, weights, seed=config.train.seed, shuffle=config.data.shuffle, count=count)
     return table.take(pa.array(order))
 
 
-def pair_groups(table: pa.Table) -> tuple[list[PromptGroup], Shapes]:
-    """The pairs of a table of ``data.pairs.PAIR_SCHEMA`` as groups (chosen, rejected), and their shapes."""
-    columns = [Ragged.of(table[f"{side}_ids"]) for side in ("prompt", "chosen", "rejected")]
-    groups = [PromptGroup(prompt, tuple(completions)) for prompt, *completions in zip(*columns, strict=True)]
-    return groups, shapes_of(groups)
-
-
-def _reference_pass(config: Config, sets: PairSets, layout: LayoutName) -> tuple[int, np.ndarray]:
-    """Number of distinct completions, and the amounts [3] of scoring them in the shards of a build."""
-    wanted = Wanted([table for table in (sets.train, sets.eval) if table is not None])
-    budget, total = _budget(config.score.tokens_per_batch) * config.score.sequence_parallel, np.zeros(3)
-    for shard in plan_shards(wanted, config.score.tokens_per_part):
-        shapes = shapes_of(prompt_groups(read_groups(shard, wanted.source)))
-        total += amounts(fill_batches(range(len(shapes)), shapes, budget, layout), shapes, layout)
-    return len(wanted), total
-
-
-def _sources(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
-    """Index of the source of each pair, int [pairs], and weight of each source, float [sources]."""
-    _, first, numbers = np.unique(table["source"].to_numpy(), return_index=True, return_inverse=True)
-    rank = np.argsort(np.argsort(first))  # numbered by their first pair, as in training
-    return rank[numbers], table["weight"].to_numpy()[np.sort(first)]
+def _sources(table: pa.Table, scales: Mapping[str, float]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Index of the source of each pair, int [pairs], weight of each source, and number of pairs for which one of its pairs
+    stands, float [sources]."""
+    column = table["source"]
+    names = column.unique()  # in order of their first pairs, as in training
+    weights = [table["weight"][pc.index(column, name).as_py()].as_py() for name in names]
+    return (
+        pc.index_in(column, names).to_numpy(),
+        np.array(weights),
+        np.array([scales.get(name.as_py(), 1.0) for name in names]),
+    )
 
 
 def _budget(tokens_per_batch: int | str) -> int:

@@ -15,7 +15,8 @@ from raydpo.data.plan import fill_batches
 from raydpo.data.simulate import amounts
 from raydpo.errors import ConfigError
 from raydpo.estimate.cards import DEVICES
-from raydpo.estimate.plan import Rates, operations, pair_groups, training_factors
+from raydpo.estimate.plan import Rates, operations, training_factors
+from raydpo.estimate.work import pair_groups
 from raydpo.model.budget import MOST_TRAINED, find_budget, probe_group
 from raydpo.model.cost import ModelCost
 from raydpo.model.files import model_files

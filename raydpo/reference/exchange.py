@@ -40,7 +40,7 @@ def export_pairs(joined: pa.Table, decode: Any, path: Path) -> int:
     completion in nats, which TRL's DPOTrainer accepts in place of a reference model; ``ref_*_token_logps``, one per token.
 
     Args:
-        joined: result of ``training.pairs.join_reference``.
+        joined: result of ``pairs.join_reference``.
         decode: function from a list of rows of token ids to a list of texts.
 
     Returns:
@@ -58,7 +58,7 @@ def export_pairs(joined: pa.Table, decode: Any, path: Path) -> int:
             columns |= {f"{name}_ids": _lists(rows[f"{name}_ids"]) for name in ("prompt", "chosen", "rejected")}
             for side in ("chosen", "rejected"):
                 columns[f"ref_{side}_logps"] = rows[f"ref_{side}_sum"]
-                columns[f"ref_{side}_token_logps"] = rows[f"ref_{side}_logps"]
+                columns[f"ref_{side}_token_logps"] = _lists(rows[f"ref_{side}_logps"])
             table = pa.table(columns)
             writer = writer or pq.ParquetWriter(temporary, table.schema, compression="zstd")
             writer.write_table(table)
@@ -70,11 +70,9 @@ def export_pairs(joined: pa.Table, decode: Any, path: Path) -> int:
     return joined.num_rows
 
 
-def _lists(column: pa.ChunkedArray) -> pa.ListArray:
-    """A column of lists of token ids as list<int32>. The views of ``data.select`` would be named in the file's metadata, and
-    datasets 5 does not read them."""
-    values, offsets = (rows := Ragged.of(column)).gather(np.arange(len(rows)))
-    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(values, pa.int32()))
+def _lists(column: pa.ChunkedArray) -> pa.Array:
+    """As the plain list type, which every reader of Parquet knows; datasets 5 does not read list views."""
+    return Ragged.of(column).lists(0, len(column))
 
 
 @dataclass(frozen=True)

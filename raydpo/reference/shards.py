@@ -16,8 +16,9 @@ import numpy as np
 import pyarrow as pa
 
 from raydpo.data.index import KeyIndex, as_bytes
+from raydpo.data.ragged import tokens_in_use
 from raydpo.data.rows import TOKEN_SCHEMA, TokenSource
-from raydpo.data.select import TokenTables, tokens_in_use
+from raydpo.data.select import TokenTables
 from raydpo.data.shapes import cut_group
 from raydpo.model.layout import PromptGroup
 from raydpo.reference.heads import Heads, in_order

@@ -33,7 +33,8 @@ from raydpo.data.rows import LIGHT_SCHEMA, Rows
 from raydpo.data.select import SourceRows
 from raydpo.data.tally import SourceReport
 from raydpo.errors import CacheError
-from raydpo.storage.files import Storage, checksum, remove_stale_temporaries
+from raydpo.storage.content import checksum
+from raydpo.storage.files import Storage, remove_stale_temporaries
 from raydpo.storage.local_copy import LocalCopy
 from raydpo.storage.memory import keep, last_start, recall, stamp
 from raydpo.tokens.block import BlockInfo, DamagedBlock, Span, decode_index, decode_tokens, encode
