@@ -10,7 +10,10 @@ import pytest
 
 # Tests import their helpers as plain modules.
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), *(str(HERE / name) for name in ("cluster", "training", "reference", "losses", "evaluation"))]
+sys.path[:0] = [
+    str(HERE),
+    *(str(HERE / name) for name in ("cluster", "training", "reference", "losses", "evaluation", "tokens")),
+]
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -178,7 +178,13 @@ def train_here(
     )
     record = record or Record(keep=keep)
     record.summary = train_policy(
-        job, TrainingPairs(table), None if held_out is None else TrainingPairs(held_out), engine, record, checkpoint, scratch
+        job,
+        TrainingPairs.of(table),
+        None if held_out is None else TrainingPairs.of(held_out),
+        engine,
+        record,
+        checkpoint,
+        scratch,
     )
     record.engine = engine
     return record

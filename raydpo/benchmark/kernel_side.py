@@ -76,12 +76,12 @@ def adapters(job: Job, device: torch.device) -> Result:
 def train(job: Job, device: torch.device) -> Result:
     """Train against the log-probs in ``job.scored``."""
     start = time.perf_counter()
-    pairs, settings = TrainingPairs(_load(job.scored)), job.train
+    pairs, settings = TrainingPairs.of(_load(job.scored)), job.train
     engine = _engine(job, device, pairs.groups(range(min(CHECK_ROWS, len(pairs)))))
     peak = used_memory(device)
     budget = _budget(job, lambda: engine.find_budget().tokens)
     plan = BatchPlan(
-        pairs.shapes,
+        pairs.shapes_of,
         pairs.sources,
         pairs.weights,
         seed=settings.seed,

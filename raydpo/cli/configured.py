@@ -48,9 +48,10 @@ def quietly(config: Config, console: Console, act: Callable[[], object]) -> None
 
 
 def load_first_pairs(config: Config, most_records: int) -> tuple[FirstPairs, Tokeniser]:
-    """The pairs of a configuration as score and train use them, without Ray: from their tokenised sets, or read and
-    tokenised now, where of large sources the first ``most_records`` records are. Without a set, ``data.filter`` counts
-    copies and shared prompts among what was read.
+    """The pairs of a configuration as score and train use them, without Ray.
+
+    They come from their tokenised sets. Without these, sources are read and tokenised now, large ones up to record
+    ``most_records``. Then ``data.filter`` counts copies and shared prompts among what was read.
 
     Raises:
         DataError: see ``data.first.first_pairs``.

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-__all__ = ["Watched", "watching"]
+__all__ = ["QUIET_SECONDS", "Watched", "duration", "watching"]
 
 QUIET_SECONDS = 600.0
 """Seconds without a sign of an actor until it is named, and until it is named again."""
@@ -92,7 +92,7 @@ def _watch(run: str, doing: str, tell: Callable[[str], None], over: threading.Ev
             state = json.loads(signs[key]) if key else {"running": 1}
             if state["running"]:
                 told[key] = now
-                tell(f"{doing}: {_who(state)} for {_duration(now - start)}")
+                tell(f"{doing}: {_who(state)} for {duration(now - start)}")
 
 
 def _signs(run: str) -> dict[bytes, bytes]:
@@ -109,5 +109,6 @@ def _who(state: dict[str, Any]) -> str:
     return f"process {state['process']} on {state['host']} has been at {at}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """A time for messages."""
     return f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.0f} s"

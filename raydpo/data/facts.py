@@ -11,7 +11,7 @@ from raydpo.config.filter import FACTS
 from raydpo.data.index import KeyIndex, as_bytes
 from raydpo.data.ragged import Ragged
 
-__all__ = ["LENGTH_BINS", "digests", "pair_facts", "prompt_numbers", "with_reference"]
+__all__ = ["LENGTH_BINS", "digests", "digests_of", "pair_facts", "prompt_numbers", "with_reference"]
 
 _TYPES = {"bool": pa.bool_(), "float64": pa.float64(), "int64": pa.int64(), "string": pa.string()}
 BLOCK_ROWS = 50_000
@@ -44,7 +44,7 @@ def pair_facts(pairs: pa.Table, ref_chosen: np.ndarray | None = None, ref_reject
         "copy": copy,
         "opposites": opposites,
         "contradictory": opposites > 0,
-        "prompt_pairs": _uses(digests(pairs["prompt_ids"])),
+        "prompt_pairs": _uses(digests_of(pairs, "prompt")),
         "answer_pairs": _answer_pairs(pairs),
     }
     kinds = {name: _TYPES[kind] for name, (kind, _) in FACTS.items()}
@@ -70,13 +70,32 @@ def with_reference(facts: pa.Table, ref_chosen: np.ndarray, ref_rejected: np.nda
 
 def prompt_numbers(pairs: pa.Table) -> np.ndarray:
     """Number of each pair's prompt among the distinct prompts, int64 [pairs]."""
-    return np.unique(digests(pairs["prompt_ids"]), return_inverse=True)[1]
+    return np.unique(digests_of(pairs, "prompt"), return_inverse=True)[1]
 
 
 def _answer_pairs(pairs: pa.Table) -> np.ndarray:
-    chosen, rejected = (digests(pairs[f"{side}_ids"]) for side in ("chosen", "rejected"))
+    chosen, rejected = (digests_of(pairs, side) for side in ("chosen", "rejected"))
     uses = _uses(np.concatenate([chosen, rejected]))
     return np.maximum(uses[: len(chosen)], uses[len(chosen) :])
+
+
+def digests_of(pairs: pa.Table, part: str) -> np.ndarray:
+    """``digests`` of the ids in use of each pair, uint64 [pairs]. Reads tokens only of pairs that are cut, if the table has
+    the digests before truncation (``select.PLACE_SCHEMA``).
+
+    Args:
+        part: prompt, chosen or rejected.
+    """
+    ids = pairs[f"{part}_ids"]
+    if f"{part}_hash" not in pairs.column_names:
+        return digests(ids)
+    found = pairs[f"{part}_hash"].to_numpy()
+    if part != "prompt":
+        cut = np.flatnonzero(pc.list_value_length(ids).to_numpy() < pairs[f"{part}_full"].to_numpy())
+        if len(cut):
+            found = found.copy()
+            found[cut] = digests(ids, cut)
+    return found
 
 
 def _uses(digests: np.ndarray) -> np.ndarray:
@@ -85,21 +104,25 @@ def _uses(digests: np.ndarray) -> np.ndarray:
     return counts[inverse]
 
 
-def digests(lists: pa.Array | pa.ChunkedArray) -> np.ndarray:
+def digests(lists: pa.Array | pa.ChunkedArray, rows: np.ndarray | None = None) -> np.ndarray:
     """64-bit digest of each list of token ids, by which equal lists are counted, uint64 [lists]: a polynomial in an odd
-    number, modulo 2^64."""
+    number, modulo 2^64.
+
+    Args:
+        rows: which lists; None = all.
+    """
     ragged = Ragged.of(lists)
-    found = np.empty(len(ragged), np.uint64)
-    for start in range(0, len(ragged), BLOCK_ROWS):
-        values, offsets = ragged.gather(np.arange(start, min(start + BLOCK_ROWS, len(ragged))))
+    count = len(ragged) if rows is None else len(rows)
+    found = np.empty(count, np.uint64)
+    for start in range(0, count, BLOCK_ROWS):
+        stop = min(start + BLOCK_ROWS, count)
+        values, offsets = ragged.gather(np.arange(start, stop) if rows is None else rows[start:stop])
         lengths = np.diff(offsets)
         flat = values.astype(np.uint64) + np.uint64(1)
         within = np.arange(len(flat)) - np.repeat(offsets[:-1], lengths)
         powers = np.cumprod(np.full(int(lengths.max(initial=0)) + 1, _FACTOR, np.uint64))
         total = np.concatenate([[np.uint64(0)], np.cumsum((flat * flat + flat) * powers[within], dtype=np.uint64)])
-        found[start : start + len(lengths)] = (total[offsets[1:]] - total[offsets[:-1]]) * powers[0] + lengths.astype(
-            np.uint64
-        )
+        found[start:stop] = (total[offsets[1:]] - total[offsets[:-1]]) * powers[0] + lengths.astype(np.uint64)
     return found
 
 

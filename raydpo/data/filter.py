@@ -7,6 +7,7 @@ from collections import Counter
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from raydpo.config import DataConfig
 from raydpo.config.filter import PairFilter
@@ -59,9 +60,14 @@ def filter_pairs(
 
 def left_out(condition: PairFilter, facts: pa.Table, keep: np.ndarray) -> str:
     """How many pairs ``condition`` leaves out of each source, as a line for the user."""
-    counts, left = Counter(facts["source"].to_pylist()), Counter(facts["source"].filter(pa.array(~keep)).to_pylist())
+    counts, left = _by_source(facts["source"]), _by_source(facts["source"].filter(pa.array(~keep)))
     sources = "; ".join(f"{source}: {left[source]:,} of {count:,}" for source, count in counts.items())
     return f"data.filter {condition.expression!r}: {int((~keep).sum()):,} of {len(keep):,} pairs left out ({sources})"
+
+
+def _by_source(sources: pa.ChunkedArray) -> Counter[str]:
+    """Number of pairs by source, in order of their first pairs."""
+    return Counter({entry["values"]: entry["counts"] for entry in pc.value_counts(sources).to_pylist()})
 
 
 def filtered_by_tokens(sets: PairSets, config: DataConfig) -> tuple[PairSets, str | None]:

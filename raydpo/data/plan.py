@@ -6,7 +6,7 @@ workers. The position in a run is one integer, which is all that a resumed run n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +14,11 @@ import numpy as np
 from raydpo.data.balance import savings, shares
 from raydpo.data.shapes import PADDED_MULTIPLE, POSITIONS_ONLY, LayoutName, PositionCost, Shapes
 
-__all__ = ["BatchPlan", "MicroBatch", "epoch_order", "fill_batches", "split_over_ranks", "splitmix"]
+__all__ = ["BatchPlan", "MicroBatch", "ShapesOf", "epoch_order", "fill_batches", "split_over_ranks", "splitmix"]
+
+
+ShapesOf = Callable[[np.ndarray], Shapes]
+"""Gives the shapes of distinct pairs, by their row numbers in ascending order, int64 [pairs]."""
 
 
 @dataclass(frozen=True)
@@ -35,18 +39,28 @@ def epoch_order(sources: np.ndarray, weights: np.ndarray, *, seed: int, epoch: i
     Args:
         sources: number of the source of each row, int [rows].
         weights: weight of each source, float [sources].
+
+    Returns:
+        int [rows of the epoch], of the smallest type that holds them: every worker keeps it.
     """
+    counts = _epoch_counts(sources, weights)
     chosen = []
-    for source, weight in enumerate(weights):
-        rows = np.flatnonzero(sources == source)
+    for source, count in enumerate(counts):
+        rows = np.flatnonzero(sources == source).astype(np.min_scalar_type(-len(sources)))
         if shuffle:
             rows = rows[np.argsort(_hashes(len(rows), seed, 2 * source + 1), kind="stable")]
-        count = max(1, round(weight * len(rows))) if len(rows) else 0
-        chosen.append(rows[(epoch * count + np.arange(count)) % max(1, len(rows))])
+        start = epoch * count % max(1, len(rows))
+        chosen.append(np.resize(np.roll(rows, -start), count))
     order = np.concatenate(chosen)
     if not shuffle:
         return np.sort(order, kind="stable")
     return order[np.argsort(_hashes(len(order), seed, 2 * epoch), kind="stable")]
+
+
+def _epoch_counts(sources: np.ndarray, weights: np.ndarray) -> list[int]:
+    """Rows of one epoch from each source."""
+    sizes = np.bincount(sources, minlength=len(weights)).tolist()
+    return [max(1, round(weight * size)) if size else 0 for weight, size in zip(weights, sizes, strict=True)]
 
 
 def fill_batches(items: Sequence[int], shapes: Shapes, tokens_per_batch: int, layout: LayoutName) -> list[list[int]]:
@@ -96,7 +110,7 @@ def _fill(
 
 def split_over_ranks(
     pairs: Sequence[int],
-    shapes: Shapes,
+    shapes_of: ShapesOf,
     *,
     world_size: int,
     tokens_per_batch: int,
@@ -107,10 +121,16 @@ def split_over_ranks(
 
     Pairs that share much of their prompts stay together as far as balance allows.
 
+    Args:
+        pairs: row numbers; one may occur twice.
+
     Returns:
         Micro-batches of each rank: the same number for every rank, at least one.
     """
-    dealt = shares(list(pairs), shapes, world_size, layout, work)
+    # Computed with their places among the distinct pairs. These are in order of row numbers, so ties are broken as by those.
+    rows, places = np.unique(np.asarray(pairs, np.int64), return_inverse=True)
+    shapes, items, numbers = shapes_of(rows), places.tolist(), rows.tolist()
+    dealt = shares(items, shapes, world_size, layout, work)
     alone = shapes.positions(layout)
     ranks = [_fill(share, shapes, tokens_per_batch, layout, alone) for share in dealt]
     wanted = max(1, max(len(batches) for batches in ranks))
@@ -120,10 +140,13 @@ def split_over_ranks(
         for share, batches in zip(dealt, ranks, strict=True)
     ]
     return [
-        sorted(
-            _exactly(batches, wanted, stand_in=int(pairs[0])),
-            key=lambda batch: -batch.counts * alone[list(batch.pairs)].sum(),
-        )
+        [
+            MicroBatch(tuple(numbers[item] for item in batch.pairs), batch.counts)
+            for batch in sorted(
+                _exactly(batches, wanted, stand_in=items[0]),
+                key=lambda batch: -batch.counts * alone[list(batch.pairs)].sum(),
+            )
+        ]
         for batches in ranks
     ]
 
@@ -143,7 +166,7 @@ class BatchPlan:
     """The steps of a run.
 
     Args:
-        shapes: of all training pairs.
+        shapes_of: gives the shapes of the pairs of a step.
         sources: number of the source of each pair, int [pairs].
         weights: weight of each source, float [sources].
         pairs_per_step: pairs of one optimizer step over all ranks; an epoch's last step may have fewer.
@@ -154,7 +177,7 @@ class BatchPlan:
 
     def __init__(
         self,
-        shapes: Shapes,
+        shapes_of: ShapesOf,
         sources: np.ndarray,
         weights: np.ndarray,
         *,
@@ -168,11 +191,11 @@ class BatchPlan:
         layout: LayoutName = "tree",
         work: PositionCost = POSITIONS_ONLY,
     ) -> None:
-        self.shapes, self.layout, self.work = shapes, layout, work
+        self.shapes_of, self.layout, self.work = shapes_of, layout, work
         self.sources, self.weights = sources, weights
         self.seed, self.shuffle = seed, shuffle
         self.pairs_per_step, self.tokens_per_batch, self.world_size = pairs_per_step, tokens_per_batch, world_size
-        self.pairs_per_epoch = len(epoch_order(sources, weights, seed=seed, epoch=0, shuffle=False))
+        self.pairs_per_epoch = sum(_epoch_counts(sources, weights))
         self.steps_per_epoch = -(-self.pairs_per_epoch // pairs_per_step)
         self.total_steps = steps if steps is not None else epochs * self.steps_per_epoch
         self._order: tuple[int, np.ndarray] | None = None
@@ -182,13 +205,13 @@ class BatchPlan:
         epoch, index = divmod(step, self.steps_per_epoch)
         if self._order is None or self._order[0] != epoch:
             self._order = (epoch, epoch_order(self.sources, self.weights, seed=self.seed, epoch=epoch, shuffle=self.shuffle))
-        return self._order[1][index * self.pairs_per_step : (index + 1) * self.pairs_per_step]
+        return self._order[1][index * self.pairs_per_step : (index + 1) * self.pairs_per_step].astype(np.int64)
 
     def micro_batches(self, step: int, rank: int) -> list[MicroBatch]:
         """Micro-batches of ``rank`` in ``step``; the same number for every rank."""
         return split_over_ranks(
             self.pairs(step).tolist(),
-            self.shapes,
+            self.shapes_of,
             world_size=self.world_size,
             tokens_per_batch=self.tokens_per_batch,
             layout=self.layout,

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
-__all__ = ["Ragged"]
+__all__ = ["Ragged", "tokens_in_use"]
 
-_BLOCK_ROWS = 50_000
+_BLOCK_ROWS = 10_000
 """Rows whose values ``sums`` copies at once."""
 
 
@@ -21,11 +22,11 @@ class Ragged:
 
     Args:
         chunks: (values, starts, stops) of each chunk: row i of a chunk is ``values[starts[i]:stops[i]]``.
-        sized: for each chunk, whether its third array holds the sizes of the rows in place of their stops.
+        sized: whether the third arrays hold the sizes of the rows in place of their stops.
     """
 
-    def __init__(self, chunks: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], sized: Sequence[bool]) -> None:
-        self._chunks, self._sized = list(chunks), list(sized)
+    def __init__(self, chunks: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], *, sized: bool) -> None:
+        self._chunks, self._sized = list(chunks), sized
         self._first = [0]  # number of the first row of each chunk, then the number of all rows
         for _, starts, _ in self._chunks:
             self._first.append(self._first[-1] + len(starts))
@@ -55,7 +56,7 @@ class Ragged:
                 chunks.append((values, offsets, chunk.sizes.to_numpy()))
             else:
                 chunks.append((values, offsets[:-1], offsets[1:]))
-        return cls(chunks, [views] * len(chunks))
+        return cls(chunks, sized=views)
 
     def __len__(self) -> int:
         return self._first[-1]
@@ -68,7 +69,7 @@ class Ragged:
         values, starts, stops = self._chunks[index]
         row -= self._first[index]
         start = int(starts[row])
-        return values[start : start + int(stops[row]) if self._sized[index] else int(stops[row])]
+        return values[start : start + int(stops[row]) if self._sized else int(stops[row])]
 
     @property
     def lengths(self) -> np.ndarray:
@@ -79,7 +80,7 @@ class Ragged:
         """Values of each of a chunk's ``rows``, int64."""
         _, starts, stops = self._chunks[index]
         found = stops[rows].astype(np.int64)
-        return found if self._sized[index] else found - starts[rows]
+        return found if self._sized else found - starts[rows]
 
     def gather(self, rows: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Copy rows out of the column.
@@ -111,6 +112,11 @@ class Ragged:
             gathered[np.repeat(offsets[places], mine) + within] = found
         return gathered, offsets
 
+    def lists(self, start: int, stop: int) -> pa.ListArray:
+        """Copy of the rows from ``start`` to ``stop``, as an Arrow array without gaps."""
+        values, offsets = self.gather(np.arange(start, stop))
+        return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(values))
+
     def sums(self) -> np.ndarray:
         """Sum of each row's values, float64 [rows]; 0 for an empty row."""
         totals = np.zeros(len(self))
@@ -120,3 +126,14 @@ class Ragged:
             if len(filled):
                 totals[start + filled] = np.add.reduceat(values.astype(np.float64), offsets[filled])
         return totals
+
+
+def tokens_in_use(pairs: pa.Table, part: str) -> np.ndarray:
+    """Tokens of the prompt, chosen or rejected completion of each pair, int32 [pairs].
+
+    Args:
+        pairs: rows of ``select.PAIR_SCHEMA``, with the token ids or in their place columns of their numbers.
+    """
+    if f"{part}_tokens" in pairs.column_names:
+        return pairs[f"{part}_tokens"].to_numpy()
+    return pc.list_value_length(pairs[f"{part}_ids"]).to_numpy().astype(np.int32, copy=False)

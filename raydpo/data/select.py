@@ -38,11 +38,10 @@ __all__ = [
     "TokenTables",
     "check_source",
     "select",
-    "tokens_in_use",
     "window",
 ]
 
-_IDS, _KEY = pa.list_view(pa.int32()), pa.binary(16)
+_IDS, _KEY = pa.list_(pa.int32()), pa.binary(16)
 PAIR_SCHEMA = pa.schema(
     [
         ("pair_id", pa.string()),  # source:row, plus #n for further pairs of a record that ranks several completions
@@ -57,7 +56,8 @@ PAIR_SCHEMA = pa.schema(
         ("rejected_full", pa.int32()),  # their tokens before truncation
     ]
 )
-"""Columns of a table of tokenised pairs. Token columns may be lists of any Arrow layout, see ``ragged.Ragged``."""
+"""Columns of a table of tokenised pairs. Token columns may be lists of any Arrow layout, see ``ragged.Ragged``; those of
+``select`` are views."""
 PLACE_SCHEMA = pa.schema(
     [
         ("set", pa.int16()),  # number of the pair's source, in order; the held-out file comes last
@@ -72,6 +72,7 @@ PLACE_SCHEMA = pa.schema(
 NO_ROOM, TOO_LONG, SAME = "prompt leaves no room", "longer than max_length", "identical after truncation"
 _SIDES = ("chosen", "rejected")
 _BLOCK_ROWS = 1 << 20
+_VIEW_ROWS = 10_000
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,22 @@ class TokenTables:
         return found
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_opened": {}}
+        # A list view would take along all values of the column that it is a view of.
+        return {"_tables": [[_without_views(table) for table in each] for each in self._tables], "_opened": {}}
+
+
+def _without_views(table: pa.Table) -> pa.Table:
+    """A table of tokens whose columns are lists in memory of their own."""
+    if not any(pa.types.is_list_view(field.type) for field in table.schema):
+        return table
+    columns = [Ragged.of(table[name]) for name in TOKEN_SCHEMA.names]
+    batches = [
+        pa.RecordBatch.from_arrays(
+            [column.lists(start, min(start + _VIEW_ROWS, len(table))) for column in columns], schema=TOKEN_SCHEMA
+        )
+        for start in range(0, len(table), _VIEW_ROWS)
+    ]
+    return pa.Table.from_batches(batches, schema=TOKEN_SCHEMA)
 
 
 @dataclass(frozen=True)
@@ -177,13 +193,6 @@ def window(config: DataConfig, source: SourceRows, number: int, start: int, stop
     table = _part(number, part, decided, decided.keep)
     place = table.column_names.index("place")
     return table.set_column(place, "place", pc.add(table["place"], start))
-
-
-def tokens_in_use(table: pa.Table, part: str) -> np.ndarray:
-    """Tokens in use of ``prompt``, ``chosen`` or ``rejected`` of each pair, int32 [pairs], with or without their ids."""
-    if f"{part}_ids" not in table.column_names:
-        return table[f"{part}_tokens"].to_numpy()
-    return pc.list_value_length(table[f"{part}_ids"]).to_numpy().astype(np.int32, copy=False)
 
 
 def select(
@@ -453,7 +462,7 @@ def _views(columns: Sequence[pa.ChunkedArray], use: np.ndarray, sizes: np.ndarra
         row, done = row + len(chunk), done + len(starts)
     if row != len(use):
         raise ValueError(f"{row} pairs with tokens, {len(use)} light rows")
-    return pa.chunked_array(found, _IDS)
+    return pa.chunked_array(found, pa.list_view(pa.int32()))
 
 
 def _of_chunk(values: pa.Array, starts: np.ndarray, sizes: np.ndarray) -> Iterator[pa.Array]:

@@ -112,8 +112,11 @@ def _file() -> BinaryIO:
 
 
 @contextlib.contextmanager
-def room_for(what: str) -> Iterator[None]:
-    """Turn the error of a full disk, while writing to the system's directory for temporary files, into a sentence.
+def room_for(what: str, where: str | None = None) -> Iterator[None]:
+    """Turn the error of a full disk into a sentence.
+
+    Args:
+        where: directory that is written to; None = the system's directory for temporary files.
 
     Raises:
         RaydpoError: in place of the system's error.
@@ -123,10 +126,10 @@ def room_for(what: str) -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
+        move = ", or set TMPDIR to a directory on a larger disk" if where is None else ""
         raise RaydpoError(
-            f"there is no room for {what} in {tempfile.gettempdir()} "
-            f"({error.strerror}); nothing stored is lost. Free some space there, or set TMPDIR to a "
-            "directory on a larger disk"
+            f"there is no room for {what} in {where or tempfile.gettempdir()} ({error.strerror}); nothing stored is lost. "
+            f"Free some space there{move}"
         ) from None
 
 

@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from raydpo.config.data import PINNED_DATE
+from raydpo.data.forms import Forms
 from raydpo.data.messages import Malformed, Message
 
 __all__ = ["ChatTemplate"]
@@ -59,6 +60,7 @@ class ChatTemplate:
         self._arguments: str | None = None
         self._pinned: dict[str, str] = {}
         self._names: dict[str, frozenset[str]] = {}
+        self._forms = Forms(tokenizer)
         self._written: dict[tuple[Any, ...], bool] = {}
 
     @cached_property
@@ -96,11 +98,17 @@ class ChatTemplate:
         Raises:
             Exception: whatever the template raises.
         """
-        if self.writes_date:
-            kwargs["chat_template"] = self._with_pinned_date(self.tokenizer.get_chat_template(None, tools))
         if generate:
             kwargs["add_generation_prompt"] = True
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, tools=tools, **kwargs)
+        template = self.tokenizer.get_chat_template(None, tools)
+        if self.writes_date:
+            template = self._with_pinned_date(template)
+        pinned = {"chat_template": template} if self.writes_date else {}
+
+        def by_template() -> str:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, tools=tools, **pinned, **kwargs)
+
+        return by_template() if tools is not None else self._forms.render(template, messages, kwargs, by_template)
 
     def _with_pinned_date(self, template: str) -> str:
         """``template`` with a clock that stands still at the beginning of ``day``."""

@@ -18,6 +18,7 @@ from raydpo.data.rendering import RenderingCheck, remedy
 from raydpo.data.segments import Segments
 from raydpo.data.shapes import common_prefix
 from raydpo.data.template import ChatTemplate
+from raydpo.data.words import Words
 from raydpo.errors import FilesError, reason
 from raydpo.storage.pointers import refuse_pointers
 
@@ -30,13 +31,14 @@ FILES = (
 )  # fmt: skip
 """Names of the files of a tokenizer."""
 
+_ID = np.dtype("<i4")
 _SHORT = 20
 _SENTENCE_ENDS = (".", "?", "!")
 _PROBE = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
 
 
 class TokenisedPair(NamedTuple):
-    """Token ids, int32 arrays [tokens], not empty. The completions are not truncated yet."""
+    """Token ids, int32 arrays [tokens], not empty, not to be changed. The completions are not truncated yet."""
 
     prompt: np.ndarray
     chosen: np.ndarray
@@ -154,7 +156,8 @@ class Tokeniser:
         self.template = ChatTemplate(tokenizer, day)
         self.merged = 0
         self._check = RenderingCheck(tokenizer)
-        self._segments = Segments(tokenizer, partial(self._ids, add_special_tokens=False))
+        words, bare = Words.of(getattr(tokenizer, "backend_tokenizer", None)), partial(self._ids, add_special_tokens=False)
+        self._segments = {True: Segments(tokenizer, words, bare), False: Segments(tokenizer, words, bare, self._ids)}
 
     @cached_property
     def stop_ids(self) -> tuple[int, ...]:
@@ -201,13 +204,13 @@ class Tokeniser:
         for entries, conversational in ((plain, False), (rendered, True)):
             # A template writes special tokens itself; for plain text the tokenizer adds its own, such as BOS.
             texts = [text for _, parts, _ in entries for text in parts]
-            ids = iter(self._segments.encode(texts) if conversational else self._ids(texts, True))
+            ids = iter(self._segments[conversational].encode(texts))
             for index, _, found in entries:
                 parts = self._begun(next(ids), next(ids), next(ids), conversational=conversational, found=found)
                 encoded[index] = self._split(*parts, conversational=conversational, found=found), found
         return encoded  # type: ignore[return-value]
 
-    def _ids(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
+    def _ids(self, texts: list[str], add_special_tokens: bool = True) -> list[list[int]]:
         if not texts:
             return []
         options = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
@@ -221,11 +224,12 @@ class Tokeniser:
     @cached_property
     def _adds_bos(self) -> bool:
         """Whether the tokenizer itself begins every text with BOS."""
-        return self._ids(["x"], True)[0][:1] == [self._bos]
+        return self._ids(["x"], True)[0][:1] == [self.tokenizer.bos_token_id]
 
     @cached_property
-    def _bos(self) -> int | None:
-        return self.tokenizer.bos_token_id  # kept, since the tokenizer looks it up slowly
+    def _bos(self) -> bytes | None:
+        bos = self.tokenizer.bos_token_id  # kept, since the tokenizer looks it up slowly
+        return None if bos is None else np.array([bos], _ID).tobytes()
 
     @cached_property
     def _eos(self) -> str | None:
@@ -328,27 +332,30 @@ class Tokeniser:
                 "'default'; set data.chat_template to one of them"
             ) from None
 
-    def _begun(self, *texts: list[int], conversational: bool, found: list[Remark]) -> tuple[list[int], ...]:
+    def _begun(self, *texts: bytes, conversational: bool, found: list[Remark]) -> tuple[bytes, ...]:
         """The ids of a pair, without a second BOS that the tokenizer put before the text's own."""
         if (bos := self._bos) is None:
             return texts
-        if texts[0][:2] == [bos, bos]:
+        if texts[0].startswith(bos + bos):
             found.append(Remark(remarks.BOS_TWICE if conversational else remarks.BOS_REMOVED))
-            return texts if conversational else tuple(ids[1:] for ids in texts)
-        if conversational and self._adds_bos and texts[0][:1] != [bos]:
+            return texts if conversational else tuple(ids[_ID.itemsize :] for ids in texts)
+        if conversational and self._adds_bos and not texts[0].startswith(bos):
             found.append(Remark(remarks.BOS_MISSING))
         return texts
 
-    def _split(self, *texts: list[int], conversational: bool, found: list[Remark]) -> TokenisedPair | Malformed:
+    def _split(self, *texts: bytes, conversational: bool, found: list[Remark]) -> TokenisedPair | Malformed:
+        """Args:
+        texts: ids of the prompt and of the prompt with each answer, as ``Segments`` gives them.
+        """
         prompt, chosen, rejected = texts
         if not conversational and self._adds_eos:
-            prompt = prompt[:-1]
+            prompt = prompt[: -_ID.itemsize]
+        if not (chosen.startswith(prompt) and rejected.startswith(prompt)):
+            ids = np.frombuffer(prompt, _ID)
+            common = min(common_prefix(ids, np.frombuffer(whole, _ID)) for whole in (chosen, rejected))
+            self.merged += common < len(ids)
+            prompt = prompt[: common * _ID.itemsize]
         boundary = len(prompt)
-        if chosen[:boundary] != prompt or rejected[:boundary] != prompt:
-            ids = np.array(prompt, np.int32)
-            boundary = min(common_prefix(ids, np.array(whole, np.int32)) for whole in (chosen, rejected))
-            self.merged += boundary < len(prompt)
-            prompt = prompt[:boundary]
         chosen, rejected = chosen[boundary:], rejected[boundary:]
         for name, part in (("prompt", prompt), ("chosen", chosen), ("rejected", rejected)):
             if not part:  # the first token of a sequence is never predicted
@@ -362,4 +369,4 @@ class Tokeniser:
                     f"{lost[0].remedy}"
                 )
             return Malformed("chosen and rejected have the same tokens")
-        return TokenisedPair(np.array(prompt, np.int32), np.array(chosen, np.int32), np.array(rejected, np.int32))
+        return TokenisedPair(*(np.frombuffer(part, _ID) for part in (prompt, chosen, rejected)))

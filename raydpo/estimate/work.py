@@ -19,8 +19,7 @@ __all__ = ["MOST_PLANNED", "by_scale", "evaluation_pass", "lengths_of", "pair_gr
 
 MOST_PLANNED = 50_000
 """Completions whose batches are planned, which takes seconds. Of more, about so many are planned, in ``RUNS`` runs of
-successive pairs that lie evenly in the data. What they share with others is not seen: of dialogues, 1 to 3 % of the
-positions."""
+successive pairs that lie evenly in the data. What they share with others is not seen: 1 to 3 % of positions in dialogues."""
 RUNS = 5
 _SIDES = ("prompt", "chosen", "rejected")
 

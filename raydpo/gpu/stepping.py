@@ -134,13 +134,13 @@ def reference_pairs(groups: Sequence[PromptGroup], logps: Sequence[Sequence[np.n
     for side, name in enumerate(("chosen", "rejected")):
         columns[f"{name}_ids"] = lists([group.completions[side] for group in groups], pa.int32())
         columns[f"ref_{name}_logps"] = lists([one[side] for one in logps], pa.float32())
-    return TrainingPairs(pa.table(columns))
+    return TrainingPairs.of(pa.table(columns))
 
 
 def make_stepper(engine: RandomPolicy, train: TrainConfig, pairs: TrainingPairs, tokens_per_batch: int) -> Stepper:
     """The steps of ``train`` over ``pairs``, in their order."""
     plan = BatchPlan(
-        pairs.shapes,
+        pairs.shapes_of,
         pairs.sources,
         pairs.weights,
         seed=train.seed,

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from raydpo.data.select import tokens_in_use
+from raydpo.data.ragged import tokens_in_use
 from raydpo.data.tokenise import load_tokenizer
 from raydpo.errors import FilesError
 from raydpo.model.files import GENERATION, model_files, read_header

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 
 from raydpo.config import Config
-from raydpo.data.facts import digests, pair_facts, with_reference
+from raydpo.data.facts import digests_of, pair_facts, with_reference
 from raydpo.data.select import SAME
 from raydpo.errors import ConfigError
 from raydpo.pipeline.checks import check, check_models
@@ -53,7 +53,7 @@ def audit_prepared(prepared: Prepared, console: Console) -> Audit:
     _refuse_other_pairs(storage, prepared)
     pairs = prepared.sets.train
     everything = pair_facts(pairs)
-    sample = draw(digests(pairs["prompt_ids"]), prepared.config.train.seed)
+    sample = draw(digests_of(pairs, "prompt"), prepared.config.train.seed)
     facts = everything if sample.whole else everything.take(pa.array(sample.rows))
     facts = with_reference(facts, *(found.sums for found in reference_values(pairs, prepared.cache, sample.rows)))
     identical = {source.name: source.dropped.counts[SAME] for source in prepared.sets.report.sources}

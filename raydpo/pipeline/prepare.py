@@ -6,6 +6,7 @@ import functools
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -237,6 +238,10 @@ def _digest(table: pa.Table) -> str:
         if column in table.column_names:
             digest.update(f"{column}\0".encode() + np.ascontiguousarray(table[column].to_numpy()).tobytes())
     for batch in table.select(["source", "weight"]).to_batches():
-        for source, weight in zip(batch[0].to_pylist(), batch[1].to_pylist(), strict=True):
-            digest.update(f"{source}\0{weight}\0".encode())
+        names, weights = batch[0].dictionary_encode(), batch[1].to_numpy()
+        numbers = names.indices.to_numpy()
+        starts = np.flatnonzero((np.diff(numbers, prepend=-1) != 0) | (np.diff(weights, prepend=np.nan) != 0))
+        for start, stop in pairwise([*starts.tolist(), len(numbers)]):
+            each = f"{names.dictionary[int(numbers[start])]}\0{float(weights[start])}\0"
+            digest.update(each.encode() * (stop - start))
     return digest.hexdigest()[:32]

@@ -52,6 +52,7 @@ class Tokenised:
         """
         tokeniser = open_tokeniser(config)
         started = time.perf_counter()
+        missing = sum(1 for _ in find_sets(config, tokeniser).missing())
         sets = _opened(config, tokeniser, console)
         for line in sets.report.lines():
             console.say(line)
@@ -59,10 +60,9 @@ class Tokenised:
         if line:
             console.say(line)
         held_out = 0 if sets.eval is None else sets.eval.num_rows
-        console.say(
-            f"pairs: {sets.train.num_rows:,} to train on, {held_out:,} held out, ready after "
-            f"{time.perf_counter() - started:.1f} s"
-        )
+        how = "tokenised" if missing else "tokenised before, read"
+        seconds = time.perf_counter() - started
+        console.say(f"pairs: {sets.train.num_rows:,} to train on, {held_out:,} held out, {how} in {seconds:.1f} s")
         for line in tokenizer_warnings(tokeniser.tokenizer, _models_of(config), config.model.trust_remote_code):
             console.warn(line)
         for line in check_limits([sets.train, *([] if sets.eval is None else [sets.eval])], limits_of(config)):

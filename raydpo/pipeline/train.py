@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from raydpo.cluster.preflight import check_cluster
 from raydpo.cluster.resources import Resources, resources_for
-from raydpo.cluster.session import session
+from raydpo.cluster.session import owns_ray, session
 from raydpo.config import Config
 from raydpo.data.filter import filter_pairs
 from raydpo.model.cost import ModelCost
 from raydpo.pipeline.prepare import Prepared, checked, measured_pairs, wait_for_workers
-from raydpo.reference.pairs import join_reference
+from raydpo.reference.pairs import place_reference
 from raydpo.reports.write import write_report_or_warn
 from raydpo.rundir.card import model_card
 from raydpo.rundir.directory import CONFIG, EVAL, METRICS, PAIRS, RUN, SUMMARY
@@ -26,9 +29,11 @@ from raydpo.rundir.summary import print_summary
 from raydpo.storage.files import Storage
 from raydpo.storage.uri import redact
 from raydpo.terminal.console import Console
+from raydpo.tokens.local import StoredTokens
 from raydpo.training.job import TrainJob
 from raydpo.training.launch.hooks import WorkerInput
 from raydpo.training.launch.launch import launch
+from raydpo.training.pair_files import PairFiles, PairFolder
 from raydpo.training.policy.engine import PolicySpec
 from raydpo.version import __version__
 
@@ -63,13 +68,13 @@ class Joined:
     """Pairs joined with the reference's log-probs, ready for training.
 
     Attributes:
-        pairs, held_out: tables, or references to them in Ray's object store; ``held_out`` is None if nothing is held out.
+        pairs, held_out: their files; ``held_out`` is None if nothing is held out.
         training_pairs: number of ``pairs``.
         fused: whether fused functions computed the log-probs; empty if that is not known.
     """
 
-    pairs: Any
-    held_out: Any
+    pairs: PairFiles
+    held_out: PairFiles | None
     training_pairs: int
     fused: frozenset[bool]
 
@@ -79,7 +84,7 @@ class TrialContext:
     """Input that a sweep gives to the training of one trial.
 
     Attributes:
-        joined: result of ``join_sets``, in Ray's object store.
+        joined: result of ``join_sets``.
         at_once: number of trainings that share the cluster.
         board: result of ``launch.board.start_mailbox``.
         display: receives the events of the training.
@@ -93,22 +98,32 @@ class TrialContext:
     until: int | None = None
 
 
-def join_sets(prepared: Prepared, console: Console) -> Joined:
-    """Join training and held-out pairs with the reference's log-probs, and filter the training pairs by them.
+def join_sets(prepared: Prepared, folder: PairFolder, console: Console) -> Joined:
+    """Join training and held-out pairs with the reference's log-probs, filter the training pairs by them, and write both
+    into ``folder``.
 
     Raises:
         CacheMissError: if log-probs are missing.
+        RaydpoError: if the disk has no room for them.
     """
-    compares = prepared.config.needs_reference
-    pairs = join_reference(prepared.sets.train, prepared.cache, "training") if compares else prepared.sets.train
+    compares, cache = prepared.config.needs_reference, prepared.cache
+    pairs, logps = place_reference(prepared.sets.train, cache, "training") if compares else (prepared.sets.train, ())
     if prepared.filter_by_reference is not None:
         sums = (pairs[f"ref_{side}_sum"].to_numpy() for side in ("chosen", "rejected"))
         pairs, line = filter_pairs(prepared.filter_by_reference, pairs, *sums)
         console.say(line)
     held_out = prepared.sets.eval
+    held_logps: Sequence[np.ndarray] = ()
     if held_out is not None and compares:
-        held_out = join_reference(held_out, prepared.cache, "held-out")
-    return Joined(pairs, held_out, pairs.num_rows, frozenset(prepared.cache.fused if compares else ()))
+        held_out, held_logps = place_reference(held_out, cache, "held-out")
+    # Workers read stored sets by themselves. What is in memory here is written for them.
+    tokens = prepared.sets.tokens if isinstance(prepared.sets.tokens, StoredTokens) else None
+    return Joined(
+        folder.write(pairs, logps, tokens),
+        None if held_out is None else folder.write(held_out, held_logps, tokens, prompts=True),
+        pairs.num_rows,
+        frozenset(cache.fused if compares else ()),
+    )
 
 
 def _begin_run(prepared: Prepared, job: TrainJob, console: Console) -> None:
@@ -188,27 +203,29 @@ def train_prepared(
     if summary is not None:
         console.say(f"run {config.run_name} is already complete: {redact(config.run_dir)} (--fresh trains it again)")
     else:
-        console.begin("joining pairs with log-probs")
-        joined = join_sets(prepared, console) if shared is None else shared.joined
-        resources = resources_for("train", config, 1 if shared is None else shared.at_once)
-        if shared is None:
-            wait_for_workers("train", config, resources, console)
-        job = _training_job(prepared, resources, joined.fused, None if shared is None else shared.until)
-        _begin_run(prepared, job, console)
-        with TrainingDisplay(console) if shared is None else shared.display as display:
-            payload = WorkerInput(
-                job=job,
-                pairs=joined.pairs,
-                held_out=joined.held_out,
-                run_dir=config.run_dir,
-                run_name=config.run_name,
-                track=config.track,
-                base_name=prepared.base_name,
-                tokenizer=prepared.tokeniser.tokenizer,
-                board=None if shared is None else shared.board,
-            )
-            console.begin("training: workers")
-            trained = launch(payload, resources, display.listen)
+        with contextlib.ExitStack() as stack:
+            console.begin("joining pairs with log-probs")
+            folder = PairFolder(storage, one_machine=owns_ray())
+            joined = join_sets(prepared, stack.enter_context(folder), console) if shared is None else shared.joined
+            resources = resources_for("train", config, 1 if shared is None else shared.at_once)
+            if shared is None:
+                wait_for_workers("train", config, resources, console)
+            job = _training_job(prepared, resources, joined.fused, None if shared is None else shared.until)
+            _begin_run(prepared, job, console)
+            with TrainingDisplay(console) if shared is None else shared.display as display:
+                payload = WorkerInput(
+                    job=job,
+                    pairs=joined.pairs,
+                    held_out=joined.held_out,
+                    run_dir=config.run_dir,
+                    run_name=config.run_name,
+                    track=config.track,
+                    base_name=prepared.base_name,
+                    tokenizer=prepared.tokeniser.tokenizer,
+                    board=None if shared is None else shared.board,
+                )
+                console.begin("training: workers")
+                trained = launch(payload, resources, display.listen)
         if trained["interrupted"]:
             if trained["steps"] == job.stop_after:
                 return None
@@ -227,7 +244,13 @@ def _sample_prompts(prepared: Prepared) -> tuple[tuple[str, Any], ...]:
     """(text, token ids) of the first held-out prompts; of training prompts if nothing is held out."""
     count = prepared.config.train.sample_prompts
     table = prepared.sets.eval if prepared.sets.eval is not None else prepared.sets.train
-    distinct = dict.fromkeys(tuple(ids) for ids in table["prompt_ids"].slice(0, 8 * count).to_pylist())
+    first = table.slice(0, 8 * count)
+    if "prompt_ids" in first.column_names:
+        prompts = first["prompt_ids"].to_pylist()
+    else:
+        read = prepared.sets.tokens.rows(first["set"].to_numpy(), first["place"].to_numpy())
+        prompts = [prompt.tolist() for prompt, _, _ in read]
+    distinct = dict.fromkeys(map(tuple, prompts))
     return tuple((_readable(prepared.tokeniser.tokenizer, ids), ids) for ids in list(distinct)[:count])
 
 

@@ -34,8 +34,8 @@ from raydpo.reference.team import TeamScorer
 __all__ = ["BuildReport", "build"]
 
 SHARDS_PER_WORKER = 8
-"""Shards per actor of a small job. Shards are then smaller than ``tokens_per_part``, so that all actors finish at about the
-same time and progress is visible."""
+"""Shards per actor of a small job, and of the beginning of a large one. Shards are then smaller than ``tokens_per_part``, so
+that all actors have work at once, finish at about the same time, and progress is visible."""
 MIN_SHARD_TOKENS = 2048
 CHECK_COMPLETIONS = 64
 """Completions of the first shard that are read for the check of the layout, which takes a few prompts of them."""
@@ -192,6 +192,7 @@ class _Work:
     ) -> None:
         self._cache = cache
         self._known: list[Wanted] = []
+        self._tokens: list[int] = []  # of each window and all before it
         self._covered: list[np.ndarray] = []
         self.wanted = self.hits = 0
         self.problems: list[str] = []
@@ -211,6 +212,8 @@ class _Work:
         covered = self._cache.covers(window.keys, window.tokens)
         self._known.append(window)
         self._covered.append(covered)
+        tokens = window.tokens.sum(dtype=np.int64) + window.prompt_tokens.sum(dtype=np.int64)
+        self._tokens.append(int(tokens) + (self._tokens[-1] if self._tokens else 0))
         self.wanted += len(window)
         self.hits += int(covered.sum())
         self.problems += [problem for problem in self._cache.problems if problem not in self.problems]
@@ -223,15 +226,18 @@ class _Work:
     def next_missing(self) -> int | None:
         """Number of the first window that lacks something; windows are taken until there is one. None = there is none."""
         number = 0
-        while True:
-            while number < len(self._known):
-                if not self._covered[number].all():
-                    return number
-                number += 1
-            window = next(self._coming, None)
-            if window is None:
-                return None
+        while number < len(self._known) or self._take():
+            if not self._covered[number].all():
+                return number
+            number += 1
+        return None
+
+    def _take(self) -> bool:
+        """Wait for the next window. False = there is none."""
+        window = next(self._coming, None)
+        if window is not None:
             self._add(window)
+        return window is not None
 
     def look_again(self) -> int | None:
         """Ask the cache again what it holds. Returns the number of the first window that lacks something."""
@@ -253,18 +259,15 @@ class _Work:
 
         Every builder takes the shards of a window in an order of its own.
         """
-        number: int | None = first
-        while number is not None and number < len(self._known):
+        number = first
+        while number < len(self._known) or self._take():
             window, covered = self._known[number], self._covered[number]
             if not covered.all():
                 # Completions of one prompt are only split where they exceed a part, even if shards are smaller.
-                plan = Plan(window, _shard_tokens(window, tokens_per_part, teams), tokens_per_part)
+                tokens = _shard_tokens(self._tokens[number], tokens_per_part, teams)
+                plan = Plan(window, tokens, tokens_per_part)
                 yield from plan.missing(covered, random.Random(f"{self._cache.builder} {number}"))
             number += 1
-            if number == len(self._known):
-                arrived = next(self._coming, None)
-                if arrived is not None:
-                    self._add(arrived)
 
 
 def _distinct(windows: Iterable[Wanted]) -> Iterator[Wanted]:
@@ -312,8 +315,8 @@ def _wait_for_others(work: _Work, waiting: int | None, patience: float) -> int |
     return waiting
 
 
-def _shard_tokens(window: Wanted, tokens_per_part: int, actors: int) -> int:
-    total = int(window.tokens.sum(dtype=np.int64) + window.prompt_tokens.sum(dtype=np.int64))
+def _shard_tokens(total: int, tokens_per_part: int, actors: int) -> int:
+    """Tokens of the shards of a window. ``total``: all tokens up to its end, since later windows may not be known yet."""
     return min(tokens_per_part, max(MIN_SHARD_TOKENS, total // (SHARDS_PER_WORKER * actors)))
 
 

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from raydpo.config import DataConfig, source_name
 from raydpo.data.index import as_bytes
+from raydpo.data.ragged import Ragged
 from raydpo.data.records import read_records
 from raydpo.errors import DataError
 from raydpo.reference.part import HIGHEST, KEY_TYPE
@@ -39,7 +40,7 @@ def export_pairs(joined: pa.Table, decode: Any, path: Path) -> int:
     completion in nats, which TRL's DPOTrainer accepts in place of a reference model; ``ref_*_token_logps``, one per token.
 
     Args:
-        joined: result of ``training.pairs.join_reference``.
+        joined: result of ``pairs.join_reference``.
         decode: function from a list of rows of token ids to a list of texts.
 
     Returns:
@@ -54,10 +55,10 @@ def export_pairs(joined: pa.Table, decode: Any, path: Path) -> int:
             columns = {"pair_id": rows["pair_id"], "source": rows["source"]}
             for name in ("prompt", "chosen", "rejected"):
                 columns[name] = pa.array(decode(rows[f"{name}_ids"].to_pylist()), pa.string())
-            columns |= {f"{name}_ids": rows[f"{name}_ids"] for name in ("prompt", "chosen", "rejected")}
+            columns |= {f"{name}_ids": _lists(rows[f"{name}_ids"]) for name in ("prompt", "chosen", "rejected")}
             for side in ("chosen", "rejected"):
                 columns[f"ref_{side}_logps"] = rows[f"ref_{side}_sum"]
-                columns[f"ref_{side}_token_logps"] = rows[f"ref_{side}_logps"]
+                columns[f"ref_{side}_token_logps"] = _lists(rows[f"ref_{side}_logps"])
             table = pa.table(columns)
             writer = writer or pq.ParquetWriter(temporary, table.schema, compression="zstd")
             writer.write_table(table)
@@ -67,6 +68,11 @@ def export_pairs(joined: pa.Table, decode: Any, path: Path) -> int:
     finally:
         temporary.unlink(missing_ok=True)
     return joined.num_rows
+
+
+def _lists(column: pa.ChunkedArray) -> pa.Array:
+    """As the plain list type, which every reader of Parquet knows; datasets 5 does not read list views."""
+    return Ragged.of(column).lists(0, len(column))
 
 
 @dataclass(frozen=True)

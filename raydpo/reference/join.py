@@ -34,19 +34,21 @@ class Joined:
             nothing.
         offsets: index of each completion's first value, int64 [completions + 1].
         sums: float64 [completions], nats; NaN where the cache holds nothing.
+        known: whether the values are known, bool [completions].
     """
 
     values: np.ndarray
     offsets: np.ndarray
     sums: np.ndarray
+    known: np.ndarray
 
     def lists(self, start: int, stop: int) -> pa.Array:
-        """Values of the completions from ``start`` to ``stop`` as list<float32>, without a copy."""
-        offsets = self.offsets[start : stop + 1] - self.offsets[start]
-        flat = pa.array(self.values[self.offsets[start] : self.offsets[stop]])
-        if offsets[-1] > np.iinfo(np.int32).max:
-            return pa.LargeListArray.from_arrays(pa.array(offsets), flat)
-        return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), flat)
+        """Values of the completions from ``start`` to ``stop`` as views into ``values``: a table of them can be filtered
+        without copying values."""
+        large = self.offsets[stop] > np.iinfo(np.int32).max
+        views, width = (pa.LargeListViewArray, pa.int64()) if large else (pa.ListViewArray, pa.int32())
+        starts, sizes = self.offsets[start:stop], np.diff(self.offsets[start : stop + 1])
+        return views.from_arrays(pa.array(starts, width), pa.array(sizes, width), pa.array(self.values))
 
 
 def join(cache: ReferenceCache, keys: np.ndarray, needed: np.ndarray) -> Joined:
@@ -62,16 +64,16 @@ def join(cache: ReferenceCache, keys: np.ndarray, needed: np.ndarray) -> Joined:
     """
     offsets = np.concatenate([[0], np.cumsum(needed, dtype=np.int64)])
     values, forget = _file_of(int(offsets[-1]))
-    joined, unknown = Joined(values, offsets, np.full(len(keys), np.nan)), np.ones(len(keys), bool)
+    joined = Joined(values, offsets, np.full(len(keys), np.nan), np.zeros(len(keys), bool))
     for places, part, rows in cache.answers(keys, needed):
         if part.logps is None:
             joined.sums[places] = part.sums[rows]
             continue
-        unknown[places] = False
+        joined.known[places] = True
         for start, stop in _blocks(needed[places]):
             _move(part, rows[start:stop], places[start:stop], needed, joined)
             forget(stop - start)
-    for place in np.flatnonzero(unknown):  # a new file holds zeros, which look like log-probs
+    for place in np.flatnonzero(~joined.known):  # a new file holds zeros, which look like log-probs
         values[offsets[place] : offsets[place + 1]] = np.nan
     return joined
 

@@ -9,34 +9,63 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raydpo.data.index import as_bytes
+from raydpo.data.ragged import tokens_in_use
 from raydpo.errors import CacheMissError
 from raydpo.reference.identity import QUANTIZED, ReferenceIdentity
 from raydpo.reference.join import Joined, join
 from raydpo.reference.store import UNVERIFIED, ReferenceCache
 
-__all__ = ["join_reference", "reference_values"]
+__all__ = ["REFERENCE_COLUMNS", "SIDES", "join_reference", "place_reference", "reference_values"]
 
 SIDES = ("chosen", "rejected")
+REFERENCE_COLUMNS = ("ref_chosen_place", "ref_rejected_place", "ref_known", "ref_chosen_sum", "ref_rejected_sum")
+"""Columns that ``place_reference`` adds."""
 
 
 def join_reference(table: pa.Table, cache: ReferenceCache, what: str) -> pa.Table:
     """Add the reference's values to ``table``, in memory-mapped files.
 
-    Adds ``ref_chosen_logps`` and ``ref_rejected_logps`` (list<float32>, of the tokens in use; NaN where the cache holds only
-    sums), and ``ref_chosen_sum`` and ``ref_rejected_sum`` (float64).
+    Adds ``ref_chosen_logps`` and ``ref_rejected_logps`` (list_view<float32>, of the tokens in use; NaN where the cache holds
+    only sums), and ``ref_chosen_sum`` and ``ref_rejected_sum`` (float64).
 
     Raises:
         CacheMissError: if the cache lacks rows, or has too few of their tokens. Says how many, of which sources, the first
             few, and the command that scores them.
     """
+    for side, found in zip(SIDES, _complete_values(table, cache, what), strict=True):
+        table = table.append_column(f"ref_{side}_logps", found.lists(0, table.num_rows))
+        table = table.append_column(f"ref_{side}_sum", pa.array(found.sums))
+    return table
+
+
+def place_reference(table: pa.Table, cache: ReferenceCache, what: str) -> tuple[pa.Table, list[np.ndarray]]:
+    """Add to ``table`` the sums of the reference's log-probs, and where those of the tokens in use are.
+
+    Adds ``ref_chosen_place`` and ``ref_rejected_place`` (int64), ``ref_known`` (uint8, 0 if of one of both completions only
+    the sum is known), ``ref_chosen_sum`` and ``ref_rejected_sum`` (float64, nats).
+
+    Returns:
+        The table, and the log-probs: float32 arrays in memory-mapped files. Column ``ref_chosen_place`` counts from the
+        beginning of the first array, with the second one following it.
+
+    Raises:
+        CacheMissError: as ``join_reference``.
+    """
+    chosen, rejected = _complete_values(table, cache, what)
+    places = chosen.offsets[:-1], rejected.offsets[:-1] + len(chosen.values)
+    added = (*places, (chosen.known & rejected.known).astype(np.uint8), chosen.sums, rejected.sums)
+    for name, column in zip(REFERENCE_COLUMNS, added, strict=True):
+        table = table.append_column(name, pa.array(column))
+    return table, [chosen.values, rejected.values]
+
+
+def _complete_values(table: pa.Table, cache: ReferenceCache, what: str) -> tuple[Joined, Joined]:
+    """As ``reference_values``, if no value is missing; raises as ``join_reference``."""
     joined = reference_values(table, cache)
     lacking = np.isnan(joined[0].sums) | np.isnan(joined[1].sums)
     if lacking.any():
         raise _miss(table, lacking, cache, what)
-    for side, found in zip(SIDES, joined, strict=True):
-        table = table.append_column(f"ref_{side}_logps", found.lists(0, table.num_rows))
-        table = table.append_column(f"ref_{side}_sum", pa.array(found.sums))
-    return table
+    return joined
 
 
 def reference_values(
@@ -45,8 +74,7 @@ def reference_values(
     """Cached values of the chosen and of the rejected completions of the pairs in ``rows``."""
 
     def values(side: str) -> Joined:
-        needed = pc.list_value_length(table[f"{side}_ids"]).to_numpy().astype(np.int32)
-        return join(cache, as_bytes(table[f"{side}_key"])[rows], needed[rows])
+        return join(cache, as_bytes(table[f"{side}_key"])[rows], tokens_in_use(table, side)[rows])
 
     return values("chosen"), values("rejected")
 

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from raydpo.errors import CacheError, RaydpoError, one_line
 from raydpo.reference.identity import ReferenceIdentity
-from raydpo.storage.files import checksum
+from raydpo.storage.content import checksum
 
 __all__ = [
     "COMPACTED",

@@ -26,6 +26,7 @@ __all__ = [
     "PAIRS",
     "REPORT",
     "RUN",
+    "SCRATCH",
     "SUMMARY",
     "SWEEP",
     "TENSORBOARD",
@@ -64,6 +65,8 @@ TENSORBOARD = "tensorboard"
 """Folder of TensorBoard's event files."""
 DRIVER_LOG = "logs/driver.log"
 """Output of libraries in the driver process; a run at a URI has none."""
+SCRATCH = ".scratch"
+"""Folder that exists while a run trains: the pairs, and a folder for each worker."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import os
 import random
 import re
@@ -33,8 +32,6 @@ from raydpo.storage.uri import is_uri, redact, secrets_of
 __all__ = [
     "FileInfo",
     "Storage",
-    "checksum",
-    "content_version",
     "redact",
     "remove_stale_temporaries",
     "stale_temporaries",
@@ -238,6 +235,13 @@ class Storage:
         except FileNotFoundError:
             return
 
+    def delete_directory(self, name: str) -> None:
+        """Delete a directory and all that is in it. It is no error if it does not exist."""
+        try:
+            self._persist("delete", name, lambda: self.fs.delete_dir(self.path(name)))
+        except FileNotFoundError:
+            return
+
     def move(self, name: str, to: str) -> None:
         """Rename a file; on an object store, copy and then delete it.
 
@@ -418,33 +422,6 @@ def _may_pass(error: Exception) -> bool:
     if isinstance(error, (IsADirectoryError, NotADirectoryError, FileExistsError)):
         return False
     return isinstance(error, OSError) or type(error).__module__ not in ("builtins", "pyarrow.lib")
-
-
-def checksum(data: bytes | pa.Buffer) -> str:
-    """The 32 hexadecimal digits of a file's bytes that stand in its name, so that damage is noticed."""
-    return hashlib.sha256(data).hexdigest()[:32]
-
-
-_VERSIONS = ("etag", "generation", "md5hash", "content-md5", "content_md5", "blob_id", "sha256", "version_id")
-"""What stores call that which changes with each new content of a file, in lower case."""
-
-
-def content_version(filesystem: pafs.FileSystem, path: str) -> str | None:
-    """What a remote store tells of a file that changes whenever its content does: an ETag, generation or digest. None if it
-    tells nothing of the kind. Nothing of the file is read."""
-    handler = filesystem.handler if isinstance(filesystem, pafs.PyFileSystem) else None
-    if isinstance(handler, pafs.FSSpecHandler):
-        handler.fs.invalidate_cache(path)
-        told = handler.fs.info(path)
-    else:
-        with filesystem.open_input_file(path) as stream:
-            told = {_text(key): _text(value) for key, value in stream.metadata().items()}
-    lower = {str(key).lower(): value for key, value in told.items()}
-    return next((f"{name} {lower[name]}" for name in _VERSIONS if lower.get(name)), None)
-
-
-def _text(value: str | bytes) -> str:
-    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
 
 
 def stale_temporaries(storage: Storage, name: str, older_than: float | None = None) -> list[FileInfo]:

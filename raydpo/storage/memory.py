@@ -10,13 +10,12 @@ import json
 import os
 import uuid
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from raydpo.storage.local_copy import alone, local_home
 
-__all__ = ["file_digest", "keep", "last_start", "one_at_a_time", "program", "recall", "remembered", "stamp", "versions"]
+__all__ = ["content_stamp", "keep", "last_start", "one_at_a_time", "program", "recall", "remembered", "stamp", "versions"]
 
 
 def remembered(kind: str, decides: object, find: Callable[[], Any]) -> Any:
@@ -78,8 +77,13 @@ def stamp(file: Path) -> list[str | int]:
 
     A copy that preserves times cannot set the change time (ctime), so overwritten files are always noticed.
     """
-    stat = file.stat()
-    return [str(file.resolve()), stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+    return [str(file.resolve()), *content_stamp(file)]
+
+
+def content_stamp(file: Path | str) -> list[int]:
+    """``stamp`` without the path: ten times quicker, for thousands of files in one place."""
+    stat = os.stat(file)
+    return [stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
 
 
 @functools.cache
@@ -89,35 +93,6 @@ def last_start() -> str:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:
         return ""
-
-
-_PIECE = 64 << 20
-"""Bytes of a file that one thread hashes at a time."""
-
-
-def file_digest(file: Path) -> str:
-    """Digest of the content of ``file``, remembered as long as its ``stamp`` is the same.
-
-    It is the SHA-256 of the SHA-256 of successive pieces, which several threads compute.
-    """
-
-    def find() -> str:
-        with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-            pieces = pool.map(lambda start: _piece_digest(file, start), range(0, max(1, file.stat().st_size), _PIECE))
-            return hashlib.sha256(b"".join(pieces)).hexdigest()
-
-    return remembered("digests", [*stamp(file), "whole"], find)
-
-
-def _piece_digest(file: Path, start: int) -> bytes:
-    digest = hashlib.sha256()
-    with open(file, "rb") as stream:
-        stream.seek(start)
-        left = _PIECE
-        while left and (block := stream.read(min(left, 1 << 20))):
-            digest.update(block)  # releases the GIL
-            left -= len(block)
-    return digest.digest()
 
 
 @functools.cache

@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 
 from raydpo.cluster.preflight import check_cluster
-from raydpo.cluster.session import session
+from raydpo.cluster.session import owns_ray, session
 from raydpo.cluster.waiting import request_nodes
 from raydpo.config import Config, lower_is_better
 from raydpo.errors import ConfigError, RaydpoError
@@ -42,6 +42,7 @@ from raydpo.sweeps.trials import Trial, parameters_of, trials_of
 from raydpo.terminal.console import Console
 from raydpo.terminal.interrupt import interruptible
 from raydpo.training.launch.board import start_mailbox
+from raydpo.training.pair_files import PairFolder
 
 __all__ = ["sweep"]
 
@@ -90,11 +91,12 @@ def sweep(config: Config, console: Console | None = None, *, fresh: bool = False
         storage.write(CONFIG, config.to_yaml().encode())
         ledger = Ledger(config, trials, same_pairs=same_pairs)
         to_train = any(not Storage(trial.config.run_dir).exists(SUMMARY) for trial in trials)
-        with request_nodes(largest, wanted=to_train, trainings=at_once):
-            shared = _score(config, prepared, ledger, console)
-        console.say(f"sweep: {len(trials)} trials over {', '.join(parameters_of(trials))}; {at_once} at once")
-        with SweepTable(console, ledger) as table:
-            _Sweep(prepared, shared, ledger, table, at_once).run()
+        with PairFolder(storage, one_machine=owns_ray()) as folder:
+            with request_nodes(largest, wanted=to_train, trainings=at_once):
+                shared = _score(config, prepared, ledger, folder, console)
+            console.say(f"sweep: {len(trials)} trials over {', '.join(parameters_of(trials))}; {at_once} at once")
+            with SweepTable(console, ledger) as table:
+                _Sweep(prepared, shared, ledger, table, at_once).run()
     best, metric = ledger.best(), config.sweep.metric
     if best:
         which = "lowest" if lower_is_better(metric) else "highest"
@@ -185,24 +187,21 @@ def _say_which_to_take(storage: Storage, console: Console) -> None:
     console.say(f"recommended: {found.point.name if found.point else 'none'}. {found.reason}")
 
 
-def _score(config: Config, prepared: dict[str, Prepared], ledger: Ledger, console: Console) -> dict[str, Joined]:
-    """Score what all trials need in one pass. Return references to the pairs of each trial in Ray's object store, where each
-    set of pairs is stored once."""
-    import ray
-
+def _score(
+    config: Config, prepared: dict[str, Prepared], ledger: Ledger, folder: PairFolder, console: Console
+) -> dict[str, Joined]:
+    """Score what all trials need in one pass. Return the files of the pairs of each trial, in ``folder``, where each set of
+    pairs is stored once."""
     sets = {_pairs_of(one): one for one in prepared.values()}
     compare = [one for one in sets.values() if one.config.needs_reference]
     first = next(iter([*compare, *prepared.values()]))
-    everything: list[pa.Table] = [table for one in compare for table in one.tables]
+    # Workers read the tokens of stored sets where they are; those of trials on several data travel in the tables.
+    everything = [table for one in compare for table in one.tables] if len(compare) > 1 else None
     rates = {key: _hit_rate(one) for key, one in sets.items()}  # before the pass, which stores all of them
     # The audit is written for the configuration of the sweep: in its directory, with its loss and beta.
     whole = config if config.needs_reference else config.model_copy(update={"train": first.config.train})
     score_prepared(dataclasses.replace(first, config=whole), console, everything)
-    joined = {}
-    for key, one in sets.items():
-        tables = join_sets(one, console)
-        held_out = None if tables.held_out is None else ray.put(tables.held_out)
-        joined[key] = dataclasses.replace(tables, pairs=ray.put(tables.pairs), held_out=held_out)
+    joined = {key: join_sets(one, folder, console) for key, one in sets.items()}
     ledger.found_in_cache(first.reference.identity.digest, [rates[_pairs_of(one)] for one in prepared.values()])
     return {name: joined[_pairs_of(one)] for name, one in prepared.items()}
 

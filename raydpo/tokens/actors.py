@@ -18,6 +18,7 @@ from typing import Any
 
 from raydpo.cluster.actors import original_error
 from raydpo.cluster.nodes import cores_of, nodes_with, room_for
+from raydpo.cluster.watch import QUIET_SECONDS, duration
 from raydpo.errors import RaydpoError, one_line
 
 __all__ = ["Job", "Makers", "makers"]
@@ -30,8 +31,6 @@ MOST_DEATHS = 3
 """How often a piece may be in the hands of an actor that dies."""
 WITHOUT_CPU = 2
 """Actors that are started where no CPU is free. Scoring may hold all of them and wait for the pairs."""
-QUIET_SECONDS = 600.0
-"""Seconds that an actor works on a piece until it is named, and until it is named again."""
 ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
 
@@ -78,6 +77,7 @@ class Job:
     tag: Any = None
     deaths: int = 0
     since: float = 0.0  # when it became the first of its actor
+    told: float = 0.0  # when it was last named as taking long
 
 
 @dataclass
@@ -146,7 +146,7 @@ class Makers:
         import ray
 
         again: deque[Job] = deque()
-        told = 0.0
+        began = told = time.monotonic()
         try:
             while True:
                 ended = self._submit(jobs, again)
@@ -177,7 +177,7 @@ class Makers:
                     yield None
                 if time.monotonic() - told > QUIET_SECONDS / 10:
                     told = time.monotonic()
-                    self._tell_silent(doing, tell)
+                    self._tell_silent(doing, tell, began)
         except ray.exceptions.RayError as error:
             raise original_error(getattr(error, "cause", None) or error, doing) from error
         finally:
@@ -233,13 +233,15 @@ class Makers:
         again.extendleft(reversed(jobs))
         self._start(0)
 
-    def _tell_silent(self, doing: str, tell: Callable[[str], None]) -> None:
+    def _tell_silent(self, doing: str, tell: Callable[[str], None], began: float) -> None:
         now = time.monotonic()
         for worker in self._workers:
-            if worker.jobs and (seconds := now - worker.jobs[0][1].since) > QUIET_SECONDS:
-                tell(f"{doing}: {worker.where} has been at {worker.jobs[0][1].about} for {seconds / 60:.0f} min")
-        if self._starting and not self._workers:
-            tell(f"{doing}: no actor has started yet")
+            job = worker.jobs[0][1] if worker.jobs else None
+            if job is not None and now - max(job.since, job.told) > QUIET_SECONDS:
+                job.told = now
+                tell(f"{doing}: {worker.where} has been at {job.about} for {duration(now - job.since)}")
+        if not self._workers and now - began > QUIET_SECONDS:
+            tell(f"{doing}: no actor has started for {duration(now - began)}")
 
 
 def _first_now(worker: _Worker) -> None:

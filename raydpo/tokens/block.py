@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from raydpo.data.rows import LIGHT_SCHEMA, TOKEN_SCHEMA, Rows
 from raydpo.data.tally import SourceReport
 from raydpo.errors import CacheError, RaydpoError, one_line
-from raydpo.storage.files import checksum
+from raydpo.storage.content import checksum
 
 __all__ = ["BlockInfo", "DamagedBlock", "Index", "Span", "decode", "decode_index", "decode_tokens", "encode", "table_bytes"]
 

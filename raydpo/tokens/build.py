@@ -232,8 +232,8 @@ class _Making:
         self._lacking = set(self.columns.values())
         self._blocks: dict[tuple[int, int], tuple[int, int]] = {}  # last line and pairs by file and first line
         self._next, self._contiguous = (0, 0), 0
-        self._accounts: list[tuple[Span, SourceReport]] = []
         self._totals = SourceReport("", "")
+        self._faulty: list[tuple[Span, SourceReport]] = []
         self._done, self._started = 0, time.monotonic()
         token_set.blocks()  # finds what is damaged
         token_set.prepare()
@@ -282,11 +282,12 @@ class _Making:
         self.pairs += pairs
 
     def _tally(self, span: Span, account: SourceReport) -> None:
-        self._accounts.append((span, account))
         self._totals.records += account.records
         self._totals.pairs += account.pairs
         self._totals.malformed_records += account.malformed_records
         self._totals.remarks.merge(account.remarks)
+        if account.malformed_records or account.remarks.lost:
+            self._faulty.append((span, account))
 
     def progress(self, complete: Complete | None = None) -> Progress:
         """How far the set is."""
@@ -333,11 +334,19 @@ class _Making:
         return malformed or totals.remarks.lost > self.data.max_lost * pairs
 
     def _account(self) -> SourceReport:
-        """The report on the blocks so far, as if no pair were dropped."""
-        account = SourceReport(source_name(self.source), redact(self.source.path))
-        for _, part in sorted(self._accounts, key=lambda entry: entry[0]):
-            account.merge(part)
-        account.kept = account.pairs
+        """The report on faults in the blocks so far, as if no pair were dropped."""
+        totals = self._totals
+        account = SourceReport(
+            source_name(self.source),
+            redact(self.source.path),
+            records=totals.records,
+            malformed_records=totals.malformed_records,
+            pairs=totals.pairs,
+            kept=totals.pairs,
+        )
+        for _, part in sorted(self._faulty, key=lambda entry: entry[0]):
+            account.malformed.merge(part.malformed)
+            account.remarks.merge(part.remarks)
         return account
 
     def finish(self) -> Complete:

@@ -24,8 +24,8 @@ from raydpo.data.preference import Preference
 from raydpo.data.rows import PAIR_MARGIN, PAIR_WEIGHT, most_characters_of
 from raydpo.data.tokenise import FILES, Tokeniser, template_text
 from raydpo.errors import DataError, reason
-from raydpo.storage.files import content_version
-from raydpo.storage.memory import file_digest, remembered, stamp, versions
+from raydpo.storage.content import BY_TIME, content_version, file_digest
+from raydpo.storage.memory import remembered, stamp, versions
 from raydpo.storage.uri import redact
 
 __all__ = ["SetIdentity", "SourceFile", "files_of", "tokenizer_facts"]
@@ -33,8 +33,8 @@ __all__ = ["SetIdentity", "SourceFile", "files_of", "tokenizer_facts"]
 RECIPE = 1
 """Version of raydpo's own reading and tokenising, raised whenever a change alters the rows or the account of a set."""
 _PACKAGES = ("transformers", "tokenizers", "jinja2")
-_BY_TIME = "time "
-"""Begins ``SourceFile.content`` where the store tells no more than size and time of a file."""
+_UNKNOWN = "unknown "
+"""Begins ``SourceFile.content`` where a store tells nothing from which a change would be noticed."""
 _PROBES = (
     Preference("Once\n\n upon  a time, 1234567", " était une fois <|x|> </s>", "\t数 ½ naïve 🙂 it's"),
     Preference(
@@ -99,9 +99,8 @@ def _file(file: DataFile) -> SourceFile:
             return SourceFile(file.label, path.stat().st_size, f"sha256 {content}", file.note)
         info = file.filesystem.get_file_info(file.path)
         content = content_version(file.filesystem, file.path)
-        if content is None:  # without a time, nothing proves that it is the same file next time
-            content = f"{_BY_TIME}{info.mtime_ns or uuid.uuid4().hex}"
-        return SourceFile(file.label, info.size or 0, content, file.note)
+        # Where nothing proves that it is the same file next time, the set is not found again.
+        return SourceFile(file.label, info.size or 0, content or f"{_UNKNOWN}{uuid.uuid4().hex}", file.note)
     except DataError:
         raise
     except Exception as error:  # every file system has its own errors
@@ -190,15 +189,21 @@ class SetIdentity:
         ]
 
     def warnings(self) -> list[str]:
-        """One line if changes of some files may go unnoticed, because their store tells too little of them."""
-        files = [file.name for file in self.files if file.content.startswith(_BY_TIME)]
-        if not files:
-            return []
-        return [
-            f"warning: the store of {self.path} tells neither ETag nor digest of {files[0]}"
-            + (f" and {len(files) - 1:,} more files" if len(files) > 1 else "")
-            + "; a change is noticed by size and time alone, so give changed data another name"
-        ]
+        """A line for files of which a change may go unnoticed, and one for those that count as changed each time."""
+        told = (
+            (BY_TIME, "a change is noticed by size and time alone, so give changed data another name"),
+            (
+                _UNKNOWN,
+                "it tells no time either, so the pairs are tokenised again by each command; copy it to another store",
+            ),
+        )
+        lines = []
+        for kind, remedy in told:
+            files = [file.name for file in self.files if file.content.startswith(kind)]
+            if files:
+                more = f" and {len(files) - 1:,} more" if len(files) > 1 else ""
+                lines.append(f"warning: the store of {self.path} tells no ETag or digest of {files[0]}{more}; {remedy}")
+        return lines
 
 
 def _canonical(tree: Any) -> str:

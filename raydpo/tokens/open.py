@@ -13,11 +13,10 @@ from raydpo.data.pairs import HELD_OUT, held_out_source
 from raydpo.data.select import PairSets, SourceRows, check_source, select
 from raydpo.data.tokenise import Tokeniser
 from raydpo.storage.files import Storage
-from raydpo.storage.uri import redact
 from raydpo.tokens.block import BlockInfo
 from raydpo.tokens.identity import SetIdentity
 from raydpo.tokens.local import StoredTokens
-from raydpo.tokens.store import Complete, TokenSet
+from raydpo.tokens.store import TokenSet
 
 __all__ = ["OpenSets", "SourceSet"]
 
@@ -120,13 +119,3 @@ class OpenSets:
         sources, held = rows[: len(self.data.train)], rows[len(self.data.train) :]
         day = tokeniser.template.day if tokeniser.template.writes_date else None
         return select(self.data, sources, held[0] if held else None, self.tokens, template_date=day)
-
-    def lines(self) -> Iterator[str]:
-        """What is told of sets that were found: their pairs, and where they are."""
-        for each in self.every:
-            whole: Complete | None = each.stored.complete(check=False)
-            if whole is not None:
-                yield (
-                    f"data {each.name}: {whole.pairs:,} pairs are tokenised, in set {each.stored.digest[:12]} of "
-                    f"{redact(self.storage.uri)}"
-                )

@@ -21,7 +21,7 @@ PIECE_SIZES = Sizes(first=PIECE_BYTES // 8, most=PIECE_BYTES, lines=4096, first_
 Reader = Callable[[SourceConfig], Iterator[Record]]
 
 
-def pieces(source: SourceConfig, reader: Reader = read_records, sizes: Sizes = PIECE_SIZES) -> Iterator[Piece]:
+def pieces(source: SourceConfig, reader: Reader = read_records) -> Iterator[Piece]:
     """Yield the pieces of a source, in order. They hold every record, or the first ``limit``.
 
     Args:
@@ -32,10 +32,10 @@ def pieces(source: SourceConfig, reader: Reader = read_records, sizes: Sizes = P
         DataError: if the source cannot be read.
     """
     if reader is read_records:
-        yield from pieces_of(source, sizes)
+        yield from pieces_of(source, PIECE_SIZES)
         return
     records, start = reader(source), 0
-    while content := tuple(islice(records, min(sizes.lines, FIRST_RECORDS))):
+    while content := tuple(islice(records, PIECE_SIZES.first_lines)):
         stop = start + len(content)
         yield Piece(0, "", start, stop, len(content), content[-1].row, content)
         start = stop
@@ -60,12 +60,10 @@ class Reading:
         cost: bytes of the piece at hand.
     """
 
-    def __init__(
-        self, source: SourceConfig, reader: Reader = read_records, have: Iterable[Span] = (), sizes: Sizes = PIECE_SIZES
-    ) -> None:
+    def __init__(self, source: SourceConfig, reader: Reader = read_records, have: Iterable[Span] = ()) -> None:
         self.ends: dict[int, int] = {}
         self.records = self.read = self.passed = self.cost = 0
-        self._pieces = pieces(source, reader, sizes)
+        self._pieces = pieces(source, reader)
         self._have: dict[int, list[Span]] = {}
         for span in sorted(have):
             self._have.setdefault(span.file, []).append(span)

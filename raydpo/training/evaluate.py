@@ -190,7 +190,11 @@ def _my_batches(
     engine: StepEngine, pairs: TrainingPairs, rows: Sequence[int], tokens_per_batch: int
 ) -> Iterator[tuple[MicroBatch, Layout]]:
     plan = split_over_ranks(
-        rows, pairs.shapes, world_size=engine.replicas, tokens_per_batch=tokens_per_batch, layout=engine.module.method.layout
+        rows,
+        pairs.shapes_of,
+        world_size=engine.replicas,
+        tokens_per_batch=tokens_per_batch,
+        layout=engine.module.method.layout,
     )
     return prefetch(plan[engine.replica], lambda batch: (batch, engine.lay_out(pairs.groups(batch.pairs))))
 

@@ -82,18 +82,27 @@ def gate_rows(pairs: TrainingPairs, first_step: np.ndarray, *, count: int, seed:
     total, known = len(pairs), {int(row) for row in first_step}
     if count >= total:
         return [row for row in range(total) if row not in known]
-    per_token = np.stack([pairs.ref_chosen / pairs.chosen_tokens, pairs.ref_rejected / pairs.rejected_tokens])
-    lowest, highest = np.argsort(per_token.min(0), kind="stable"), np.argsort(-per_token.max(0), kind="stable")
+    wanted = max(count // 3, count - len(known))
+    half = -(-wanted // 2)
+    chosen, rejected = pairs.ref_chosen / pairs.chosen_tokens, pairs.ref_rejected / pairs.rejected_tokens
+    lowest = _lowest(np.minimum(chosen, rejected), half + len(known))
+    highest = _lowest(-np.maximum(chosen, rejected), half + len(known))
     extremes = np.stack([lowest, highest], axis=1).ravel()
     shuffled = np.random.default_rng(seed).permutation(total)
-    wanted = max(count // 3, count - len(known))
     rows: dict[int, None] = {}
-    for candidates, size in ((extremes, -(-wanted // 2)), (shuffled, wanted)):
+    for candidates, size in ((extremes, half), (shuffled, wanted)):
         for row in (int(each) for each in candidates if int(each) not in known):
             if len(rows) >= size:
                 break
             rows.setdefault(row)
     return list(rows)
+
+
+def _lowest(values: np.ndarray, count: int) -> np.ndarray:
+    """Indices of the ``count`` lowest values, or of all, the lowest first; of equal ones the first."""
+    count = min(count, len(values))
+    among = np.flatnonzero(values <= np.partition(values, count - 1)[count - 1])
+    return among[np.argsort(values[among], kind="stable")][:count]
 
 
 def expected_first_loss(objective: Objective, pairs: TrainingPairs, rows: np.ndarray, beta: float) -> float:

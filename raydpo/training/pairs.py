@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
@@ -11,16 +11,29 @@ import torch
 
 from raydpo.data.facts import prompt_numbers
 from raydpo.data.pairs import PAIR_MARGIN, PAIR_WEIGHT
+from raydpo.data.ragged import Ragged, tokens_in_use
+from raydpo.data.rows import TokenSource
+from raydpo.data.select import TokenTables
 from raydpo.data.shapes import Shapes
+from raydpo.data.spool import MOST_SMALL
 from raydpo.model.layout import PromptGroup
-from raydpo.reference.pairs import SIDES
+from raydpo.reference.pairs import REFERENCE_COLUMNS, SIDES
 
-__all__ = ["TrainingPairs", "send"]
+__all__ = ["TrainingPairs", "pair_columns", "send"]
+
+_SOURCES = b"raydpo.sources"
+"""Key in the metadata of ``pair_columns``: JSON list of (name, weight) of each source."""
+_PARTS = ("prompt", *SIDES)
+_NUMBERS = ("set", "place", PAIR_WEIGHT, PAIR_MARGIN)
 
 
 class TrainingPairs:
-    """Rows of ``join_reference``. Columns of sums may be absent; they follow from the log-probs of the tokens. All columns
-    of the reference may be absent, for an objective without a reference.
+    """Pairs in memory or in mapped files. What it holds itself does not grow with their number.
+
+    Args:
+        columns: result of ``pair_columns``.
+        tokens: where the token ids are; in order of ``columns`` if that has no column ``place``.
+        logps: the reference's log-probs that ``columns`` refers to, nats, float32; None without reference.
 
     Attributes:
         has_reference: whether the reference's values are known; otherwise they are 0.
@@ -28,58 +41,62 @@ class TrainingPairs:
         source_names: names of the sources, in order of first appearance.
         sources: number of the source of each pair, int [pairs].
         weights: weight of each source, float [sources].
-        prompt_tokens, chosen_tokens, rejected_tokens: lengths, int [pairs].
+        prompt_tokens, chosen_tokens, rejected_tokens: lengths in use, int [pairs].
+        ref_chosen, ref_rejected: sums of the reference's log-probs, nats, float64 [pairs].
         pair_weights, pair_margins: float [pairs], from ``data.weight_column`` and ``data.margin_column``; None if not set.
+        prompts: number of the prompt of each pair among the distinct ones, int [pairs]; None if it was not wanted.
     """
 
-    def __init__(self, table: pa.Table) -> None:
-        table = table.combine_chunks()
-        self.has_reference = "ref_chosen_logps" in table.column_names
-        lists = ("prompt_ids", "chosen_ids", "rejected_ids")
-        logps = ("ref_chosen_logps", "ref_rejected_logps") if self.has_reference else ()
-        self._lists = {name: _Ragged(table[name]) for name in (*lists, *logps)}
-        self._prompts = table.select(["prompt_ids"])
-        self.ids = table["pair_id"]
-        encoded = table["source"].combine_chunks().dictionary_encode()
-        if isinstance(encoded, pa.ChunkedArray):
-            encoded = encoded.combine_chunks()
-        self.source_names: list[str] = encoded.dictionary.to_pylist()
-        self.sources = encoded.indices.to_numpy()
-        weights = table["weight"].to_numpy()
-        self.weights = np.array([weights[self.sources == source][0] for source in range(len(self.source_names))])
-        self.prompt_tokens, self.chosen_tokens, self.rejected_tokens = (self._lists[name].lengths for name in lists)
-        self.pair_weights, self.pair_margins = (
-            table[name].to_numpy() if name in table.column_names else None for name in (PAIR_WEIGHT, PAIR_MARGIN)
-        )
-        if not self.has_reference:
-            self.ref_chosen, self.ref_rejected = np.zeros(len(self.ids)), np.zeros(len(self.ids))
-            return
-        self.ref_chosen, self.ref_rejected = (
-            table[f"ref_{side}_sum"].to_numpy()
-            if f"ref_{side}_sum" in table.column_names
-            else self._lists[f"ref_{side}_logps"].sums()
-            for side in SIDES
-        )
+    def __init__(self, columns: pa.RecordBatch, tokens: TokenSource, logps: np.ndarray | None) -> None:
+        self._tokens, self._logps = tokens, logps
+        self.ids = columns["pair_id"]
+        sources = json.loads(columns.schema.metadata[_SOURCES])
+        self.source_names, self.weights = [name for name, _ in sources], np.array([weight for _, weight in sources])
+
+        def numbers(name: str) -> np.ndarray:
+            return columns[name].to_numpy()
+
+        def numbers_if_there(name: str) -> np.ndarray | None:
+            return numbers(name) if name in columns.schema.names else None
+
+        self.sources = numbers("source")
+        self.prompt_tokens, self.chosen_tokens, self.rejected_tokens = (numbers(f"{part}_tokens") for part in _PARTS)
+        self._sets, self._places = numbers_if_there("set"), numbers_if_there("place")
+        self.pair_weights, self.pair_margins = numbers_if_there(PAIR_WEIGHT), numbers_if_there(PAIR_MARGIN)
+        self.prompts = numbers_if_there("prompt")
+        self.has_reference = logps is not None
+        if self.has_reference:
+            *self._logp_places, self._known, self.ref_chosen, self.ref_rejected = map(numbers, REFERENCE_COLUMNS)
+        else:
+            self.ref_chosen = self.ref_rejected = np.broadcast_to(0.0, len(self.ids))
+
+    @classmethod
+    def of(cls, table: pa.Table) -> TrainingPairs:
+        """Rows of ``join_reference``. Columns of sums may be absent; they follow from the log-probs of the tokens. All
+        columns of the reference may be absent, for an objective without a reference."""
+        table = table.drop_columns([name for name in ("set", "place") if name in table.column_names])
+        table, logps = _placed(table)
+        return cls(pair_columns(table, prompts=True), TokenTables([[table]]), logps)
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    @cached_property
-    def shapes(self) -> Shapes:
-        """Lengths and shared tokens of the pairs, for the batch plan."""
-        prompts = self._lists["prompt_ids"]
-        completions = np.stack([self.chosen_tokens, self.rejected_tokens], axis=1).tolist()
-        return Shapes.of([prompts[row] for row in range(len(self))], completions)
-
-    @cached_property
-    def prompts(self) -> np.ndarray:
-        """Number of the prompt of each pair among the distinct ones, int64 [pairs]."""
-        return prompt_numbers(self._prompts)
+    def shapes_of(self, rows: np.ndarray) -> Shapes:
+        """Lengths and shared tokens of the pairs in ``rows``, for the batch plan."""
+        completions = np.stack([self.chosen_tokens[rows], self.rejected_tokens[rows]], axis=1).tolist()
+        return Shapes.of([prompt for prompt, _, _ in self._ids(rows)], completions)
 
     def groups(self, rows: Sequence[int]) -> list[PromptGroup]:
         """The pairs in ``rows``, each as a group (chosen, rejected)."""
-        prompts, chosen, rejected = (self._lists[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
-        return [PromptGroup(prompts[row], (chosen[row], rejected[row])) for row in rows]
+        rows = np.asarray(rows, np.int64)
+        used = zip(self._ids(rows), self.chosen_tokens[rows].tolist(), self.rejected_tokens[rows].tolist(), strict=True)
+        return [PromptGroup(prompt, (chosen[:most], rejected[:more])) for (prompt, chosen, rejected), most, more in used]
+
+    def _ids(self, rows: np.ndarray) -> Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Token ids of prompt, chosen and rejected before truncation."""
+        if self._places is None:
+            return self._tokens.rows(np.zeros(len(rows), np.int16), rows)
+        return self._tokens.rows(self._sets[rows], self._places[rows])
 
     def source_of(self, rows: Sequence[int] | np.ndarray, device: torch.device) -> torch.Tensor:
         """Source numbers of ``rows``, int64 [rows]."""
@@ -87,7 +104,9 @@ class TrainingPairs:
 
     def reference(self, row: int) -> tuple[np.ndarray, np.ndarray]:
         """Reference log-probs of the tokens of a pair's chosen and rejected completion; NaN if only their sum is known."""
-        return self._lists["ref_chosen_logps"][row], self._lists["ref_rejected_logps"][row]
+        chosen, rejected = (int(places[row]) for places in self._logp_places)
+        values = self._logps
+        return values[chosen : chosen + self.chosen_tokens[row]], values[rejected : rejected + self.rejected_tokens[row]]
 
     def reference_tails(self, rows: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """Sums of the reference log-probs of tokens beyond the length of the shorter completion, float64 [rows]."""
@@ -98,11 +117,68 @@ class TrainingPairs:
 
     def sums_only(self) -> np.ndarray:
         """Rows of which only the sums of the reference log-probs are known."""
-        return np.array([row for row in range(len(self)) if not self.has_tokens(row)], dtype=np.int64)
+        return np.flatnonzero(self._known == 0)
 
     def has_tokens(self, row: int) -> bool:
         """Whether the reference log-probs of this pair's tokens are known, not only their sums."""
-        return not any(np.isnan(values[0]) for values in self.reference(row))
+        return bool(self._known[row])
+
+
+def pair_columns(table: pa.Table, *, prompts: bool) -> pa.RecordBatch:
+    """What training needs to know of each pair beside its tokens and log-probs, as one record batch without nulls.
+
+    Columns: pair_id; source (number); set and place, pair_weight and pair_margin, and those that ``place_reference`` adds,
+    where ``table`` has them; prompt_tokens, chosen_tokens, rejected_tokens; prompt (number of the prompt among the distinct
+    ones), if ``prompts``.
+
+    Args:
+        table: rows of ``data.pairs.PAIR_SCHEMA``.
+    """
+    names, weights, numbers = _sources(table)
+    ids = table["pair_id"]
+    columns = {"pair_id": ids.cast(pa.large_string()) if ids.nbytes > MOST_SMALL else ids, "source": numbers}
+    columns |= {f"{part}_tokens": tokens_in_use(table, part) for part in _PARTS}
+    if prompts:
+        columns["prompt"] = prompt_numbers(table)
+    columns |= {name: table[name] for name in (*_NUMBERS, *REFERENCE_COLUMNS) if name in table.column_names}
+    arrays = [_one_array(column) for column in columns.values()]
+    metadata = {_SOURCES: json.dumps(list(zip(names, weights, strict=True))).encode()}
+    schema = pa.schema([(name, array.type) for name, array in zip(columns, arrays, strict=True)], metadata)
+    return pa.RecordBatch.from_arrays(arrays, schema=schema)
+
+
+def _sources(table: pa.Table) -> tuple[list[str], list[float], np.ndarray]:
+    """Names and weights of the sources in order of first appearance, and the number of each pair's source."""
+    column = table["source"]
+    column = (column if pa.types.is_dictionary(column.type) else column.dictionary_encode()).unify_dictionaries()
+    codes = np.concatenate([np.empty(0, np.int32), *(chunk.indices.to_numpy() for chunk in column.chunks)])
+    distinct, first, numbers = np.unique(codes, return_index=True, return_inverse=True)
+    order = np.argsort(first)
+    names = [column.chunk(0).dictionary[code].as_py() for code in distinct[order].tolist()]
+    weights = table["weight"].take(pa.array(first[order])).to_pylist()
+    return names, weights, np.argsort(order).astype(np.int32)[numbers]
+
+
+def _placed(table: pa.Table) -> tuple[pa.Table, np.ndarray | None]:
+    """As ``reference.pairs.place_reference``, from columns of lists. None without such columns."""
+    names = [f"ref_{side}_logps" for side in SIDES]
+    if names[0] not in table.column_names:
+        return table, None
+    sides = [Ragged.of(table[name]) for name in names]
+    (chosen, starts), (rejected, more) = (side.gather(np.arange(len(side))) for side in sides)
+    known = ~(np.isnan(chosen[starts[:-1]]) | np.isnan(rejected[more[:-1]]))
+    columns = dict(zip(REFERENCE_COLUMNS, (starts[:-1], more[:-1] + len(chosen), known.astype(np.uint8)), strict=False))
+    columns |= {name: side.sums() for name, side in zip(REFERENCE_COLUMNS[-2:], sides, strict=True)}
+    for name, column in columns.items():
+        table = table if name in table.column_names else table.append_column(name, pa.array(column))
+    return table, np.concatenate([chosen, rejected])
+
+
+def _one_array(column: pa.ChunkedArray | np.ndarray) -> pa.Array:
+    """The column in one piece, which readers of the file can use without a copy."""
+    if isinstance(column, np.ndarray):
+        return pa.array(column)
+    return column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks)
 
 
 def send(values: np.ndarray, device: torch.device | str) -> torch.Tensor:
@@ -110,24 +186,3 @@ def send(values: np.ndarray, device: torch.device | str) -> torch.Tensor:
     wait until all that the GPU was asked to compute is done, and then the GPU for what it is asked next."""
     tensor, device = torch.from_numpy(values), torch.device(device)
     return tensor.to(device) if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
-
-
-class _Ragged:
-    """A list column as one flat array and offsets."""
-
-    def __init__(self, column: pa.ChunkedArray) -> None:
-        array = column.combine_chunks()
-        array = array.chunk(0) if isinstance(array, pa.ChunkedArray) else array
-        self.offsets = array.offsets.to_numpy()
-        self.flat = array.values.to_numpy()
-
-    def __getitem__(self, row: int) -> np.ndarray:
-        return self.flat[self.offsets[row] : self.offsets[row + 1]]
-
-    @property
-    def lengths(self) -> np.ndarray:
-        return np.diff(self.offsets)
-
-    def sums(self) -> np.ndarray:
-        """float64 [rows]; every row has at least one value."""
-        return np.add.reduceat(self.flat[: self.offsets[-1]].astype(np.float64), self.offsets[:-1])

@@ -77,7 +77,7 @@ def train_policy(
     # A resumed run keeps the budget it began with: the same micro-batches, hence the same bits.
     summary.tokens_per_batch = _tokens_per_batch(job, engine, summary, hooks)
     plan = BatchPlan(
-        pairs.shapes,
+        pairs.shapes_of,
         pairs.sources,
         pairs.weights,
         seed=train.seed,

@@ -44,8 +44,8 @@ def test_both_sides_have_the_same_pairs_in_the_same_steps(order, tmp_path, tiny_
     records = preferences(12)
     work = Workload.write(records, str(tiny_llama), 512, order, tmp_path)
     plan = BatchPlan(
-        work.shapes, np.zeros(12, int), np.ones(1), seed=0, pairs_per_step=4, tokens_per_batch=1000, world_size=1,
-        shuffle=order == "shuffled", epochs=1, steps=None,
+        lambda rows: work.shapes, np.zeros(12, int), np.ones(1), seed=0, pairs_per_step=4, tokens_per_batch=1000,
+        world_size=1, shuffle=order == "shuffled", epochs=1, steps=None,
     )  # fmt: skip
     taken = [records[row] for step in range(3) for row in plan.pairs(step)]
     assert [json.loads(line) for line in work.in_order.read_text().splitlines()] == taken

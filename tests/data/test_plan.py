@@ -1,8 +1,10 @@
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from raydpo.data.balance import joint_cost, shares
-from raydpo.data.plan import BatchPlan, epoch_order, fill_batches, split_over_ranks
+from raydpo.data.plan import BatchPlan, MicroBatch, _exactly, _fill, epoch_order, fill_batches, split_over_ranks
 from raydpo.data.shapes import POSITIONS_ONLY, PositionCost, Shapes, cut_group
 from raydpo.model.layout import Method, PromptGroup, lay_out, shapes_of
 
@@ -27,10 +29,21 @@ def dialogues(count, seed=0):
     return [groups[index] for index in rng.permutation(count)]
 
 
+def shapes_by_row(groups):
+    """Gives the shapes of some of the groups."""
+    return lambda rows: shapes_of([groups[row] for row in rows])
+
+
 def plan(count=37, world_size=1, weights=(1.0,), sources=None, **settings):
     sources = np.zeros(count, dtype=int) if sources is None else sources
+    every = lengths(count)
+
+    def of(rows):
+        own = (every.prompt, every.tokens, every.squares, every.longest, every.rows)
+        return Shapes(*(each[rows] for each in own), np.arange(len(rows)), np.zeros(len(rows), np.int64))
+
     return BatchPlan(
-        lengths(count),
+        of,
         sources,
         np.array(weights),
         world_size=world_size,
@@ -151,10 +164,63 @@ def test_a_group_is_cut_into_runs_within_the_budget(layout):
 
 
 def test_ranks_without_pairs_get_a_stand_in_that_does_not_count():
-    shapes = Shapes.of_lengths(np.full(8, 50), np.full(8, 5), np.full(8, 5))
-    ranks = split_over_ranks([4, 7], shapes, world_size=4, tokens_per_batch=1000, layout="tree")
+    shapes = Shapes.of_lengths(np.full(2, 50), np.full(2, 5), np.full(2, 5))
+    ranks = split_over_ranks([4, 7], lambda rows: shapes, world_size=4, tokens_per_batch=1000, layout="tree")
     assert [len(rank) for rank in ranks] == [1, 1, 1, 1]
     assert sorted(rank[0].counts for rank in ranks) == [False, False, True, True]
+
+
+def planned_over_all(pairs, shapes, *, world_size, tokens_per_batch, layout, work):
+    """The plan of a step from the shapes of all pairs of the data, by row number."""
+    alone = shapes.positions(layout)
+    dealt = shares(list(pairs), shapes, world_size, layout, work)
+    ranks = [_fill(share, shapes, tokens_per_batch, layout, alone) for share in dealt]
+    wanted = max(1, max(len(batches) for batches in ranks))
+    even = [_fill(share, shapes, tokens_per_batch, layout, alone, wanted) for share in dealt]
+    ranks = [again if len(again) <= wanted else batches for again, batches in zip(even, ranks, strict=True)]
+
+    def largest_first(batches):
+        return sorted(_exactly(batches, wanted, pairs[0]), key=lambda one: -one.counts * alone[list(one.pairs)].sum())
+
+    return [largest_first(batches) for batches in ranks]
+
+
+def assert_the_same_plan(groups, pairs, budgets=(100, 700), worlds=(1, 2, 8)):
+    """Returns one of the plans."""
+    everything = shapes_of(groups)
+    for world_size in worlds:
+        for tokens_per_batch in budgets:
+            for layout in LAYOUTS:
+                for work in (POSITIONS_ONLY, PositionCost(attention=0.01, head=1.0)):
+                    given = dict(world_size=world_size, tokens_per_batch=tokens_per_batch, layout=layout, work=work)
+                    found = split_over_ranks(pairs, shapes_by_row(groups), **given)
+                    assert found == planned_over_all(pairs, everything, **given)
+    return found
+
+
+def test_a_step_is_planned_by_its_own_pairs_as_by_all():
+    groups = dialogues(500)
+    for seed in range(3):
+        pairs = np.random.default_rng(seed).permutation(500)[:64].tolist()
+        assert_the_same_plan(groups, [*pairs, *pairs[:seed]])
+    found = assert_the_same_plan(groups, list(range(120)), budgets=(400,), worlds=(3,))
+    assert isinstance(found[0][0], MicroBatch) and all(type(pair) is int for pair in found[0][0].pairs)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.lists(st.integers(0, 2), min_size=1, max_size=6), st.integers(1, 9), st.integers(1, 9)),
+        min_size=1,
+        max_size=30,
+    ),
+    st.data(),
+)
+def test_any_step_is_planned_by_its_own_pairs_as_by_all(made, data):
+    """Prompts of few tokens of three kinds, many of which are equal or continue each other."""
+    groups = [PromptGroup(np.array(ids, np.int32), (np.zeros(one), np.zeros(two))) for ids, one, two in made]
+    pairs = data.draw(st.lists(st.integers(0, len(groups) - 1), min_size=1, max_size=20))
+    assert_the_same_plan(groups, pairs, budgets=(20,))
 
 
 def rank_costs(shapes, world_size, layout, work=POSITIONS_ONLY):

@@ -48,6 +48,7 @@ def test_every_layout_and_every_cut_gives_the_same_rows(layout, cuts):
     for rows in ([], [1], [5, 0, 0, 3, 1], range(6)):
         values, offsets = ragged.gather(list(rows))
         assert [values[a:b].tolist() for a, b in pairwise(offsets)] == [ROWS[row] for row in rows]
+    assert ragged.lists(2, 6).equals(pa.array(ROWS[2:], pa.list_(pa.int32())))
     assert len(Ragged.of(array.slice(2, 2))) == 2 and Ragged.of(array.slice(2, 2))[1].tolist() == [9, 10]
     for row in (-1, 6):
         with pytest.raises(IndexError):

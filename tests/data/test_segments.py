@@ -5,11 +5,13 @@ from __future__ import annotations
 import random
 import re
 
+import numpy as np
 import pytest
 from samples import make_tokenizer
 
 from raydpo.data import segments
 from raydpo.data.segments import Segments, any_of
+from raydpo.data.words import Words
 
 TOKENS = ["<|user|>", "<|user|><x>", "<x>", "</s>", "<|im|>", "<q>", "cat"]
 WORDS = [
@@ -31,6 +33,10 @@ WORDS = [
     "\U0001f600",
     *TOKENS,
 ]
+
+
+def ids(found):
+    return [np.frombuffer(each, "<i4").tolist() for each in found]
 
 
 def tokenizer_of(kind):
@@ -70,7 +76,8 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_ids_are_those_of_the_whole_text(monkeypatch, kind):
+@pytest.mark.parametrize("words", [False, True])
+def test_ids_are_those_of_the_whole_text(monkeypatch, kind, words):
     monkeypatch.setattr(segments, "_COMPARED", 0)
     tokenizer, lengths = tokenizer_of(kind), []
 
@@ -81,10 +88,10 @@ def test_ids_are_those_of_the_whole_text(monkeypatch, kind):
     draw = random.Random(kind)
     prompts = ["".join(draw.choices(WORDS, k=draw.randint(0, 12))) for _ in range(300)]
     texts = [prompt + answer for prompt in prompts for answer in ("", "".join(draw.choices(WORDS, k=5)), "the sky")]
-    pieces = Segments(tokenizer, encode)
+    pieces = Segments(tokenizer, Words.of(tokenizer.backend_tokenizer) if words else None, encode)
     found = pieces.encode(texts)
     assert (sum(lengths) < 0.7 * sum(map(len, texts))) == KINDS[kind]
-    assert found == tokenizer(texts, add_special_tokens=False)["input_ids"]
+    assert ids(found) == tokenizer(texts, add_special_tokens=False)["input_ids"]
 
 
 def test_the_pattern_finds_the_longest_text():
@@ -106,7 +113,7 @@ def test_each_distinct_piece_is_tokenised_once_for_a_batch():
         asked.append(list(texts))
         return tokenizer(texts, add_special_tokens=False)["input_ids"]
 
-    pieces = Segments(tokenizer, encode)
+    pieces = Segments(tokenizer, None, encode)
     texts = [f"<s>system\nBe kind.</s><s>user\n{number}</s><s>assistant\n" for number in range(30)]
     pieces.encode(texts)
     asked.clear()
@@ -123,6 +130,26 @@ def test_a_tokenizer_that_differs_on_the_first_texts_gets_whole_texts():
     def encode(texts):  # depends on what stands before
         return [[len(text)] for text in texts]
 
-    pieces = Segments(tokenizer, encode)
+    pieces = Segments(tokenizer, None, encode)
     for texts in (["a<s>b", "c"], ["d<s>e"] * 3):
-        assert pieces.encode(texts) == encode(texts)
+        assert ids(pieces.encode(texts)) == encode(texts)
+
+
+@pytest.mark.parametrize(("single", "adds"), [("<s> $A </s>", (1, 1)), ("$A </s>", (0, 1)), ("$A", (0, 0))])
+def test_tokens_that_the_tokenizer_adds_stand_around_each_text(monkeypatch, single, adds):
+    from tokenizers import processors
+
+    monkeypatch.setattr(segments, "_COMPARED", 0)
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=single, special_tokens=[("<s>", tokenizer.bos_token_id), ("</s>", tokenizer.eos_token_id)]
+    )
+    texts = ["the sky", "", "the sky is blue</s>", "<s>", "\u00e9 \u4e2d\u6587 x"]
+    pieces = Segments(
+        tokenizer,
+        None,
+        lambda texts: tokenizer(texts, add_special_tokens=False)["input_ids"],
+        lambda texts: tokenizer(texts)["input_ids"],
+    )
+    assert ids(pieces.encode(texts)) == tokenizer(texts)["input_ids"]
+    assert (len(pieces._before) // 4, len(pieces._after) // 4) == adds

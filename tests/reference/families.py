@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import numpy as np
 
+from raydpo.data.plan import fill_batches
 from raydpo.data.shapes import common_prefix, cut_group
+from raydpo.model.layout import PromptGroup, shapes_of
 from raydpo.reference.shards import Completion
 
 FAMILY_SHARE = 0.5
@@ -71,3 +74,12 @@ def _families(groups: list[list[Completion]], most_tokens: int) -> list[list[lis
         families[-1].append(group)
         size += sum(one.length for one in group)
     return families
+
+
+def positions(groups: Sequence[PromptGroup], budget: int = 2000) -> int:
+    """Token positions of scoring the groups of a shard, in batches of the tree layout."""
+    shapes, total = shapes_of(groups), 0
+    for batch in fill_batches(range(len(groups)), shapes, budget, "tree"):
+        total += int(shapes.positions("tree")[batch].sum())
+        total -= sum(shapes.shared(one, two) for one, two in pairwise(batch))
+    return total

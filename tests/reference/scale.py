@@ -6,6 +6,10 @@
 The first makes a cache and pairs once (minutes, 6 GB), then measures in a new process: finding the missing completions,
 planning the shards to score, and joining the log-probs to the pairs. The second makes light rows only (1.5 GB), as those of
 a stored set, and measures the plan of all shards.
+
+    python tests/reference/scale.py pairs.jsonl --positions --model DIRECTORY
+
+counts the token positions of scoring real pairs in the tree layout: planned in windows, at once, and from whole prompts.
 """
 
 from __future__ import annotations
@@ -21,19 +25,23 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+from families import planned_by_families, positions
 
+from raydpo.config import DataConfig
 from raydpo.data.index import KeyIndex, as_bytes
-from raydpo.data.pairs import PAIR_SCHEMA
+from raydpo.data.pairs import PAIR_SCHEMA, load_pairs
 from raydpo.data.spool import spooled
+from raydpo.data.tokenise import Tokeniser, load_tokenizer
+from raydpo.reference import shards
 from raydpo.reference.identity import ReferenceIdentity
 from raydpo.reference.pairs import reference_values
 from raydpo.reference.part import KEY_TYPE
-from raydpo.reference.shards import Plan, Wanted
+from raydpo.reference.shards import Plan, Wanted, plan_shards, prompt_groups, read_groups
 from raydpo.reference.store import ReferenceCache
 
 IDENTITY = ReferenceIdentity(weights="1" * 64, architecture="a" * 64, adapter=None, dtype="float32")
 ROWS_PER_PART, PAIRS_PER_TABLE = 25_000, 100_000
-PART_TOKENS = 262_144
+PART_TOKENS, BATCH = 262_144, 16_384
 PROMPT_TOKENS, SHORTEST, LONGEST = 40, 20, 101
 
 
@@ -143,32 +151,53 @@ def measure_plan(place: Path, missing: float) -> None:
     """The stored keys stand for the index of a cache that holds the other completions."""
     light, table = (pa.ipc.open_file(pa.memory_map(str(place / f"{name}.arrow"))).read_all() for name in ("light", "table"))
     peak = watched()
-    start = time.perf_counter()
+    start = time.process_time()
     stored = KeyIndex()
     keys = keys_of(2 * table.num_rows)[: int((1 - missing) * 2 * table.num_rows)]
     stored.add((keys, np.full(len(keys), LONGEST, np.int32), 0))
     del keys
-    print(f"index of the cache: {time.perf_counter() - start:.1f} s for {len(stored.keys):,} rows, {peak()}")
-    start = time.perf_counter()
+    print(f"index of the cache: {time.process_time() - start:.1f} CPU s for {len(stored.keys):,} rows, {peak()}")
+    start = time.process_time()
     wanted = Wanted([table], NoTokens(), [light])
-    print(f"distinct: {time.perf_counter() - start:.1f} s for {len(wanted):,} of {2 * table.num_rows:,}, {peak()}")
-    whole = time.perf_counter() - start
+    print(f"distinct: {time.process_time() - start:.1f} CPU s for {len(wanted):,} of {2 * table.num_rows:,}, {peak()}")
+    whole = time.process_time() - start
     shards = completions = size = 0
     for number, window in enumerate(wanted.windows()):
-        start = time.perf_counter()
+        start = time.process_time()
         covered = stored.find(as_bytes(window.keys)) >= 0
-        found = time.perf_counter()
+        found = time.process_time()
         plan = Plan(window, PART_TOKENS)
-        planned = time.perf_counter()
+        planned = time.process_time()
         print(
-            f"window {number}: {len(window):,} completions, present {found - start:.1f} s, plan {planned - found:.1f} s, "
-            f"{len(plan):,} shards, {peak()}"
+            f"window {number}: {len(window):,} completions, present {found - start:.1f} CPU s, "
+            f"plan {planned - found:.1f} CPU s, {len(plan):,} shards, {peak()}"
         )
         for shard in plan.missing(covered):
             shards, completions, size = shards + 1, completions + len(shard), size + len(pickle.dumps(shard))
-        print(f"shards made and pickled: {time.perf_counter() - planned:.1f} s, {peak()}")
-        whole += time.perf_counter() - start
-    print(f"all: {whole:.1f} s; {shards:,} shards of {completions:,} completions, {size / max(1, completions):.1f} B each")
+        print(f"shards made and pickled: {time.process_time() - planned:.1f} CPU s, {peak()}")
+        whole += time.process_time() - start
+    each = size / max(1, completions)
+    print(f"all: {whole:.1f} CPU s; {shards:,} shards of {completions:,} completions, {each:.1f} B each")
+
+
+def measure_positions(data: Path, model: Path) -> None:
+    """Windows are those of 270,000 and of 10 million pairs, made smaller as the data are."""
+    config = DataConfig(train=str(data), max_dropped=1.0, max_malformed=1.0)
+    sets = load_pairs(config, Tokeniser(load_tokenizer(str(model))))
+    known = {"tokens": sets.tokens, "light": [source.light for source in sets.sources]}
+    count = sets.train.num_rows
+    print(f"{count:,} pairs")
+    usual = shards.WINDOWS
+    everything = [list(Wanted([sets.train], **known))]
+    for part in (20_000, PART_TOKENS):
+        exact = sum(positions(prompt_groups(groups), BATCH) for groups in planned_by_families(*everything, part))
+        print(f"shards of {part:,} tokens: {exact:,} positions from whole prompts")
+        for name, pairs in (("at once", 1), ("in windows of 10M", 10_000_000), ("in windows of 270k", 270_000)):
+            shards.WINDOWS = tuple(round(first * count / pairs) if pairs > 1 else (first and 10**9) for first in usual)
+            wanted = Wanted([sets.train], **known)
+            plan = plan_shards(wanted, part)
+            mine = sum(positions(prompt_groups(read_groups(one, wanted.source)), BATCH) for one in plan)
+            print(f"    {name}: {mine:,}, {mine / exact:.4f} of these")
 
 
 def watched() -> Callable[[], str]:
@@ -224,7 +253,12 @@ def main() -> None:
     parser.add_argument("--missing", type=float, default=0.01)
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--plan", action="store_true", help="measure the plan of light rows")
+    parser.add_argument("--positions", action="store_true", help="count positions of scoring the pairs in the file")
+    parser.add_argument("--model", type=Path, help="directory of the tokenizer")
     args = parser.parse_args()
+    if args.positions:
+        measure_positions(args.place, args.model)
+        return
     if args.measure:
         (measure_plan if args.plan else measure)(args.place, args.missing)
         return

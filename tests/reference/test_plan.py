@@ -1,25 +1,29 @@
 """The plan of what to score: a pure function of what is wanted, from first tokens in place of whole prompts."""
 
+import pickle
 import random
-from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
 import pytest
-from families import planned_by_families
+import ray
+from families import planned_by_families, positions
+from rows import ONE
 
+from raydpo.cluster.resources import Resources
 from raydpo.data.facts import digests
-from raydpo.data.plan import fill_batches
 from raydpo.data.ragged import Ragged
 from raydpo.data.rows import heads_of
-from raydpo.model.layout import shapes_of
+from raydpo.data.select import TokenTables
 from raydpo.reference import build, shards
 from raydpo.reference.heads import in_order
 from raydpo.reference.part import KEY_TYPE
+from raydpo.reference.score import ReferenceSpec
 from raydpo.reference.shards import Wanted, grouped, plan_shards, prompt_groups, read_groups
 
 TOKENS, IDS = 1500, pa.list_(pa.int32())
-SYSTEM = [7] * 9
+SYSTEM, RESOURCES = [7] * 9, Resources(2, 0, None)
 
 
 def pairs(count, seed=0):
@@ -125,6 +129,42 @@ def test_a_set_in_the_making_a_found_one_and_a_repeated_build_give_the_same_shar
     assert planned([table], tokens, Cache(*(key.tobytes() for shard in found for key in shard.keys))) == []
 
 
+def test_many_small_sources_give_few_more_shards_than_one_large_one(monkeypatch):
+    """All actors have work after the first source, and shards grow with what is known."""
+    monkeypatch.setattr(shards, "WINDOWS", (0, 10**6, 10**7, 10**8))
+    monkeypatch.setattr(build, "MIN_SHARD_TOKENS", 100)
+    table = pairs(900).drop(["set", "place"])
+    sources = [table.slice(start, 30) for start in range(0, 900, 30)]
+    work = build._Work(sources, Cache(), None, None)
+    many = list(work.shards(0, 10**6, 2))
+    first = {int(one) for shard in many for one in shard.sets[:1]}
+    assert len(first) == 30 and sum(shard.sets[0] == 0 for shard in many) >= 12
+    whole = list(build._Work([table], Cache(), None, None).shards(0, 10**6, 2))
+    assert 12 <= len(whole) <= 16 and len(many) <= 5 * len(whole)
+
+
+def test_only_row_numbers_travel_to_actors_that_can_read_tokens_themselves(monkeypatch):
+    table = with_heads(pairs(900))
+    monkeypatch.setattr(shards, "WINDOWS", (0, 10**6, 10**7, 10**8))
+    put, sent = [], []
+
+    def over_actors(actor, arguments, blocks, *others, **given):
+        sent.append((arguments, [(block.nbytes, len(pickle.loads(block["shard"][0].as_py()))) for block in blocks]))
+        return iter(())
+
+    monkeypatch.setattr(build, "over_actors", over_actors)
+    monkeypatch.setattr(ray, "put", lambda value: put.append(value) or "reference")
+    spec, cache = ReferenceSpec(path="model", adapter=None, identity=ONE), Cache()
+    cache.storage = SimpleNamespace(uri="cache")
+    for tokens in (Tokens(table), None):
+        work = build._Work([table], cache, tokens, None)
+        assert not [*build._score_on_ray(work.shards(0, 10**6, 2), work.source, spec, cache, set(), RESOURCES, 100, print)]
+    (stored, blocks), (in_memory, _) = sent
+    assert isinstance(stored[0], Tokens) and in_memory[0] == "reference" and [type(one) for one in put] == [TokenTables]
+    assert len(stored[7]) == 2, "groups to check the layout with"
+    assert sum(count for _, count in blocks) == 2 * 810 and all(size <= 36 * count + 1500 for size, count in blocks)
+
+
 def test_every_completion_is_read_as_its_pair_has_it_and_as_long_as_its_longest_use():
     table = pairs(300)
     cut = table.set_column(
@@ -161,16 +201,6 @@ def test_prompts_are_sorted_as_their_tokens_are():
     assert order.tolist() == sorted(range(3000), key=rows.__getitem__)
     assert changes.tolist() == [index == 0 or rows[order[index]] != rows[order[index - 1]] for index in range(3000)]
     assert 100 < changes.sum() < 2900
-
-
-def positions(groups, budget=2000):
-    """Token positions of scoring groups in batches of the tree layout."""
-    shapes = shapes_of(groups)
-    total = 0
-    for batch in fill_batches(range(len(groups)), shapes, budget, "tree"):
-        total += int(shapes.positions("tree")[batch].sum())
-        total -= sum(shapes.shared(one, two) for one, two in pairwise(batch))
-    return total
 
 
 def test_first_tokens_bring_together_nearly_what_whole_prompts_do(monkeypatch):

@@ -3,12 +3,14 @@
 import numpy as np
 import pyarrow as pa
 import pytest
+from families import planned_by_families
+from kernel import tiny_pairs
 
 from raydpo.data.pairs import PAIR_SCHEMA
 from raydpo.model.layout import PromptGroup
 from raydpo.reference.identity import identify
 from raydpo.reference.score import ReferenceSpec, Scorer
-from raydpo.reference.shards import Completion, Plan, Wanted, plan_shards, read_groups
+from raydpo.reference.shards import Completion, Plan, Wanted, plan_shards, prompt_groups, read_groups
 
 
 def completions(prompt, count, tokens, seed=0):
@@ -87,6 +89,26 @@ def test_no_batch_is_larger_than_the_budget(tiny_llama, layout, monkeypatch):
     assert [len(group) for group in pieces] == [40, 2, 1, 7]
     for one, other in zip(whole, pieces, strict=True):
         assert all(np.abs(left - right).max() < 1e-5 for left, right in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("layout", ["tree", "padded"])
+def test_other_shards_give_the_same_log_probs(tiny_llama, layout):
+    """As shards do that are cut by whole prompts."""
+    spec = ReferenceSpec(path=str(tiny_llama), adapter=None, identity=identify(tiny_llama, "float32"), layout=layout)
+    scorer, wanted = Scorer(spec, device="cpu", tokens_per_batch=300), Wanted([tiny_pairs(30)])
+
+    def scored(planned):
+        return {
+            one.key: logps
+            for groups in planned
+            for group, each in zip(groups, scorer.score(prompt_groups(groups)), strict=True)
+            for one, logps in zip(group, each, strict=True)
+        }
+
+    mine = scored(read_groups(shard, wanted.source) for shard in plan_shards(wanted, 700))
+    theirs = scored(planned_by_families(list(wanted), 700))
+    assert len(mine) == 60 and mine.keys() == theirs.keys()
+    assert max(np.abs(mine[key] - theirs[key]).max() for key in mine) < 1e-5
 
 
 def test_a_batch_that_does_not_fit_is_cut_where_its_prompt_has_many_completions(tiny_llama, monkeypatch):

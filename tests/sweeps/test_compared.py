@@ -21,6 +21,7 @@ from raydpo.sweeps.ledger import Ledger
 from raydpo.sweeps.run import _on_same_pairs, _prepare, _shared, _Sweep, sweep
 from raydpo.sweeps.trials import trials_of
 from raydpo.terminal.console import Console
+from raydpo.training.pair_files import PairFolder
 
 
 @pytest.fixture
@@ -97,7 +98,6 @@ def test_the_order_of_a_split_does_not_matter(place):
 
 def test_hit_rates_are_those_of_the_cache_before_the_pass(place, monkeypatch):
     """The pass stores all completions, so afterwards each trial would have found all of them."""
-    import ray
 
     def fill(cache, tables):
         wanted = Wanted(tables)
@@ -108,10 +108,10 @@ def test_hit_rates_are_those_of_the_cache_before_the_pass(place, monkeypatch):
     half, whole = trials.values()
     fill(half.cache, half.tables)
     monkeypatch.setattr(sweeps, "score_prepared", lambda first, _, tables: fill(first.cache, tables))
-    monkeypatch.setattr(ray, "put", lambda table: table)
     ledger = Ledger(config, trials_of(config))
-    joined = sweeps._score(config, trials, ledger, SILENT)
-    assert [one.pairs.num_rows for one in joined.values()] == [one.sets.train.num_rows for one in trials.values()]
+    with PairFolder(Storage(config.run_dir), one_machine=True) as folder:
+        joined = sweeps._score(config, trials, ledger, folder, SILENT)
+        assert [len(one.pairs.open()) for one in joined.values()] == [one.sets.train.num_rows for one in trials.values()]
     share = len(Wanted(half.tables)) / len(Wanted(whole.tables))
     assert 0.3 < share < 0.9 and ledger.cache["hit_rates"] == [1.0, share]
 
@@ -127,7 +127,7 @@ def test_the_audit_of_a_sweep_advises_for_its_own_configuration(loss, audited, p
 
     monkeypatch.setattr(sweeps, "score_prepared", stop)
     with pytest.raises(ModelError) as stopped:
-        sweeps._score(config, trials, Ledger(config, trials_of(config)), SILENT)
+        sweeps._score(config, trials, Ledger(config, trials_of(config)), None, SILENT)
     assert str(stopped.value) == str(audited)
 
 

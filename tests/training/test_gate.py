@@ -93,7 +93,7 @@ def test_the_gate_tells_the_first_loss_with_light_tails(tiny_llama, tmp_path):
 
 
 def test_rows_hold_extremes_and_others(tiny_llama):
-    pairs = TrainingPairs(altered(with_reference(tiny_pairs(60), tiny_llama), 50, -40.0))
+    pairs = TrainingPairs.of(altered(with_reference(tiny_pairs(60), tiny_llama), 50, -40.0))
     first = np.array([7, 8, 9, 10])
     rows = gate_rows(pairs, first, count=12, seed=0)
     assert len(rows) == len(set(rows)) == 8 and 50 in rows and not set(rows) & set(first)
@@ -125,7 +125,7 @@ def test_pairs_of_the_first_step_are_compared_before_its_update(tiny_llama, tmp_
 )
 def test_what_helps_depends_on_whether_the_models_are_one(reference, told, tiny_llama):
     """A model whose log-probs change at each load cannot be scored correctly, and the advice says so."""
-    pairs, gaps = TrainingPairs(with_reference(tiny_pairs(4), tiny_llama)), np.full(4, 0.5)
+    pairs, gaps = TrainingPairs.of(with_reference(tiny_pairs(4), tiny_llama)), np.full(4, 0.5)
     comparison = Comparison(
         rows=np.arange(4),
         token_gap=gaps,
@@ -163,7 +163,7 @@ AT_THE_REFERENCE = {
 
 
 def test_the_first_loss_is_foretold_for_every_objective(tiny_llama):
-    pairs = TrainingPairs(with_reference(tiny_pairs(12), tiny_llama))
+    pairs = TrainingPairs.of(with_reference(tiny_pairs(12), tiny_llama))
     rows = np.array([3, 1, 7, 9])
 
     def foretold(loss, **settings):

@@ -23,7 +23,7 @@ def pairs(tiny_llama):
     import pyarrow as pa
 
     table = with_reference(tiny_pairs(8), tiny_llama)
-    return TrainingPairs(table.append_column("pair_weight", pa.array(np.arange(8.0))))
+    return TrainingPairs.of(table.append_column("pair_weight", pa.array(np.arange(8.0))))
 
 
 def test_against_the_definition(pairs, tiny_llama):

@@ -17,6 +17,7 @@ from raydpo.rundir.directory import CHECKPOINTS
 from raydpo.storage.files import Storage
 from raydpo.training.hooks import TrainHooks
 from raydpo.training.job import TrainJob
+from raydpo.training.pair_files import PairFiles
 
 __all__ = ["RayHooks", "WorkerInput"]
 
@@ -26,8 +27,7 @@ class WorkerInput:
     """Input of every worker.
 
     Attributes:
-        pairs, held_out: results of ``pairs.join_reference``, or references to them in Ray's object store, through which they
-            travel once a node. ``held_out`` may be None.
+        pairs, held_out: the files of the pairs; ``held_out`` may be None.
         run_dir: local path or URI.
         base_name: how an exported adapter names its base model.
         board: made by ``start_mailbox``, for a caller that may stop the training; None = ``launch`` makes one.
@@ -35,8 +35,8 @@ class WorkerInput:
     """
 
     job: TrainJob
-    pairs: Any
-    held_out: Any
+    pairs: PairFiles
+    held_out: PairFiles | None
     run_dir: str
     run_name: str
     track: TrackConfig

@@ -11,8 +11,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-
 from raydpo.cluster.actors import original_error
 from raydpo.cluster.nodes import usable_cores
 from raydpo.cluster.resources import Resources
@@ -20,7 +18,7 @@ from raydpo.cluster.session import owns_ray
 from raydpo.config import TrainConfig, lower_is_better
 from raydpo.errors import DeviceMemoryError, RaydpoError
 from raydpo.reference.identity import on_this_machine
-from raydpo.rundir.directory import CHECKPOINTS, FINAL
+from raydpo.rundir.directory import CHECKPOINTS, FINAL, SCRATCH
 from raydpo.storage.files import Storage
 from raydpo.terminal.interrupt import interruptible
 from raydpo.terminal.phases import collect_rarely
@@ -29,8 +27,6 @@ from raydpo.training.launch.hooks import RayHooks, WorkerInput, log_to
 
 __all__ = ["launch"]
 
-SCRATCH = ".scratch"
-"""Folder of a run directory with a folder for each worker, which exists while they train."""
 RESIZE_SECONDS = 30.0
 """Seconds between checks for new machines, if the number of workers may vary."""
 
@@ -44,13 +40,9 @@ def launch(payload: WorkerInput, resources: Resources, listener: Listener) -> di
     Raises:
         RaydpoError: what the workers raised; everything up to the newest checkpoint is kept.
     """
-    import ray
-
     storage, board = Storage(payload.run_dir), payload.board or start_mailbox()
-    tables = {"pairs": payload.pairs, "held_out": payload.held_out}
-    stored = {name: ray.put(table) for name, table in tables.items() if isinstance(table, pa.Table)}
     run_dir = storage.root if storage.is_local else payload.run_dir
-    payload = dataclasses.replace(payload, **stored, board=board, threads=resources.threads, run_dir=run_dir)
+    payload = dataclasses.replace(payload, board=board, threads=resources.threads, run_dir=run_dir)
     trainer = _ray_trainer(_worker, {"payload": payload}, payload.job.train, resources, payload.run_dir)
     return _fit(trainer, board, listener, payload.run_dir)
 
@@ -83,8 +75,8 @@ def _ray_trainer(
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    # Each of Ray Train's helpers is a process, which takes a CPU second to start. Pairs come through the object store, so
-    # there is no data set to divide. A Ray of our own ends with the driver, so that no worker outlives its controller.
+    # Each of Ray Train's helpers is a process, which takes a CPU second to start. Workers map the pairs from files, so there
+    # is no data set to divide. A Ray of our own ends with the driver, so that no worker outlives its controller.
     unused = {"DatasetsCallback"} | ({"PlacementGroupCleanerCallback"} if owns_ray() else set())
     on_gpus, varies = resources.device == "cuda", resources.fewest not in (None, resources.workers)
     base = TorchTrainer
@@ -176,7 +168,6 @@ def _train(payload: WorkerInput, tokens_per_batch: int | None) -> None:
 
     from raydpo.model.selfcheck import CHECK_ROWS
     from raydpo.training.checkpoint.saver import full_disk_told
-    from raydpo.training.pairs import TrainingPairs
     from raydpo.training.policy.deepspeed_engine import PolicyEngine, join_process_group
     from raydpo.training.policy.export import export_policy
     from raydpo.training.trainer import train_policy
@@ -189,10 +180,10 @@ def _train(payload: WorkerInput, tokens_per_batch: int | None) -> None:
     device = get_device()
     join_process_group(device)
     hooks.phase("loading and checking the policy")
-    pairs = TrainingPairs(ray.get(payload.pairs))
+    pairs = payload.pairs.open()
     check_rows = pairs.groups(range(min(CHECK_ROWS, len(pairs))))
     engine = PolicyEngine(job.policy, job.train, device, check_rows=check_rows)
-    held_out = None if payload.held_out is None else TrainingPairs(ray.get(payload.held_out))
+    held_out = None if payload.held_out is None else payload.held_out.open()
     checkpoint = ray.train.get_checkpoint()
     with (
         _scratch(storage, rank, engine.world_size) as scratch,

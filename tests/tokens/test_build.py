@@ -1,0 +1,169 @@
+"""A set made in this process: the same rows whatever the pieces, only missing blocks, no set of a refused source."""
+
+import gzip
+import json
+import re
+
+import pytest
+from making import SIZES, content, write
+from samples import text
+
+from raydpo.data.records import read_records
+from raydpo.errors import DataError
+from raydpo.tokens import reader
+from raydpo.tokens.build import make_set, worth_ray
+from raydpo.tokens.store import TokenSet
+
+CHAT = {
+    "prompt": [{"role": "user", "content": "sky?"}],
+    "chosen": [{"role": "assistant", "content": "blue"}],
+    "rejected": [{"role": "assistant", "content": "green"}],
+}
+REPEATING = {"prompt": "What colour?", "chosen": "What colour? the sky is blue", "rejected": "What colour? green grass"}
+MIXED = [
+    *(text(number) for number in range(20)),
+    *(CHAT | {"prompt": [{"role": "user", "content": f"sky {number}?"}]} for number in range(5)),
+    "",
+    "{broken",
+    {"prompt": "p", "answers": ["a", "b", "c"], "scores": [1, 2, 3]},
+    {"prompt": "p" * 50, "chosen": "a", "rejected": "a"},
+    text(3),
+    text(99, source="x", other=1),
+]
+
+
+def make(kit, data, cache=None, **given):
+    token_set = kit.set(data, cache)
+    make_set(token_set, data.train[0], data, kit.tokeniser(), **given)
+    return token_set
+
+
+@pytest.mark.parametrize("records", [MIXED, [REPEATING] * 30, [REPEATING, *MIXED]], ids=["mixed", "repeating", "not all"])
+def test_rows_do_not_depend_on_pieces(kit, tmp_path, monkeypatch, records):
+    data, found = kit.data(write(tmp_path / "a.jsonl", records), max_malformed=0.5), {}
+    for name, sizes in SIZES.items():
+        monkeypatch.setattr(reader, "PIECE_SIZES", sizes)
+        token_set = make(kit, data, cache=name)
+        found[name] = content(token_set)
+    # All records in one call of the maker, as for data in memory.
+    maker = kit.recipe(token_set, data).maker(kit.tokeniser())
+    read = list(read_records(data.train[0]))
+    rows = maker.decided(*maker.decide(read)).make(read)
+    assert found["4 MB"][0] == rows.light.drop_columns("file").to_pylist() and found["4 MB"][2] == rows.tokens.to_pylist()
+    assert found["4 MB"][3] == rows.account.to_state()
+    assert found["one line"] == found["7 lines"] == found["300 bytes"] == found["4 MB"]
+    assert found["4 MB"][4]["take_off"] == (records == [REPEATING] * 30)
+
+
+def test_only_missing_blocks_are_made(kit, tmp_path, monkeypatch):
+    data = kit.data(write(tmp_path / "a.jsonl", MIXED * 3), max_malformed=0.5)
+    monkeypatch.setattr(reader, "PIECE_SIZES", SIZES["7 lines"])
+    wanted = content(make(kit, data, cache="whole"))
+    made, commit = [], TokenSet.commit
+
+    def commit_some(self, span, rows):
+        if len(made) in stops:
+            stops.remove(len(made))
+            raise KeyboardInterrupt
+        made.append(span)
+        return commit(self, span, rows)
+
+    monkeypatch.setattr(TokenSet, "commit", commit_some)
+    stops = {3, 5}
+    for sizes in ("7 lines", "300 bytes"):  # the second command cuts otherwise
+        monkeypatch.setattr(reader, "PIECE_SIZES", SIZES[sizes])
+        with pytest.raises(KeyboardInterrupt):
+            make(kit, data)
+        assert kit.set(data).complete() is None
+    first, last = kit.set(data).blocks()[0], kit.set(data).blocks()[-1]
+    kit.set(data).storage.delete(f"sets/{kit.set(data).digest}/index/{first.index}")
+    monkeypatch.setattr(reader, "PIECE_SIZES", SIZES["7 lines"])
+    token_set = make(kit, data)
+    assert content(token_set) == wanted
+    assert made.count(first.span) == 2 and made.count(last.span) == 1
+    lines = [line for span in made for line in range(span.start, span.stop)]
+    assert len(lines) == len(MIXED) * 3 + first.span.stop - first.span.start, "each line once, but for the lost block"
+
+
+def test_a_source_that_changes_is_refused(kit, tmp_path, monkeypatch):
+    path = write(tmp_path / "a.jsonl", [text(number) for number in range(30)])
+    data, commit = kit.data(path), TokenSet.commit
+
+    def change(self, span, rows):
+        path.write_text(path.read_text().replace("sky", "sea"))
+        return commit(self, span, rows)
+
+    monkeypatch.setattr(TokenSet, "commit", change)
+    token_set = kit.set(data)
+    with pytest.raises(DataError, match=r"a.jsonl changed while it was read; run the command again"):
+        make_set(token_set, data.train[0], data, kit.tokeniser())
+    assert token_set.complete() is None
+
+
+def test_errors_of_the_source_are_those_of_reading_it(kit, tmp_path, monkeypatch):
+    monkeypatch.setattr(reader, "PIECE_SIZES", SIZES["7 lines"])
+    lines = "".join(json.dumps(text(number)) + "\n" for number in range(30)).encode()
+    for name, stored, columns in (
+        ("empty.jsonl", b"\n\n", {}),
+        ("cut.jsonl.gz", gzip.compress(lines)[:-9], {}),
+        ("mapped.jsonl", lines, {"tools": "functions"}),
+    ):
+        (tmp_path / name).write_bytes(stored)
+        data = kit.data({"path": str(tmp_path / name), "columns": columns})
+        with pytest.raises(DataError) as wanted:
+            list(read_records(data.train[0]))
+        for _ in range(2):  # the second time, most blocks are there
+            with pytest.raises(DataError, match=f"^{re.escape(str(wanted.value))}$"):
+                make(kit, data)
+            assert kit.set(data).complete() is None
+
+
+def test_what_is_certain_to_be_refused_is_refused_early(kit, tmp_path, monkeypatch):
+    monkeypatch.setattr(reader, "PIECE_SIZES", SIZES["7 lines"])
+    good = [text(number) for number in range(800)]
+    data = kit.data(write(tmp_path / "bad.jsonl", [*good[:7], *["{broken"] * 200, *good[:100]]))
+    told = []
+    sentence = r"data bad: (\d+) of \d+ records are malformed, more than data.max_malformed"
+    with pytest.raises(DataError, match=sentence) as raised:
+        make(kit, data, progress=told.append)
+    assert int(re.match(sentence, str(raised.value))[1]) < 60 and len(told) < 10
+    # Looked at by itself the beginning is bad, and bytes say that little follows; counted, the share is allowed.
+    data = kit.data(write(tmp_path / "late.jsonl", ["{" + "x" * 20_000] * 7 + good))
+    assert make(kit, data).complete().facts["records"] == 807
+
+
+def test_a_template_that_loses_texts_is_refused_early(kit, tmp_path, monkeypatch):
+    monkeypatch.setattr(reader, "PIECE_SIZES", SIZES["7 lines"])
+    template = "{% for message in messages if message['role'] != 'system' %}<s>{{ message['content'] }}</s>{% endfor %}"
+    records = [CHAT | {"prompt": [{"role": "system", "content": f"be {n}"}, *CHAT["prompt"]]} for n in range(300)]
+    data, told = kit.data(write(tmp_path / "a.jsonl", records), chat_template=template), []
+    token_set = kit.set(data)
+    tokeniser = kit.tokeniser()
+    tokeniser.tokenizer.chat_template = template
+    with pytest.raises(DataError, match=r"the chat template leaves out .* data.max_lost \(0.1\) allows fewer"):
+        make_set(token_set, data.train[0], data, type(tokeniser)(tokeniser.tokenizer), progress=told.append)
+    assert len(told) < 12
+
+
+def test_an_own_reader_gives_the_records(kit, tmp_path):
+    path = write(tmp_path / "a.jsonl", [text(number) for number in range(30)])
+    data = kit.data({"path": str(path), "columns": {"prompt": "nowhere"}})
+
+    def own(source):
+        for record in read_records(source.model_copy(update={"columns": {}})):
+            if record.row % 2:
+                yield record
+
+    rows, labels, *_ = content(make(kit, data, reader=own))
+    assert [row["row"] for row in rows] == list(range(1, 31, 2)) and set(labels) == {"a.jsonl"}
+
+
+def test_worth_ray_counts_bytes(tmp_path, monkeypatch):
+    from raydpo.config import SourceConfig
+    from raydpo.tokens import build
+
+    (tmp_path / "a.jsonl").write_bytes(b"x" * 1000)
+    (tmp_path / "b.jsonl.gz").write_bytes(b"x" * 1000)
+    for threshold, wanted in ((1001, [False, True]), (4001, [False, False]), (1000, [True, True])):
+        monkeypatch.setattr(build, "WORTH_BYTES", threshold)
+        assert [worth_ray(SourceConfig(path=str(tmp_path / name))) for name in ("a.jsonl", "b.jsonl.gz")] == wanted
