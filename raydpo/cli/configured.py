@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from raydpo.errors import ConfigError, RaydpoError
+from raydpo.errors import CacheError, ConfigError, DataError, RaydpoError
 from raydpo.rundir.directory import DRIVER_LOG
 from raydpo.terminal.console import Console
 
@@ -63,13 +63,18 @@ def load_first_pairs(config: Config, most_records: int) -> tuple[FirstPairs, Tok
 
     tokeniser = open_tokeniser(config)
     found = _stored(config, tokeniser) or first_pairs(config.data, tokeniser, most_records, worth_ray)
-    return dataclasses.replace(found, sets=filtered_by_tokens(found.sets, config.data)[0]), tokeniser
+    try:
+        sets = filtered_by_tokens(found.sets, config.data)[0]
+    except DataError:  # none of these pairs meets the condition
+        if found.whole:
+            raise
+        return load_first_pairs(config, 10 * most_records)
+    return dataclasses.replace(found, sets=sets), tokeniser
 
 
 def _stored(config: Config, tokeniser: Tokeniser) -> FirstPairs | None:
     """All pairs, if the set of each source is stored."""
     from raydpo.data.first import FirstPairs
-    from raydpo.errors import CacheError
     from raydpo.pipeline.tokenised import find_sets
     from raydpo.storage.files import Storage
     from raydpo.tokens.store import TokenSet

@@ -98,6 +98,17 @@ class Shapes:
             np.zeros(count, np.int64),
         )
 
+    def take(self, rows: np.ndarray) -> Shapes:
+        """Shapes of distinct groups alone, int64 [groups]: what they share with each other is the same."""
+        order = np.argsort(self.place[rows])
+        place, common = np.empty(len(rows), np.int64), np.zeros(len(rows), np.int64)
+        place[order] = np.arange(len(rows))
+        if len(rows) > 1:
+            before, last = self.place[rows][order[:-1]], self.place[rows][order[-1]]
+            common[1:] = np.minimum.reduceat(self.common[: last + 1], before + 1)
+        of_each = (self.prompt, self.tokens, self.squares, self.longest, self.rows)
+        return Shapes(*(values[rows] for values in of_each), place, common)
+
     def __len__(self) -> int:
         return len(self.prompt)
 

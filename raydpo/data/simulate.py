@@ -75,7 +75,7 @@ def simulate(
 
         def plan(world_size: int, pairs: list[int] = pairs) -> list[list[MicroBatch]]:
             return split_over_ranks(
-                pairs, shapes, world_size=world_size, tokens_per_batch=tokens_per_batch, layout=layout, work=work
+                pairs, shapes.take, world_size=world_size, tokens_per_batch=tokens_per_batch, layout=layout, work=work
             )
 
         ranks = plan(world_size)

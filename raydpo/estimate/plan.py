@@ -232,7 +232,7 @@ def make_plan(
         """Amounts [3] of all steps, extrapolated from the micro-batches of the sampled steps."""
         return trained / sum(map(len, sampled)) * amounts(batches, shapes, kind)
 
-    split = partial(split_over_ranks, shapes=shapes, world_size=train_workers // together, **costs)
+    split = partial(split_over_ranks, shapes_of=shapes.take, world_size=train_workers // together, **costs)
     computed = {
         kind: of_a_run(
             [batch.pairs for step in sampled for rank in split(step, layout=kind) for batch in rank if batch.counts], kind

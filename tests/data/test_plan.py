@@ -247,3 +247,17 @@ def test_neighbours_stay_on_one_rank_as_far_as_balance_allows():
     together = rank_costs(shapes, 4, "tree").sum()
     alone = rank_costs(shapes, 1, "tree").sum()
     assert together < 1.1 * alone < 0.8 * shapes.positions("tree").sum()
+
+
+def test_shapes_of_some_groups_are_those_that_are_made_of_them_alone():
+    random = np.random.default_rng(0)
+    prompts = [
+        random.integers(0, 2, random.integers(1, 8)).astype(np.int32) for _ in range(60)
+    ]  # many share, some are equal
+    completions = random.integers(1, 9, (60, 2)).tolist()
+    whole = Shapes.of(prompts, completions)
+    for count in (1, 2, 20, 60):
+        rows = np.sort(random.choice(60, count, replace=False))
+        alone = Shapes.of([prompts[row] for row in rows], [completions[row] for row in rows])
+        for name, values in vars(whole.take(rows)).items():
+            assert np.array_equal(values, getattr(alone, name)), name
