@@ -24,11 +24,11 @@ from raydpo.errors import RaydpoError, one_line
 __all__ = ["Job", "Makers", "makers"]
 
 IN_FLIGHT = 64 << 20
-"""Bytes of pieces on their way, unless there are more actors than these are pieces: each may have one."""
+"""Most bytes of pieces on their way. But each actor may have one piece, however many actors there are."""
 AT_ONCE = 2
 """Pieces of one actor: the one in work, and the next."""
 MOST_DEATHS = 3
-"""How often a piece may be in the hands of an actor that dies."""
+"""How many actors may die with a piece in their hands."""
 WITHOUT_CPU = 2
 """Actors that are started where no CPU is free. Scoring may hold all of them and wait for the pairs."""
 ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
