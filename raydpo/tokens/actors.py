@@ -24,11 +24,11 @@ from raydpo.errors import RaydpoError, one_line
 __all__ = ["Job", "Makers", "makers"]
 
 IN_FLIGHT = 64 << 20
-"""Bytes of pieces on their way, unless there are more actors than these are pieces: each may have one."""
+"""Most bytes of pieces on their way. But each actor may have one piece, however many actors there are."""
 AT_ONCE = 2
 """Pieces of one actor: the one in work, and the next."""
 MOST_DEATHS = 3
-"""How often a piece may be in the hands of an actor that dies."""
+"""How many actors may die with a piece in their hands."""
 WITHOUT_CPU = 2
 """Actors that are started where no CPU is free. Scoring may hold all of them and wait for the pairs."""
 ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
@@ -187,13 +187,17 @@ class Makers:
     def _submit(self, jobs: Iterator[Job], again: deque[Job]) -> bool:
         """Give jobs to actors that have started. Returns whether all jobs have been given."""
         while True:
-            free = [worker for worker in self._workers if len(worker.jobs) < AT_ONCE]
+            free = [
+                worker
+                for worker in self._workers
+                if len(worker.jobs) < AT_ONCE and not any(job.deaths for _, job in worker.jobs)
+            ]
             if not free:
                 return False
             worker = min(free, key=lambda each: len(each.jobs))
             sizes = [job.size for each in self._workers for _, job in each.jobs]
             # The next job is read only when there is room for it.
-            if worker.jobs and sum(sizes) + max(sizes) > IN_FLIGHT:
+            if worker.jobs and (again or sum(sizes) + max(sizes) > IN_FLIGHT):
                 return False
             job = again.popleft() if again else next(jobs, None)
             if job is None:
@@ -216,7 +220,8 @@ class Makers:
         self._workers.append(worker)
 
     def _bury(self, worker: _Worker, error: Exception, again: deque[Job], doing: str) -> None:
-        """Replace an actor that died. Its first job counts as the cause."""
+        """Replace an actor that died. Any of its jobs may be the cause: the result of one that it had done may be lost with
+        it. Each of them is repeated in an actor by itself."""
         import ray
 
         self._workers.remove(worker)
@@ -224,12 +229,14 @@ class Makers:
             ray.kill(worker.actor)
         jobs = [job for _, job in worker.jobs]
         worker.jobs.clear()
-        jobs[0].deaths += 1
-        if jobs[0].deaths >= MOST_DEATHS:
-            raise RaydpoError(
-                f"{doing} failed: {jobs[0].deaths} processes died one after another at {jobs[0].about}, the last was "
-                f"{worker.where} ({one_line(error, 300)}); look at these lines, or give the machine more memory"
-            )
+        for job in jobs:
+            job.deaths += 1
+            job.since = 0.0
+            if job.deaths >= MOST_DEATHS:
+                raise RaydpoError(
+                    f"{doing} failed: {job.deaths} processes died one after another at {job.about}, the last was "
+                    f"{worker.where} ({one_line(error, 300)}); look at these lines, or give the machine more memory"
+                )
         again.extendleft(reversed(jobs))
         self._start(0)
 
