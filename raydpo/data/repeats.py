@@ -23,7 +23,7 @@ class Repeats:
     The first records decide, since a source may be larger than memory. Later records that are otherwise are counted.
 
     Attributes:
-        take_off: whether prompts are taken off; None before a record decided it.
+        take_off: whether prompts are taken off; None if no record has a text prompt.
         taken: pairs whose answers lost their prompt.
         kept: pairs whose answers begin with their prompt and keep it, since not all do, or since it ends within a word.
         without: pairs whose answers do not begin with their prompt, though those of the first records do.
@@ -100,10 +100,12 @@ class Repeats:
         if self.taken:
             found.append(f"in {self.taken:,} pairs both answers repeat the prompt, which was taken off")
         if self.kept:
+            why = f"{self.first[0] - self.first[1]:,} of the first {self.first[0]:,} pairs do not"
+            if not self.first[0]:
+                why = "the first records, which decide, have no text prompts"
             found.append(
-                f"warning: in {self.kept:,} pairs both answers begin with the prompt, which was kept, since "
-                f"{self.first[0] - self.first[1]:,} of the first {self.first[0]:,} pairs do not, or since it ends within a "
-                "word of theirs; take it off in the file if they repeat it"
+                f"warning: in {self.kept:,} pairs both answers begin with the prompt, which was kept, since {why}, or since "
+                "it ends within a word of theirs; take it off in the file if they repeat it"
             )
         more = self.both if self.both > self.kept else 0  # those that were kept are told above
         for count, what in ((more, "both answers hold"), (self.one, "one of the answers holds")):

@@ -178,6 +178,19 @@ class _Entry(NamedTuple):
 
 
 @dataclass
+class _Read:
+    """Records as far as they depend on nothing but the tokenizer.
+
+    Attributes:
+        faults: position of a record, and what is wrong with it.
+    """
+
+    account: SourceReport
+    entries: list[_Entry]
+    faults: list[tuple[int, str]]
+
+
+@dataclass
 class _Encoded:
     """Records as far as they depend on ``take_off`` and not on ``head``: tokens, None of giants, of well-formed pairs."""
 
@@ -220,10 +233,10 @@ class RowMaker:
             0 if there is only one prompt.
         """
         records = records if len(records) <= FIRST_RECORDS else records[:FIRST_RECORDS]
-        entries = self._entries(records, SourceReport("", ""))[0]
-        counting, taken = repeating([each.read for each in entries if not each.giant])
+        read = self._read(records)
+        counting, taken = repeating([each.read for each in read.entries if not each.giant])
         take_off = bool(counting) and taken == counting
-        encoded = self._encoded(records, take_off)
+        encoded = self._encoded(records, read, take_off)
         self._first = records, take_off, encoded
         prompts = [ids.prompt for _, ids in encoded.pairs if ids is not None]
         # What the first and the last in sorted order have in common, all between them have, too.
@@ -247,14 +260,13 @@ class RowMaker:
             raise ValueError("take_off and head are not known; see decide")
         (known, taken, encoded), self._first = self._first or (None, None, None), None
         if known is not records or taken != self.take_off:
-            encoded = self._encoded(records, self.take_off)
+            encoded = self._encoded(records, self._read(records), self.take_off)
         return self._rows(records, encoded)
 
-    def _entries(self, records: Sequence[Record], account: SourceReport) -> tuple[list[_Entry], list[tuple[int, str, str]]]:
-        """Pairs of records, and faults: position of the record, reason, place. Adds to ``account`` how records were
-        understood."""
+    def _read(self, records: Sequence[Record]) -> _Read:
+        account = SourceReport("", "", records=len(records))
         entries: list[_Entry] = []
-        faults: list[tuple[int, str, str]] = []
+        faults: list[tuple[int, str]] = []
         options = self.tokeniser.template.options - set(self.numbers.values())
         template = bool(self.tokeniser.tokenizer.chat_template)
         for index, record in enumerate(records):
@@ -262,7 +274,7 @@ class RowMaker:
             try:
                 found = preferences_of(record, account, self.numbers)
             except Malformed as error:
-                faults.append((index, str(error), record.where))
+                faults.append((index, str(error)))
             _note_options(record, options, account)
             scores = None
             if len(found) == 1 and record.value is not None and (len(record.value) > 3 or "prompt" not in record.value):
@@ -275,18 +287,17 @@ class RowMaker:
                     read = replace(preference, prompt=prompt, chosen=chosen, rejected=rejected)
                     account.understood[AS_TEXT] += 1
                 entries.append(_Entry(index, number, preference, read, scores, characters, giant))
-        return entries, faults
+        return _Read(account, entries, faults)
 
-    def _encoded(self, records: Sequence[Record], take_off: bool) -> _Encoded:
-        account, merged_before = SourceReport("", "", records=len(records)), self.tokeniser.merged
-        entries, faults = self._entries(records, account)
+    def _encoded(self, records: Sequence[Record], found: _Read, take_off: bool) -> _Encoded:
+        """Tokenise what was read, and complete its account."""
+        account, entries, faults, merged_before = found.account, found.entries, found.faults, self.tokeniser.merged
         read = [each.read for each in entries if not each.giant]
         early = [each.read for each in entries if not each.giant and records[each.record].row <= FIRST_RECORDS]
         account.repeats = Repeats(take_off if repeating(read)[0] else None, first=repeating(early))
         tokenised = iter(self.tokeniser.encode_noted(account.repeats.taken_off(read)))
         pairs: list[tuple[_Entry, TokenisedPair | None]] = []
         for entry in entries:
-            where = records[entry.record].where
             if entry.giant:
                 account.pairs += 1
                 pairs.append((entry, None))
@@ -294,15 +305,16 @@ class RowMaker:
             ids, remarks = next(tokenised)
             reason = self._refused(entry.preference, ids, remarks)
             if reason is not None:
-                faults.append((entry.record, reason, where))
+                faults.append((entry.record, reason))
                 continue
+            where = records[entry.record].where
             account.pairs += 1
             account.remarks.add(remarks, where)
             account.scores.add(entry.scores, where)
             pairs.append((entry, ids))  # type: ignore[arg-type]
-        for index, reason, _ in sorted(faults, key=lambda fault: fault[0]):
+        for index, reason in sorted(faults, key=lambda fault: fault[0]):
             account.malformed.add(reason, records[index].where)
-        account.malformed_records = len({index for index, _, _ in faults})
+        account.malformed_records = len({index for index, _ in faults})
         account.merged = self.tokeniser.merged - merged_before
         return _Encoded(account, pairs)
 

@@ -27,6 +27,14 @@ def test_answers_that_repeat_the_prompt(write, monkeypatch):
     rows, lines = decoded(write, [*map(repeating, REPEATED[:4]), REPEATED[4]])
     assert rows == plain
     assert lines[2].startswith("warning: data prefs: in 1 pairs the answers do not repeat the prompt")
+    chats = [{"prompt": [user("Hi")], "chosen": [bot("a")], "rejected": [bot("b")]}] * 2
+    rows, lines = decoded(write, [*chats, *map(repeating, REPEATED)])
+    assert rows[2:] != plain and any(
+        line.startswith(
+            "warning: data prefs: in 5 pairs both answers begin with the prompt, which was kept, since the first"
+        )
+        for line in lines
+    )
 
 
 def test_a_prompt_without_white_space_at_its_end_is_repeated_too(write):
