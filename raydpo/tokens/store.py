@@ -43,8 +43,12 @@ __all__ = ["BLOCKS", "INDEX", "SETS", "SET_ASIDE", "Complete", "TokenSet"]
 
 SETS = "sets"
 """Folder of a cache with its tokenised sets."""
-BLOCKS, INDEX, SET_ASIDE = "blocks", "index", "set-aside"
-"""Folders of a set."""
+BLOCKS = "blocks"
+"""Folder of a set with the token ids of its blocks."""
+INDEX = "index"
+"""Folder of a set with the indices of its blocks."""
+SET_ASIDE = "set-aside"
+"""Folder of a set with files that are not used, such as damaged ones."""
 _COMPLETE = "complete-"
 _DESCRIPTION = "set.json"
 
