@@ -85,7 +85,8 @@ class BlockInfo:
         return self.name.endswith(f"-{checksum(data)}")
 
 
-class Index(NamedTuple):
+@dataclass(frozen=True)
+class Index:
     """Content of an index: all of ``Rows`` but the tokens."""
 
     light: pa.Table
@@ -166,8 +167,8 @@ def decode(info: BlockInfo, digest: str, block: bytes, index: pa.Buffer) -> Rows
     """
     if not info.index_is_sound(index):
         raise DamagedBlock(f"index {info.index} is damaged: its {len(index):,} bytes are not those that were written")
-    light, labels, sources, account = decode_index(info, digest, index)
-    return Rows(light, decode_tokens(info, digest, block), labels, sources, account)
+    found = decode_index(info, digest, index)
+    return Rows(found.light, decode_tokens(info, digest, block), found.labels, found.sources, found.account)
 
 
 def table_bytes(table: pa.Table) -> pa.Buffer:

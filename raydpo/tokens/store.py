@@ -43,8 +43,12 @@ __all__ = ["BLOCKS", "INDEX", "SETS", "SET_ASIDE", "Complete", "TokenSet"]
 
 SETS = "sets"
 """Folder of a cache with its tokenised sets."""
-BLOCKS, INDEX, SET_ASIDE = "blocks", "index", "set-aside"
-"""Folders of a set."""
+BLOCKS = "blocks"
+"""Folder of a set with the token ids of its blocks."""
+INDEX = "index"
+"""Folder of a set with the indices of its blocks."""
+SET_ASIDE = "set-aside"
+"""Folder of a set with files that are not used, such as damaged ones."""
 _COMPLETE = "complete-"
 _DESCRIPTION = "set.json"
 
@@ -143,6 +147,9 @@ class TokenSet:
         if self.description() is None:
             content = {"path": self.identity.path, "identity": self.identity.to_dict()}
             self.storage.write(f"{self.directory}/{_DESCRIPTION}", json.dumps(content, indent=2).encode(), durable=False)
+        if self._copies is not None:
+            folder = f"{self.directory}/{INDEX}"
+            self._copies.prune(folder, set(self.storage.list(folder)))
         self.set_aside()
 
     def commit(self, span: Span, rows: Rows) -> BlockInfo:
@@ -164,7 +171,7 @@ class TokenSet:
             ends: number of lines of each file that has any. Without it, a last block that is missing goes unnoticed.
 
         Raises:
-            CacheError: if lines are missing.
+            CacheError: if lines are missing, or are there that the source does not have.
         """
         blocks = self.blocks()
         reached: dict[int, int] = {}
@@ -173,9 +180,15 @@ class TokenSet:
             if block.span.start != before:
                 raise CacheError(self._lacks(block.span.file, before, block.span.start))
             reached[block.span.file] = block.span.stop
-        for file, end in ({} if ends is None else ends).items():
-            if reached.get(file, 0) != end:
-                raise CacheError(self._lacks(file, reached.get(file, 0), end))
+        for file in {*reached, *ends} if ends is not None else ():
+            here, end = reached.get(file, 0), ends.get(file, 0)
+            if here > end:
+                raise CacheError(
+                    f"the set {self.digest} in {self.storage} holds lines {end + 1:,} to {here:,} of file {file + 1}, which "
+                    f"its source does not have; delete {self.storage}/{self.directory}, and run the command again"
+                )
+            if here < end:
+                raise CacheError(self._lacks(file, here, end))
         light = self.light(blocks).light
         tokens = sum(int(pc.sum(light[f"{part}_tokens"]).as_py() or 0) for part in ("prompt", "chosen", "rejected"))
         whole = Complete(tuple(blocks), tokens, dict(facts))

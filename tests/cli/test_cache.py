@@ -61,7 +61,8 @@ def parts(cache):
 
 
 def test_ls_and_show(place, cache):
-    (one,) = answer("cache", "ls", cache)
+    one, *sets = answer("cache", "ls", cache)
+    assert [each["kind"] for each in (one, *sets)] == ["reference", "set"] and sets[0]["path"] == str(place / "a.jsonl")
     assert one["rows"] == 60 and one["parts"] == len(parts(cache)) > 3 and one["unverified_rows"] == 0
     assert one["age_seconds"] < 3600 and one["dtype"] == "float32"
     shown = answer("cache", "show", cache, one["identity"][:5])

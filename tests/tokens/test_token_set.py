@@ -137,6 +137,12 @@ def test_a_gap_is_refused(tmp_path):
         tokens.commit(lines(number), rows_of(10, number))
     with pytest.raises(CacheError, match="lacks lines 11 to 20"):
         tokens.finish({})
+    tokens.commit(lines(1), rows_of(10, 1))
+    with pytest.raises(CacheError, match=r"holds lines 21 to 30 of file 1, which its source does not have; delete "):
+        tokens.finish({}, {0: 20})
+    with pytest.raises(CacheError, match="lacks lines 1 to 5 of file 2"):
+        tokens.finish({}, {0: 30, 1: 5})
+    assert tokens.finish({}, {0: 30}).pairs == 30
 
 
 def _make_at_once(barrier, place, made, results):
