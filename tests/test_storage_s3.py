@@ -56,6 +56,10 @@ def test_written_is_read_listed_moved_and_deleted(storage):
         storage.read("a/one")
     with pytest.raises(FileNotFoundError):
         storage.move("a/one", "b/two")
+    storage.write("c/d/e", b"1")
+    storage.delete_directory("c")
+    storage.delete_directory("c")
+    assert storage.list("c/d") == [] and storage.list("b") == ["one"]
     storage.probe()
     assert storage.list("b") == ["one"] and not [name for name in storage.list() if name.startswith(".")]
     storage.write("b/.tmp-host-1-" + "0" * 32, b"")

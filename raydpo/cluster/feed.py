@@ -6,6 +6,7 @@ another. It gets them from an actor, which needs none either and holds the few b
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Iterable, Iterator
 from functools import partial
@@ -74,7 +75,8 @@ class Feed:
 
         self._over.set()
         self._free.release()
-        ray.kill(self._waiting)
+        with contextlib.suppress(Exception):  # Ray is gone
+            ray.kill(self._waiting)
 
     def _fill(self) -> None:
         import ray

@@ -313,8 +313,9 @@ def _parts(prompt: Any, chosen: Any, rejected: Any, notes: Notes) -> Parts:
 def _check_texts(prompt: Text, chosen: Text, rejected: Text, notes: Notes) -> None:
     """Note a prompt with a placeholder of an image, and texts that are JSON or Python."""
     for said in [prompt] if isinstance(prompt, str) else map(content_text, prompt):
-        for placeholder in PLACEHOLDERS:
-            if said.strip().startswith(placeholder) or said.strip().endswith(placeholder):
+        said = said.strip()
+        for placeholder in PLACEHOLDERS if said.startswith(PLACEHOLDERS) or said.endswith(PLACEHOLDERS) else ():
+            if said.startswith(placeholder) or said.endswith(placeholder):
                 notes[
                     f"warning: the prompt begins or ends with {placeholder!r}, which stands for an image, audio or a video, "
                     "but only text is read; remove the records that need it, or the placeholder"

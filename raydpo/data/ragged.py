@@ -16,35 +16,29 @@ _BLOCK_ROWS = 10_000
 
 
 class Ragged:
-    """Lists of numbers in the memory of Arrow columns: one chunk or many, in memory or mapped from a file.
+    """Lists of numbers in the memory of an Arrow column: one chunk or many, in memory or mapped from a file.
 
-    It holds views of the columns' buffers and about 1 KB for each chunk, and nothing for each row.
+    It holds views of the column's buffers and about 1 KB for each chunk, and nothing for each row.
 
     Args:
         chunks: (values, starts, stops) of each chunk: row i of a chunk is ``values[starts[i]:stops[i]]``.
-        sized: for each chunk, whether its third array holds the sizes of the rows in place of their stops.
+        sized: whether the third arrays hold the sizes of the rows in place of their stops.
     """
 
-    def __init__(self, chunks: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], sized: Sequence[bool]) -> None:
-        self._chunks, self._sized = list(chunks), list(sized)
+    def __init__(self, chunks: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], *, sized: bool) -> None:
+        self._chunks, self._sized = list(chunks), sized
         self._first = [0]  # number of the first row of each chunk, then the number of all rows
         for _, starts, _ in self._chunks:
             self._first.append(self._first[-1] + len(starts))
 
     @classmethod
-    def of(cls, *columns: pa.Array | pa.ChunkedArray) -> Ragged:
-        """The lists of columns of type list, large_list, list_view or large_list_view of numbers, one column after another.
+    def of(cls, column: pa.Array | pa.ChunkedArray) -> Ragged:
+        """The lists of a column of type list, large_list, list_view or large_list_view of numbers.
 
         Raises:
-            TypeError: if a column holds something else.
+            TypeError: if the column holds something else.
             ValueError: if a list or a value is null.
         """
-        found = [cls._chunks_of(column) for column in columns]
-        return cls([chunk for chunks, _ in found for chunk in chunks], [views for chunks, views in found for _ in chunks])
-
-    @staticmethod
-    def _chunks_of(column: pa.Array | pa.ChunkedArray) -> tuple[list[tuple[np.ndarray, np.ndarray, np.ndarray]], bool]:
-        """What ``__init__`` takes, of one column."""
         kind = column.type
         views = pa.types.is_list_view(kind) or pa.types.is_large_list_view(kind)
         if not (views or pa.types.is_list(kind) or pa.types.is_large_list(kind)):
@@ -62,7 +56,7 @@ class Ragged:
                 chunks.append((values, offsets, chunk.sizes.to_numpy()))
             else:
                 chunks.append((values, offsets[:-1], offsets[1:]))
-        return chunks, views
+        return cls(chunks, sized=views)
 
     def __len__(self) -> int:
         return self._first[-1]
@@ -75,7 +69,7 @@ class Ragged:
         values, starts, stops = self._chunks[index]
         row -= self._first[index]
         start = int(starts[row])
-        return values[start : start + int(stops[row]) if self._sized[index] else int(stops[row])]
+        return values[start : start + int(stops[row]) if self._sized else int(stops[row])]
 
     @property
     def lengths(self) -> np.ndarray:
@@ -86,7 +80,7 @@ class Ragged:
         """Values of each of a chunk's ``rows``, int64."""
         _, starts, stops = self._chunks[index]
         found = stops[rows].astype(np.int64)
-        return found if self._sized[index] else found - starts[rows]
+        return found if self._sized else found - starts[rows]
 
     def gather(self, rows: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Copy rows out of the column.

@@ -135,7 +135,7 @@ class RenderingCheck:
             Malformed: if nothing of an answer is left.
         """
         found: list[Remark] = []
-        if preference.tools is not None or self._end_if_usual(preference.prompt, prompt, 0, answer=False) < 0:
+        if preference.tools is not None or self._end_if_usual(preference.prompt, prompt, 0, answer=False)[0] < 0:
             self._check_prompt(preference, prompt, found)
         if preference.template_kwargs:
             values = _leaves(preference.template_kwargs, [])
@@ -146,30 +146,38 @@ class RenderingCheck:
             else:
                 start = _start_of_answer(prompt, whole, messages)
                 found.append(Remark(remarks.PROMPT_END, "", prompt[start:]))
-            end = self._end_if_usual(messages, whole, start, answer=True)
+            end, adds_thought = self._end_if_usual(messages, whole, start, answer=True)
             if end < 0 or whole[end:] not in self._sound_tails:
                 self._check_answer(side, messages, whole, start, found)
+            elif adds_thought:
+                found.append(Remark(remarks.EMPTY_THOUGHT, side))
         return found
 
-    def _end_if_usual(self, messages: list[Message], rendered: str, start: int, answer: bool) -> int:
-        """Where the last text ends if all stand in ``rendered`` one after the other from ``start``, else -1.
+    def _end_if_usual(self, messages: list[Message], rendered: str, start: int, answer: bool) -> tuple[int, bool]:
+        """Where the last text ends if all stand in ``rendered`` one after the other from ``start``, else -1; and whether an
+        empty thought stands before the first text of an ``answer``.
 
         Also -1 if a closer look is needed: for fields other than role and text, for what may be special tokens or thoughts,
-        and for an empty thought before an ``answer``.
+        and for an empty thought before a later message of an ``answer``.
         """
-        for message in messages:
+        adds_thought = False
+        for number, message in enumerate(messages):
             content = message.get("content")
             if type(content) is not str or len(message) != 2:
-                return -1
+                return -1, False
             for sign in self._signs_of_all:
                 if sign in content:
-                    return -1
+                    return -1, False
             content = content.strip()
             place = rendered.find(content, start)
-            if place < 0 or (answer and place > start and _adds_thought(rendered[start:place])):
-                return -1
+            if place < 0:
+                return -1, False
+            if answer and place > start and _adds_thought(rendered[start:place]):
+                if number:
+                    return -1, False
+                adds_thought = True
             start = place + len(content)
-        return start
+        return start, adds_thought
 
     def _check_prompt(self, preference: Preference, prompt: str, found: list[Remark]) -> None:
         wanted, more = _tool_texts(preference.tools) if preference.tools else ([], [])

@@ -10,8 +10,8 @@ from functools import cached_property
 from typing import Any
 
 from raydpo.config.data import PINNED_DATE
+from raydpo.data.forms import Forms
 from raydpo.data.messages import Malformed, Message
-from raydpo.data.traced import Forms
 
 __all__ = ["ChatTemplate"]
 

@@ -1,149 +1,27 @@
-"""Finds what a chat template does with the texts of a conversation, so that others of its form are written without it."""
+"""Texts that note what is asked of them, and what is made of them, as Python expressions."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import wraps
-from inspect import signature
-from itertools import pairwise
+from collections.abc import Callable, Iterable
 from typing import Any
 
-__all__ = ["Forms"]
+__all__ = ["MARK", "METHODS", "Message", "Parts", "Trace", "Traced", "Untraceable", "code_of", "joined"]
 
-_MARK = "\ue0f5raydpo\ue0f6"
+MARK = "\ue0f5raydpo\ue0f6"
 """What a traced text holds in memory, so that it is found where C code read it without asking."""
 _CHANGES = (
     "strip", "lstrip", "rstrip", "lower", "upper", "capitalize", "title", "replace", "removeprefix", "removesuffix",
 )  # fmt: skip
 """Methods of a text that give a text, and never fail."""
 _QUESTIONS = ("startswith", "endswith", "isdigit", "isspace", "isalpha", "isalnum", "isupper", "islower", "find", "count")
-_METHODS = frozenset((*_CHANGES, *_QUESTIONS, "split", "rsplit"))
-_TEXT_FILTERS = {"trim", "default", "d", "length", "count", "lower", "upper", "capitalize", "replace", "string"}
-"""Filters that use nothing of a text but the methods above."""
-_LIST_FILTERS = {"list", "first", "last", "reverse", "items", "map", "select", "reject", "selectattr", "rejectattr"}
-_TESTS = {
-    "string", "defined", "undefined", "none", "mapping", "number", "integer", "float", "boolean", "true", "false",
-    "eq", "equalto", "==", "ne", "!=",
-}  # fmt: skip
-"""Tests of the kind of a value, or that use its methods only."""
-
-_COMPARED = 2
-"""Conversations that are also rendered by the template, to compare, for each form."""
-_MOST_FORMS, _MOST_ALIKE, _MOST_MESSAGES = 2000, 6, 200
-"""Forms that are kept, forms of the same roles, and messages of a conversation that is traced."""
-_MOST_FAILED = 50
-
-Form = Callable[[tuple[str, ...]], str | None]
-"""The rendering of a conversation with the given contents, or None if the template treats them otherwise."""
+METHODS = frozenset((*_CHANGES, *_QUESTIONS, "split", "rsplit"))
 
 
-class Forms:
-    """Renders conversations of messages with nothing but a role and a text, as the chat template of a tokenizer does.
-
-    A template is run as it is at first. When it meets the same roles again, it is also run with texts that note what the
-    template does with them. After that, conversations of which it would ask the same things with the same answers are put
-    together without it. Where something is not followed or differs, the template is run as always.
-    """
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        self._forms: dict[Any, list[list[Any]]] = {}
-        self._templates: dict[str, Any] = {}
-        self._count = self._failed = 0
-        self._names = _names(tokenizer)
-        self._use = self._names is not None
-
-    def render(
-        self, template: str, messages: list[dict[str, Any]], options: dict[str, Any], by_template: Callable[[], str]
-    ) -> str:
-        """The text of a conversation.
-
-        Args:
-            template: the text of the template.
-            options: other variables, with ``add_generation_prompt``.
-            by_template: renders the conversation with the template.
-        """
-        key = self._key(template, messages, options) if self._use else None
-        if key is None:
-            return by_template()
-        if (forms := self._forms.get(key)) is None:
-            if len(self._forms) < _MOST_FORMS:
-                self._forms[key] = []
-            return by_template()
-        contents = tuple([message["content"] for message in messages])
-        for each in forms:
-            if (text := each[0](contents)) is not None:
-                return text if each[1] == 0 else self._compared(each, text, by_template())
-        text = by_template()
-        if len(forms) < _MOST_ALIKE and self._count < _MOST_FORMS and self._failed < _MOST_FAILED:
-            self._learn(forms, template, key[1], contents, options, text)
-        return text
-
-    def _key(self, template: str, messages: list[dict[str, Any]], options: dict[str, Any]) -> Any:
-        """What forms depend on; None for a conversation that is not traced."""
-        for message in messages:
-            if len(message) != 2 or type(message.get("content")) is not str or type(message["role"]) is not str:
-                return None
-        if len(messages) > _MOST_MESSAGES or not messages:
-            return None
-        for name, value in options.items():
-            if name in self._names or type(value) not in (str, bool, int, type(None)):
-                return None
-        given = tuple([(name, type(value), value) for name, value in options.items()])
-        return template, tuple([message["role"] for message in messages]), given
-
-    def _compared(self, form: list[Any], text: str, rendered: str) -> str:
-        form[1] -= 1
-        self._use = self._use and text == rendered
-        return rendered
-
-    def _learn(
-        self,
-        forms: list[list[Any]],
-        template: str,
-        roles: Sequence[str],
-        contents: tuple[str, ...],
-        options: dict[str, Any],
-        text: str,
-    ) -> None:
-        """Add the form of a conversation that the template renders as ``text``."""
-        variables = {"tools": None, "documents": None, "add_generation_prompt": False, **self._tokenizer.special_tokens_map}
-        try:
-            if template not in self._templates:
-                self._templates[template] = _traceable(template)
-        except Exception:  # another version of transformers or Jinja
-            self._use = False
-            return
-        form = _trace(self._templates[template], roles, contents, variables | options)
-        if form is None:
-            self._failed += 1
-        elif form(contents) != text:
-            self._use = False
-        else:
-            forms.append([form, _COMPARED])
-            self._count += 1
-
-
-def _names(tokenizer: Any) -> frozenset[str] | None:
-    """Names of variables that transformers itself sets or reads; None for a tokenizer that renders otherwise."""
-    try:
-        from transformers import PreTrainedTokenizerBase
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        kind = type(tokenizer)
-        if kind.apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template:
-            return None
-        names = signature(kind.apply_chat_template).parameters.keys() | signature(render_jinja_template).parameters.keys()
-        return frozenset(names | {"messages"}) - {"add_generation_prompt"}
-    except Exception:  # another version of transformers
-        return None
-
-
-class _Untraceable(Exception):
+class Untraceable(Exception):
     """A template uses a text in a way that is not followed."""
 
 
-class _Trace:
+class Trace:
     """What a template asked of texts, as Python expressions of them, and the answers."""
 
     def __init__(self) -> None:
@@ -152,24 +30,24 @@ class _Trace:
 
     def fail(self, *_: Any, **__: Any) -> Any:
         self.failed = True
-        raise _Untraceable
+        raise Untraceable
 
     def asked(self, code: str, found: Any) -> Any:
         self.answers[code] = found
         return found
 
 
-class _Traced(str):
+class Traced(str):
     """A text of a conversation, or one made from them. Whatever is asked of it is noted."""
 
     __slots__ = ("parts", "text", "trace")
 
-    def __new__(cls, trace: _Trace, text: str, *parts: str) -> _Traced:
+    def __new__(cls, trace: Trace, text: str, *parts: str) -> Traced:
         """Args:
         text: the text itself; as a ``str`` the object is a mark.
         parts: expressions of which the text is the sum.
         """
-        self = super().__new__(cls, _MARK)
+        self = super().__new__(cls, MARK)
         self.trace, self.text, self.parts = trace, text, parts
         return self
 
@@ -179,16 +57,16 @@ class _Traced(str):
 
     def _given(self, *values: Any) -> str:
         """The arguments of a method as code."""
-        return ", ".join(_code(self.trace, value) for value in values)
+        return ", ".join(code_of(self.trace, value) for value in values)
 
     def __str__(self) -> str:
         return self
 
-    def __add__(self, other: Any) -> _Traced:
-        return _joined(self.trace, (self, other))
+    def __add__(self, other: Any) -> Traced:
+        return joined(self.trace, (self, other))
 
-    def __radd__(self, other: Any) -> _Traced:
-        return _joined(self.trace, (other, self))
+    def __radd__(self, other: Any) -> Traced:
+        return joined(self.trace, (other, self))
 
     def __bool__(self) -> bool:
         return self.trace.asked(f"bool{self.code}", bool(self.text))
@@ -207,24 +85,24 @@ class _Traced(str):
     def __ne__(self, other: object) -> bool:
         return not self == other
 
-    def __getitem__(self, place: Any) -> _Traced:
+    def __getitem__(self, place: Any) -> Traced:
         if not isinstance(place, slice) or any(type(end) not in (int, type(None)) for end in _ends(place)):
             self.trace.fail()
         start, stop, step = _ends(place)
-        return _Traced(self.trace, self.text[place], f"{self.code}[{start}:{stop}:{step}]")
+        return Traced(self.trace, self.text[place], f"{self.code}[{start}:{stop}:{step}]")
 
-    def split(self, *given: Any) -> _Parts:
-        return _Parts(self, "split", given)
+    def split(self, *given: Any) -> Parts:
+        return Parts(self, "split", given)
 
-    def rsplit(self, *given: Any) -> _Parts:
-        return _Parts(self, "rsplit", given)
+    def rsplit(self, *given: Any) -> Parts:
+        return Parts(self, "rsplit", given)
 
 
-class _Parts:
+class Parts:
     """The parts of a traced text that was split, of which the first and the last may be taken."""
 
-    def __init__(self, whole: _Traced, method: str, given: tuple[Any, ...]) -> None:
-        if any(type(each) is _Traced for each in given):
+    def __init__(self, whole: Traced, method: str, given: tuple[Any, ...]) -> None:
+        if any(type(each) is Traced for each in given):
             whole.trace.fail()
         self._whole, self._code = whole, f"{whole.code}.{method}({whole._given(*given)})"
         self._parts = getattr(whole.text, method)(*given)
@@ -233,11 +111,11 @@ class _Parts:
     def __len__(self) -> int:
         return self._whole.trace.asked(f"len({self._code})", len(self._parts))
 
-    def __getitem__(self, place: Any) -> _Traced:
+    def __getitem__(self, place: Any) -> Traced:
         end = self._has_ends and place in (0, -1)
         if type(place) is not int or not (end or -len(self) <= place < len(self)):
             self._whole.trace.fail()
-        return _Traced(self._whole.trace, self._parts[place], f"{self._code}[{place}]")
+        return Traced(self._whole.trace, self._parts[place], f"{self._code}[{place}]")
 
     def _fail(self, *_: Any) -> Any:
         self._whole.trace.fail()
@@ -249,39 +127,39 @@ class _Parts:
 def _define_others() -> None:
     """Give traced texts the methods of texts: those that are followed, and for all others one that fails."""
 
-    def change(name: str) -> Callable[..., _Traced]:
-        def method(self: _Traced, *given: Any) -> _Traced:
-            return _Traced(self.trace, getattr(self.text, name)(*given), f"{self.code}.{name}({self._given(*given)})")
+    def change(name: str) -> Callable[..., Traced]:
+        def method(self: Traced, *given: Any) -> Traced:
+            return Traced(self.trace, getattr(self.text, name)(*given), f"{self.code}.{name}({self._given(*given)})")
 
         return method
 
     def question(name: str) -> Callable[..., Any]:
-        def method(self: _Traced, *given: Any) -> Any:
+        def method(self: Traced, *given: Any) -> Any:
             return self.trace.asked(f"{self.code}.{name}({self._given(*given)})", getattr(self.text, name)(*given))
 
         return method
 
-    def failing(self: _Traced, *given: Any, **named: Any) -> Any:
+    def failing(self: Traced, *given: Any, **named: Any) -> Any:
         self.trace.fail()
 
     for name in _CHANGES:
-        setattr(_Traced, name, change(name))
+        setattr(Traced, name, change(name))
     for name in _QUESTIONS:
-        setattr(_Traced, name, question(name))
+        setattr(Traced, name, question(name))
     needed = {"__class__", "__new__", "__init__", "__getattribute__", "__setattr__", "__init_subclass__", "__subclasshook__"}
-    for name in {*dir(str), "__rmod__", "__rmul__", "__reversed__", "__hash__"} - needed - vars(_Traced).keys() | {
+    for name in {*dir(str), "__rmod__", "__rmul__", "__reversed__", "__hash__"} - needed - vars(Traced).keys() | {
         "__hash__"
     }:
-        setattr(_Traced, name, failing)
+        setattr(Traced, name, failing)
 
 
 _define_others()
 
 
-class _Message(dict[str, Any]):
+class Message(dict[str, Any]):
     """A message, of which the fields are not listed, since their order may be another one."""
 
-    def __init__(self, trace: _Trace, role: str, content: _Traced) -> None:
+    def __init__(self, trace: Trace, role: str, content: Traced) -> None:
         super().__init__(role=role, content=content)
         self._trace = trace
 
@@ -297,188 +175,28 @@ def _ends(place: slice) -> tuple[Any, Any, Any]:
 
 
 def _text(value: str) -> str:
-    return value.text if type(value) is _Traced else value
+    return value.text if type(value) is Traced else value
 
 
-def _code(trace: _Trace, value: Any) -> str:
+def code_of(trace: Trace, value: Any) -> str:
     """A value as code: a traced text, or what is written as Python writes it."""
-    if type(value) is _Traced:
+    if type(value) is Traced:
         return value.code
     if type(value) is tuple:
-        return f"({''.join(f'{_code(trace, each)}, ' for each in value)})"
-    if type(value) not in (str, int, bool, type(None)) or (type(value) is str and _MARK in value):
+        return f"({''.join(f'{code_of(trace, each)}, ' for each in value)})"
+    if type(value) not in (str, int, bool, type(None)) or (type(value) is str and MARK in value):
         trace.fail()
     return repr(value)
 
 
-def _is_literal(code: str) -> bool:
-    return code.startswith(("'", '"'))
-
-
-def _joined(trace: _Trace, values: Iterable[Any]) -> Any:
+def joined(trace: Trace, values: Iterable[Any]) -> Any:
     """The sum of texts."""
     values = list(values)
     if all(type(value) is str for value in values):
         return "".join(values)
     parts: list[str] = []
     for value in values:
-        if type(value) not in (str, _Traced):
+        if type(value) not in (str, Traced):
             trace.fail()
-        parts += value.parts if type(value) is _Traced else [_code(trace, value)] if value else []
-    return _Traced(trace, "".join(map(_text, values)), *parts)
-
-
-def _trace(template: Any, roles: Sequence[str], contents: Sequence[str], variables: Mapping[str, Any]) -> Form | None:
-    """How a template renders conversations with these roles, found by rendering one of them.
-
-    A form is used for contents of which all questions that the template asked have the same answers. Then the template goes
-    the same way, and its result is the same sum of texts.
-
-    Args:
-        template: a chat template, from ``_traceable``.
-        variables: what else the template is given.
-
-    Returns:
-        The form; None if the template uses contents in a way that is not followed.
-    """
-    found, environment = _Trace(), template.environment
-    environment.raydpo_trace = found
-    given = [_Traced(found, content, f"c[{place}]") for place, content in enumerate(contents)]
-    messages = [_Message(found, role, content) for role, content in zip(roles, given, strict=True)]
-    try:
-        whole = _joined(found, template.root_render_func(template.new_context({**variables, "messages": messages})))
-        if found.failed:
-            return None
-        parts = whole.parts if type(whole) is _Traced else [_code(found, whole)]
-        same = [
-            code if answer is True else f"not ({code})" if answer is False else f"{code} == {answer!r}"
-            for code, answer in found.answers.items()
-        ]
-        written = "".join(
-            part + (" " if _is_literal(part) and _is_literal(after) else ", ") for part, after in pairwise([*parts, ""])
-        )
-        return eval(f"lambda c: ''.join(({written})) if {' and '.join(same) or 'True'} else None", {})
-    except Exception:  # the template, or Python where the expression is too long
-        return None
-
-
-def _traceable(text: str) -> Any:
-    """A chat template, compiled as transformers compiles it, for ``trace``.
-
-    Raises:
-        Exception: whatever goes wrong, such as private names of transformers that are gone.
-    """
-    from jinja2 import nodes
-    from jinja2.ext import Extension
-    from jinja2.runtime import Macro, Undefined
-    from jinja2.visitor import NodeTransformer
-    from transformers.utils.chat_template_utils import _compile_jinja_template
-
-    class Operators(NodeTransformer):
-        """Gives operators that C code would carry out to functions of ours."""
-
-        def visit_Compare(self, node: nodes.Compare) -> nodes.Node:
-            self.generic_visit(node)
-            if not any(operand.op in ("in", "notin") for operand in node.ops):
-                return node
-            if len(node.ops) > 1:
-                raise _Untraceable
-            within = called(node.expr, "raydpo_in", node.ops[0].expr)
-            return within if node.ops[0].op == "in" else nodes.Not(within, lineno=node.lineno)
-
-        def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
-            self.generic_visit(node)
-            return called(nodes.List(node.nodes, lineno=node.lineno), "raydpo_concat")
-
-        def visit_Mod(self, node: nodes.Mod) -> nodes.Node:
-            self.generic_visit(node)
-            return called(node.left, "raydpo_mod", node.right)
-
-    def called(node: nodes.Expr, name: str, *given: nodes.Expr) -> nodes.Filter:
-        return nodes.Filter(node, name, list(given), [], None, None, lineno=node.lineno)
-
-    environment = _compile_jinja_template(text).environment.overlay()
-    environment.raydpo_trace = _Trace()
-    kind = type(environment)
-
-    def fail() -> Any:
-        return environment.raydpo_trace.fail()
-
-    def check(value: Any) -> None:
-        """Fail if a value is or holds a traced text, or may do so."""
-        if isinstance(value, dict):
-            for key, entry in dict.items(value):
-                check(key)
-                check(entry)
-        elif type(value) in (list, tuple):
-            for entry in value:
-                check(entry)
-        elif type(value) is str:
-            if _MARK in value:
-                fail()
-        elif type(value) not in (int, float, bool, type(None)) and not isinstance(value, Undefined):
-            fail()
-
-    def checked(function: Any, first: bool) -> Any:
-        """``function``, which fails if it is given a traced text.
-
-        Args:
-            first: whether its first argument may be or hold one.
-        """
-        skipped = hasattr(function, "jinja_pass_arg") + first
-
-        @wraps(function)
-        def replaced(*given: Any, **named: Any) -> Any:
-            check(list(given[skipped:]))
-            check(named)
-            return function(*given, **named)
-
-        return replaced
-
-    def within(part: Any, whole: Any) -> bool:
-        if type(part) is _Traced and type(whole) not in (list, tuple, _Traced):
-            fail()
-        return part in whole
-
-    def concat(values: Iterable[Any]) -> Any:
-        return _joined(environment.raydpo_trace, values)
-
-    def modulo(left: Any, right: Any) -> Any:
-        return left % right if type(left) in (int, float) and type(right) in (int, float) else fail()
-
-    def attribute(value: Any, name: str) -> Any:
-        if type(value) in (_Traced, _Parts):
-            return getattr(value, name) if type(value) is _Traced and name in _METHODS else fail()
-        return kind.getattr(environment, value, name)
-
-    def item(value: Any, place: Any) -> Any:
-        if type(value) in (_Traced, _Parts):
-            return value[place]
-        if type(place) in (_Traced, _Parts):
-            fail()
-        return kind.getitem(environment, value, place)
-
-    def call(context: Any, function: Any, *given: Any, **named: Any) -> Any:
-        owner = getattr(function, "__self__", None)
-        own = {name: value for name, value in named.items() if name not in ("_loop_vars", "_block_vars")}
-        if type(owner) is _Traced:
-            return function(*given, **own)
-        if not (isinstance(function, Macro) or isinstance(owner, Extension) or function is environment.globals["namespace"]):
-            methods = type(owner) in (str, list, tuple, dict, _Message)
-            if not methods and function not in (range, environment.globals["raise_exception"]):
-                fail()
-            if type(owner) is str:
-                check(owner)
-            check(list(given))
-            check(own)
-        return kind.call(environment, context, function, *given, **named)
-
-    lists = {*_TEXT_FILTERS, *_LIST_FILTERS}
-    environment.filters = {name: checked(each, name in lists) for name, each in environment.filters.items()} | {
-        "raydpo_in": within, "raydpo_concat": lambda values: concat(map(str, values)), "raydpo_mod": modulo,
-        "random": lambda *_: fail(),
-    }  # fmt: skip
-    environment.tests = {name: each if name in _TESTS else checked(each, False) for name, each in environment.tests.items()}
-    environment.getattr, environment.getitem, environment.call, environment.concat = attribute, item, call, concat
-    tree = Operators().visit(environment.parse(text))
-    return environment.from_string(tree.set_environment(environment))
+        parts += value.parts if type(value) is Traced else [code_of(trace, value)] if value else []
+    return Traced(trace, "".join(map(_text, values)), *parts)

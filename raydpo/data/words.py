@@ -81,17 +81,17 @@ class Words:
             return self._with_new(words)
 
     def _with_new(self, words: list[str]) -> bytes:
-        if len(self._known) > _MOST_WORDS:
-            self._known.clear()
-        found = []
-        for word in words:
-            ids = self._known.get(word)
-            if ids is None:
-                ids = np.array([token.id for token in self._model.tokenize(_mapped(word))], "<i4").tobytes()
-                if len(word) <= _LONGEST:
-                    self._known[word] = ids
-            found.append(ids)
-        return b"".join(found)
+        known = self._known
+        if len(known) > _MOST_WORDS:
+            known.clear()
+        new = set(words).difference(known)
+        for word in new:
+            known[word] = np.array([token.id for token in self._model.tokenize(_mapped(word))], "<i4").tobytes()
+        found = b"".join(map(known.__getitem__, words))
+        for word in new:
+            if len(word) > _LONGEST:
+                del known[word]
+        return found
 
 
 def _split_of(backend: Any) -> Split | None:
@@ -141,7 +141,7 @@ def _isolating(pattern: str) -> Split:
 
     def split(text: str) -> list[str]:
         words = compiled.findall(text)
-        if sum(map(len, words)) == len(text) and "" not in words:
+        if len("".join(words)) == len(text) and "" not in words:
             return words
         words, end = [], 0
         for match in compiled.finditer(text):

@@ -154,14 +154,15 @@ class Wanted(Sequence[Completion]):
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
-            return self._read(np.arange(len(self))[index])
-        return self._read(np.array([range(len(self))[index]]))[0]
+            return self.at(np.arange(len(self))[index])
+        return self.at(np.array([range(len(self))[index]]))[0]
 
     def __iter__(self) -> Iterator[Completion]:
         for start in range(0, len(self), READ_AT_ONCE):
-            yield from self._read(np.arange(start, min(start + READ_AT_ONCE, len(self))))
+            yield from self.at(np.arange(start, min(start + READ_AT_ONCE, len(self))))
 
-    def _read(self, rows: np.ndarray) -> list[Completion]:
+    def at(self, rows: np.ndarray) -> list[Completion]:
+        """Some completions with their tokens, by number."""
         return _completions(self.shard(rows), self.source)
 
     def take(self, rows: np.ndarray) -> Wanted:

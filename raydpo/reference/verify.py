@@ -15,7 +15,7 @@ from raydpo.errors import CacheError
 from raydpo.reference.join import join
 from raydpo.reference.part import KEY_TYPE
 from raydpo.reference.score import Scorer
-from raydpo.reference.shards import Completion, grouped, prompt_groups
+from raydpo.reference.shards import Completion, Wanted, grouped, prompt_groups
 from raydpo.reference.store import PARTS, UNVERIFIED, ReferenceCache
 
 __all__ = [
@@ -159,7 +159,9 @@ def verify_scores(
     paths = cache.paths()
     imported = {paths[number]: len(rows) for number, rows in zip(imports, drawn[1:], strict=True)}
     tolerance = TOLERANCES[cache.identity.dtype] if tolerance is None else tolerance
-    rows = _compare(cache, [wanted[index] for index in np.concatenate(drawn)], scorer, tolerance)
+    chosen = np.concatenate(drawn)
+    completions = wanted.at(chosen) if isinstance(wanted, Wanted) else [wanted[index] for index in chosen]
+    rows = _compare(cache, completions, scorer, tolerance)
     gaps = np.array([row["mean"] for row in rows])
     beyond = np.array([row["mean"] / row["tolerance"] for row in rows])
     worst = rows[int(np.argmax(np.where(np.isnan(beyond), np.inf, beyond)))]
@@ -174,6 +176,8 @@ def verify_scores(
 
 def _answers(cache: ReferenceCache, wanted: Sequence[Completion]) -> tuple[np.ndarray, np.ndarray]:
     """Part and row that answer each completion, as ``ReferenceCache.locate``."""
+    if isinstance(wanted, Wanted):
+        return cache.locate(as_bytes(wanted.keys), wanted.tokens)
     keys = pa.array([one.key for one in wanted], KEY_TYPE)
     return cache.locate(as_bytes(keys), np.array([len(one.tokens) for one in wanted], np.int32))
 

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import yaml
 
 from raydpo.config import Config
 from raydpo.errors import ConfigError
-from raydpo.rundir.directory import BEGUN_BY, CONFIG, RUN, RunDirectory
+from raydpo.rundir.directory import BEGUN_BY, CONFIG, RUN, SCRATCH, RunDirectory
 from raydpo.rundir.fingerprint import TRAINING_PAIRS, changed_settings, flatten_settings
 from raydpo.rundir.pairs import changed_pairs
 from raydpo.storage.files import Storage
@@ -133,4 +134,5 @@ def _set_aside(storage: Storage, console: Console, mark: str) -> None:
     candidates = (path.with_name(f"{path.name}~{number}") for number in itertools.count(1))
     aside = next(candidate for candidate in candidates if not candidate.exists())
     path.rename(aside)
+    shutil.rmtree(aside / SCRATCH, ignore_errors=True)  # of a command that was killed
     console.say(f"the earlier run of this name is now {aside}")

@@ -15,7 +15,7 @@ from typing import Any
 
 from raydpo.storage.local_copy import alone, local_home
 
-__all__ = ["keep", "last_start", "one_at_a_time", "program", "recall", "remembered", "stamp", "versions"]
+__all__ = ["content_stamp", "keep", "last_start", "one_at_a_time", "program", "recall", "remembered", "stamp", "versions"]
 
 
 def remembered(kind: str, decides: object, find: Callable[[], Any]) -> Any:
@@ -77,8 +77,13 @@ def stamp(file: Path) -> list[str | int]:
 
     A copy that preserves times cannot set the change time (ctime), so overwritten files are always noticed.
     """
-    stat = file.stat()
-    return [str(file.resolve()), stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+    return [str(file.resolve()), *content_stamp(file)]
+
+
+def content_stamp(file: Path | str) -> list[int]:
+    """``stamp`` without the path: ten times quicker, for thousands of files in one place."""
+    stat = os.stat(file)
+    return [stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
 
 
 @functools.cache

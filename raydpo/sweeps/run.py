@@ -195,7 +195,8 @@ def _score(
     sets = {_pairs_of(one): one for one in prepared.values()}
     compare = [one for one in sets.values() if one.config.needs_reference]
     first = next(iter([*compare, *prepared.values()]))
-    everything: list[pa.Table] = [table for one in compare for table in one.tables]
+    # Workers read the tokens of stored sets where they are; those of trials on several data travel in the tables.
+    everything = [table for one in compare for table in one.tables] if len(compare) > 1 else None
     rates = {key: _hit_rate(one) for key, one in sets.items()}  # before the pass, which stores all of them
     # The audit is written for the configuration of the sweep: in its directory, with its loss and beta.
     whole = config if config.needs_reference else config.model_copy(update={"train": first.config.train})

@@ -22,7 +22,6 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,7 +35,7 @@ from raydpo.errors import CacheError
 from raydpo.storage.content import checksum
 from raydpo.storage.files import Storage, remove_stale_temporaries
 from raydpo.storage.local_copy import LocalCopy
-from raydpo.storage.memory import keep, last_start, recall, stamp
+from raydpo.storage.memory import content_stamp, keep, last_start, recall
 from raydpo.tokens.block import BlockInfo, DamagedBlock, Span, decode_index, decode_tokens, encode
 from raydpo.tokens.identity import SetIdentity
 
@@ -87,6 +86,8 @@ class TokenSet:
         self.digest = identity if isinstance(identity, str) else identity.digest
         self.directory = f"{SETS}/{self.digest}"
         self._copies = None if storage.is_local else LocalCopy(storage)
+        here = storage if self._copies is None else self._copies.local
+        self._indices = here.path(f"{self.directory}/{INDEX}")
         self._problems: dict[str, str] = {}
         self._damaged: list[str] = []
         self._known: dict[str, Any] | None = None  # stamps of indices that are sound, by name
@@ -246,6 +247,8 @@ class TokenSet:
         if name != f"{_COMPLETE}{checksum(data)}.json":
             raise DamagedBlock(f"its {len(data):,} bytes are not those that were written")
         content = json.loads(data)
+        if lacking := {"set", "tokens", "blocks", "facts"} - content.keys():
+            raise CacheError(f"it lacks {', '.join(sorted(lacking))}, as if another version of raydpo had written it")
         if content["set"] != self.digest:
             raise DamagedBlock(f"it is of set {content['set']}")
         return content
@@ -326,17 +329,16 @@ class TokenSet:
         self._known.update({block.index: self._stamp(block) for block in unknown if sound[block]})
         return [block for block in blocks if sound.get(block, True)]
 
-    def _stamp(self, block: BlockInfo) -> list[str | int] | None:
+    def _stamp(self, block: BlockInfo) -> list[int] | None:
         """What changes whenever the index on this machine does; None if there is none."""
         try:
-            return stamp(self._place(block))
+            return content_stamp(self._place(block))
         except OSError:
             return None
 
-    def _place(self, block: BlockInfo) -> Path:
+    def _place(self, block: BlockInfo) -> str:
         """The index on this machine: itself, or its copy."""
-        storage = self.storage if self._copies is None else self._copies.local
-        return Path(storage.path(f"{self.directory}/{INDEX}/{block.index}"))
+        return f"{self._indices}/{block.index}"
 
     def _is_sound(self, block: BlockInfo) -> bool:
         path = f"{self.directory}/{INDEX}/{block.index}"
@@ -359,10 +361,10 @@ class TokenSet:
         if self._copies is None:
             return _mapped(self._place(block))
         here = self._place(block)
-        if self._known is not None and here.is_file() and self._known.get(block.index) == self._stamp(block):
+        if self._known is not None and self._known.get(block.index, 0) == self._stamp(block):
             return _mapped(here)
         data = self._copies.fetch(f"{self.directory}/{INDEX}/{block.index}", block.index_is_sound)
-        return _mapped(here) if here.is_file() else pa.py_buffer(data)
+        return _mapped(here) if os.path.isfile(here) else pa.py_buffer(data)
 
     def _refuse(self, path: str, problem: str, *, aside: bool) -> None:
         self._problems[path] = problem
@@ -370,11 +372,9 @@ class TokenSet:
             self._damaged.append(path)
 
 
-def _mapped(file: Path) -> pa.Buffer:
+def _mapped(file: str) -> pa.Buffer:
     """Content of a local file, mapped."""
-    if not file.stat().st_size:
-        return pa.py_buffer(b"")  # which cannot be mapped
-    with pa.memory_map(str(file)) as stream:
+    with pa.memory_map(file) as stream:
         return stream.read_buffer()
 
 

@@ -21,7 +21,7 @@ class Slow:
         return pa.table({"process": [os.getpid()]})
 
 watch.QUIET_SECONDS = 1.0
-ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False, object_store_memory=1 << 27)
+ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False, object_store_memory=1 << 27)
 blocks = [pa.table({"seconds": [seconds]}) for seconds in (0.1, 4.5)]
 lines = []
 rows = [row["process"] for row in over_actors(Slow, (), blocks, Resources(1, 0.0, 1), "scoring", tell=lines.append)]

@@ -175,7 +175,7 @@ def test_pieces_of_a_hub_data_set(monkeypatch):
                 assert outcome(of_pieces(source, sizes)) == wanted
 
 
-@pytest.mark.parametrize("name", ["odd.jsonl", "list.json", "table.parquet"])
+@pytest.mark.parametrize("name", ["odd.jsonl", "list.jsonl", "table.parquet"])
 def test_parts_of_a_piece_hold_its_records(tmp_path, name):
     (tmp_path / name).write_bytes(FILES[name])
     (piece,) = pieces_of(SourceConfig(path=str(tmp_path / name)), SIZES["4 MB"])

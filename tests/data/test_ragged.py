@@ -49,9 +49,6 @@ def test_every_layout_and_every_cut_gives_the_same_rows(layout, cuts):
         values, offsets = ragged.gather(list(rows))
         assert [values[a:b].tolist() for a, b in pairwise(offsets)] == [ROWS[row] for row in rows]
     assert ragged.lists(2, 6).equals(pa.array(ROWS[2:], pa.list_(pa.int32())))
-    both = Ragged.of(LAYOUTS["list_view"](ROWS), array)
-    assert [both[row].tolist() for row in range(len(both))] == ROWS + ROWS
-    assert both.gather([9, 3])[0].tolist() == [9, 10, 9, 10] and both.lengths.tolist() == [3, 0, 1, 2, 0, 4] * 2
     assert len(Ragged.of(array.slice(2, 2))) == 2 and Ragged.of(array.slice(2, 2))[1].tolist() == [9, 10]
     for row in (-1, 6):
         with pytest.raises(IndexError):

@@ -1,22 +1,29 @@
 """The plan of what to score: a pure function of what is wanted, from first tokens in place of whole prompts."""
 
+import pickle
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
 import pytest
+import ray
 from families import planned_by_families, positions
+from rows import ONE
 
+from raydpo.cluster.resources import Resources
 from raydpo.data.facts import digests
 from raydpo.data.ragged import Ragged
 from raydpo.data.rows import heads_of
+from raydpo.data.select import TokenTables
 from raydpo.reference import build, shards
 from raydpo.reference.heads import in_order
 from raydpo.reference.part import KEY_TYPE
+from raydpo.reference.score import ReferenceSpec
 from raydpo.reference.shards import Wanted, grouped, plan_shards, prompt_groups, read_groups
 
 TOKENS, IDS = 1500, pa.list_(pa.int32())
-SYSTEM = [7] * 9
+SYSTEM, RESOURCES = [7] * 9, Resources(2, 0, None)
 
 
 def pairs(count, seed=0):
@@ -132,9 +139,30 @@ def test_many_small_sources_give_few_more_shards_than_one_large_one(monkeypatch)
     many = list(work.shards(0, 10**6, 2))
     first = {int(one) for shard in many for one in shard.sets[:1]}
     assert len(first) == 30 and sum(shard.sets[0] == 0 for shard in many) >= 12
-    one = planned([table], None, Cache())
     whole = list(build._Work([table], Cache(), None, None).shards(0, 10**6, 2))
-    assert 12 <= len(whole) <= 16 and len(many) <= 5 * len(whole) and one
+    assert 12 <= len(whole) <= 16 and len(many) <= 5 * len(whole)
+
+
+def test_only_row_numbers_travel_to_actors_that_can_read_tokens_themselves(monkeypatch):
+    table = with_heads(pairs(900))
+    monkeypatch.setattr(shards, "WINDOWS", (0, 10**6, 10**7, 10**8))
+    put, sent = [], []
+
+    def over_actors(actor, arguments, blocks, *others, **given):
+        sent.append((arguments, [(block.nbytes, len(pickle.loads(block["shard"][0].as_py()))) for block in blocks]))
+        return iter(())
+
+    monkeypatch.setattr(build, "over_actors", over_actors)
+    monkeypatch.setattr(ray, "put", lambda value: put.append(value) or "reference")
+    spec, cache = ReferenceSpec(path="model", adapter=None, identity=ONE), Cache()
+    cache.storage = SimpleNamespace(uri="cache")
+    for tokens in (Tokens(table), None):
+        work = build._Work([table], cache, tokens, None)
+        assert not [*build._score_on_ray(work.shards(0, 10**6, 2), work.source, spec, cache, set(), RESOURCES, 100, print)]
+    (stored, blocks), (in_memory, _) = sent
+    assert isinstance(stored[0], Tokens) and in_memory[0] == "reference" and [type(one) for one in put] == [TokenTables]
+    assert len(stored[7]) == 2, "groups to check the layout with"
+    assert sum(count for _, count in blocks) == 2 * 810 and all(size <= 36 * count + 1500 for size, count in blocks)
 
 
 def test_every_completion_is_read_as_its_pair_has_it_and_as_long_as_its_longest_use():

@@ -15,6 +15,7 @@ from rows import ONE
 
 from raydpo.cluster.resources import Resources
 from raydpo.data.pairs import PAIR_SCHEMA
+from raydpo.data.select import TokenTables
 from raydpo.reference import build as module
 from raydpo.reference.build import build
 from raydpo.reference.claims import Claims
@@ -74,17 +75,18 @@ def in_this_process(monkeypatch):
     monkeypatch.setattr(module, "PATIENCE_SECONDS", 3.0)
 
 
-def one_build(uri, table, told=None):
+def one_build(uri, table, told=None, **given):
     cache = ReferenceCache.open(str(uri), ONE)
     return build(
-        [table],
+        [table] if isinstance(table, pa.Table) else table,
         ReferenceSpec(path="model", adapter=None, identity=ONE),
         cache,
         Resources(1, 0, None),
         tokens_per_batch=100,
         tokens_per_part=SHARD_TOKENS,
-        progress=lambda done, to_do: None,
+        progress=given.pop("progress", lambda done, to_do: None),
         note=(told.append if told is not None else lambda line: None),
+        **given,
     )
 
 
@@ -119,6 +121,28 @@ def test_what_a_build_claimed_that_died_is_scored_after_a_while(tmp_path):
         report = other.result(60)
     assert report.scored == report.wanted == 120 and report.by_others == 0
     assert any("waiting for another build" in line for line in told)
+
+
+def test_pairs_are_scored_while_others_are_not_known_yet(tmp_path):
+    """Windows of a set come one by one; the last pairs of each are in the next one, too."""
+    table = pairs(60)
+    light = [table.append_column("set", pa.array(np.zeros(60, np.int16))).append_column("place", pa.array(np.arange(60)))]
+    seen, told = [], []
+
+    def windows():
+        for start in (0, 20, 40):
+            seen.append(len(ReferenceCache.open(str(tmp_path), ONE).keys()))
+            yield light[0].slice(max(0, start - 5), min(20 + start, 60) - max(0, start - 5))
+
+    given = {"tokens": TokenTables([[table]]), "progress": lambda *each: told.append(each)}
+    report = one_build(tmp_path, windows(), **given)
+    assert (report.wanted, report.scored, report.hits) == (120, 120, 0) and seen == [0, 40, 80]
+    assert told[0] == (0, 40) and told[-1] == (120, 120) and [one for one in told if one[1] == 80]
+    assert len(ReferenceCache.open(str(tmp_path), ONE).keys()) == 120
+    again = one_build(tmp_path, windows(), **given)
+    assert (again.wanted, again.scored, again.hits, again.parts) == (120, 0, 120, 0)
+    with pytest.raises(ValueError, match="need tokens, where they are read; found None"):
+        one_build(tmp_path, windows())
 
 
 def test_another_transformers_is_told_and_the_same_one_is_not(tmp_path):

@@ -103,6 +103,14 @@ def test_another_job_begins_again(place, monkeypatch, kind):
     assert [attempt(place, environment, monkeypatch) for environment in OTHER[kind]] == [0, 1]
 
 
+def test_what_a_killed_command_left_does_not_stay_with_the_old_run(tmp_path):
+    storage = Storage(str(tmp_path / "run"))
+    storage.write("run.json", b"{}")
+    storage.write(".scratch/pairs/0/logps.float32", b"large")
+    begin_again(storage, Console(io.StringIO()))
+    assert os.listdir(tmp_path / "run~1") == ["run.json"]
+
+
 def test_on_an_object_store_a_repeated_job_goes_on_too(place, monkeypatch):
     storage = Storage("memory://fresh/run")
     monkeypatch.setenv("SKYPILOT_TASK_ID", "sky-managed-7")

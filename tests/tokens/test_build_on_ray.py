@@ -13,7 +13,7 @@ import pytest
 from making import SIZES, content, write
 from samples import text
 
-from raydpo.errors import DataError, RaydpoError
+from raydpo.errors import DataError, FilesError, RaydpoError
 from raydpo.tokens import actors, reader
 from raydpo.tokens.actors import Job, Makers, makers
 from raydpo.tokens.build import make_set, make_set_on_ray
@@ -27,9 +27,17 @@ TESTS = Path(__file__).parents[1]
 def ray():
     import ray
 
-    ray.init(num_cpus=6, include_dashboard=False, log_to_driver=False, object_store_memory=1 << 27)
+    ray.init(address="local", num_cpus=6, include_dashboard=False, log_to_driver=False, object_store_memory=1 << 27)
     yield ray
     ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def pool(ray):
+    """Two actors, which serve many sets."""
+    pool = Makers([0, 0], torch=False)
+    yield pool
+    pool.close()
 
 
 @pytest.fixture
@@ -82,23 +90,21 @@ def test_actors_make_the_blocks_that_one_process_makes(ray, kit, source, monkeyp
     assert max(sizes) < 100_000 and len(sizes) < 130, "pieces, not the source, go into the object store"
 
 
-def test_progress_counts_blocks_in_order_only(ray, kit, source, monkeypatch):
+def test_progress_counts_blocks_in_order_only(pool, kit, source, monkeypatch):
     """The block with the first lines arrives last."""
     data, wanted, _ = source
-    token_set, first = kit.set(data), []
-    with makers(2) as pool:
-        run = pool.run
+    token_set, first, run = kit.set(data), [], pool.run
 
-        def late(jobs, *given):
-            for answer in run(jobs, *given):
-                if answer is not None and answer[0].about.startswith("lines 1 to") and answer[0].tag is not None:
-                    first.append(answer)
-                else:
-                    yield answer
-            yield from first
+    def late(jobs, *given):
+        for answer in run(jobs, *given):
+            if answer is not None and answer[0].about.startswith("lines 1 to") and answer[0].tag is not None:
+                first.append(answer)
+            else:
+                yield answer
+        yield from first
 
-        monkeypatch.setattr(pool, "run", late)
-        told = list(on_ray(pool, kit, data, token_set))
+    monkeypatch.setattr(pool, "run", late)
+    told = list(on_ray(pool, kit, data, token_set))
     assert {each.contiguous for each in told} == {0, 400} and names(token_set) == wanted
     assert sum(each.contiguous == 400 for each in told) == 2
 
@@ -121,59 +127,52 @@ def test_it_goes_on_while_others_hold_all_cpus(ray, kit, source):
         ray.kill(scoring)
 
 
-def test_two_commands_at_once_make_one_set(ray, kit, source):
+def test_two_commands_at_once_make_one_set(ray, pool, kit, source):
     data, wanted, _ = source
-    with makers(1) as one, makers(1) as two:
-        runs = [on_ray(pool, kit, data, kit.set(data)) for pool in (one, two)]
+    with makers(1) as other:
+        runs = [on_ray(each, kit, data, kit.set(data)) for each in (pool, other)]
         while runs:
             runs = [run for run in runs if next(run, None) is not None]
     assert names(kit.set(data)) == wanted
     assert len(kit.set(data).blocks()) == len(wanted) and not kit.set(data).problems
 
 
-def test_an_actor_that_is_killed_is_replaced(ray, kit, source):
+def test_an_actor_that_is_killed_is_replaced(pool, kit, source):
     data, wanted, _ = source
     seed = random.randrange(1 << 30)
-    when = sorted(random.Random(seed).sample(range(58), 2))
-    killed, blocks = [], 0
-    with makers(2) as pool:
-        for progress in on_ray(pool, kit, data, kit.set(data)):
-            if progress.pairs // 7 > blocks and when and progress.pairs // 7 >= when[0]:
-                busy = [worker for worker in pool._workers if worker.jobs]
-                if busy:
-                    when.pop(0)
-                    killed.append(process_of(busy[-1]))
-                    os.kill(killed[-1], signal.SIGKILL)
-            blocks = progress.pairs // 7
-    assert names(kit.set(data)) == wanted, f"seed {seed}"
-    assert killed, f"seed {seed}"
+    when = sorted(random.Random(seed).sample(range(50), 2))
+    killed = []
+    for progress in on_ray(pool, kit, data, kit.set(data)):
+        busy = [worker for worker in pool._workers if worker.jobs]
+        if when and busy and progress.records // 7 >= when[0]:
+            when.pop(0)
+            killed.append(process_of(busy[-1]))
+            os.kill(killed[-1], signal.SIGKILL)
+    assert names(kit.set(data)) == wanted and killed, f"seed {seed}"
 
 
-def test_an_error_of_an_actor_arrives_as_it_is(ray, kit, source):
+def test_an_error_of_an_actor_arrives_as_it_is(pool, kit, source):
     data, _, _ = source
-    data = data.model_copy(update={"chat_template": None})
     token_set = kit.set(data)
-    recipe = kit.recipe(token_set, data)
     (kit.root / "tokenizer" / "tokenizer.json").write_text("{")
-    with makers(1) as pool, pytest.raises(RaydpoError, match=r"^cannot load a tokenizer from ") as raised:
-        list(make_set_on_ray(pool, token_set, data.train[0], data, recipe))
-    assert type(raised.value).__name__ == "FilesError"
+    with pytest.raises(RaydpoError, match=r"^cannot load a tokenizer from ") as raised:
+        list(on_ray(pool, kit, data, token_set))
+    assert type(raised.value) is FilesError
 
 
-def test_another_tokenizer_on_the_node_of_an_actor_is_refused(ray, kit, source):
+def test_another_tokenizer_on_the_node_of_an_actor_is_refused(pool, kit, source):
     data, _, _ = source
     token_set = kit.set(data)
-    recipe = kit.recipe(token_set, data)
     path = kit.root / "tokenizer" / "tokenizer.json"
     path.write_text(path.read_text().replace("\n", "\n "))
-    with makers(1) as pool, pytest.raises(RaydpoError, match=r"is another one here than where .*differ in: files"):
-        list(make_set_on_ray(pool, token_set, data.train[0], data, recipe))
+    with pytest.raises(RaydpoError, match=r"is another one here than where .*differ in: files"):
+        list(on_ray(pool, kit, data, token_set))
 
 
-def test_a_source_that_is_refused_ends_at_once(ray, kit, tmp_path, monkeypatch):
+def test_a_source_that_is_refused_ends_at_once(pool, kit, tmp_path, monkeypatch):
     monkeypatch.setattr(reader, "PIECE_SIZES", SIZES["7 lines"])
     data = kit.data(write(tmp_path / "bad.jsonl", ["{broken"] * 300 + TEXTS[:10]))
-    with makers(1) as pool, pytest.raises(DataError, match=r"data bad: \d+ of \d\d? records are malformed"):
+    with pytest.raises(DataError, match=r"data bad: \d+ of \d\d? records are malformed"):
         list(on_ray(pool, kit, data, kit.set(data)))
     assert kit.set(data).complete() is None
 
@@ -200,45 +199,29 @@ def jobs_around(tmp_path, times):
     yield from (Job(lambda state, number=number: number, (), tag=number, about="others") for number in range(3, 9))
 
 
-def test_a_piece_that_kills_each_process_is_named(ray, tmp_path):
-    pool = Makers([0, 0], torch=False)
-    try:
-        with pytest.raises(
-            RaydpoError, match=r"^tokenising failed: 3 processes died .* at lines 8 to 14 of a.jsonl, the last was"
-        ):
-            list(pool.run(jobs_around(tmp_path, 99), "tokenising"))
-    finally:
-        pool.close()
+def test_a_piece_that_kills_each_process_is_named(pool, tmp_path):
+    with pytest.raises(RaydpoError, match=r"^tokenising failed: 3 processes died .* at lines 8 to 14 of a.jsonl, the last"):
+        list(pool.run(jobs_around(tmp_path, 99), "tokenising"))
 
 
-def test_only_the_pieces_of_a_dead_actor_are_repeated(ray, tmp_path):
-    pool = Makers([0], torch=False)
-    try:
-        answers = [answer for answer in pool.run(jobs_around(tmp_path, 1), "tokenising") if answer is not None]
-    finally:
-        pool.close()
+def test_only_the_pieces_of_a_dead_actor_are_repeated(pool, tmp_path):
+    answers = [answer for answer in pool.run(jobs_around(tmp_path, 1), "tokenising") if answer is not None]
     assert sorted(job.tag for job, _ in answers if job.tag is not None) == list(range(9))
     assert [result for job, result in answers if job.tag is None] == ["survived"]
 
 
-def test_a_silent_actor_is_named(ray, monkeypatch):
+def test_a_silent_actor_is_named(pool, monkeypatch):
     monkeypatch.setattr(actors, "QUIET_SECONDS", 1.0)
-    pool, lines = Makers([0], torch=False), []
-    try:
-        list(
-            pool.run(
-                iter([Job(lambda state: time.sleep(4), (), about="lines 1 to 7 of a.jsonl")]), "tokenising", lines.append
-            )
-        )
-    finally:
-        pool.close()
-    assert lines and all(f"process {int(line.split()[2])} on" in line for line in lines if "has been at" in line)
-    assert any("has been at lines 1 to 7 of a.jsonl for" in line for line in lines)
+    job, lines = Job(lambda state: time.sleep(4), (), about="lines 1 to 7 of a.jsonl"), []
+    list(pool.run(iter([job]), "tokenising", lines.append))
+    processes = [process_of(worker) for worker in pool._workers]
+    named = [line for line in lines if "has been at lines 1 to 7 of a.jsonl for" in line]
+    assert named and int(named[0].split()[2]) in processes and named[0].startswith("tokenising: process ")
 
 
-def test_what_is_on_its_way_is_bounded(ray, monkeypatch):
+def test_what_is_on_its_way_is_bounded(pool, monkeypatch):
     monkeypatch.setattr(actors, "IN_FLIGHT", 50)
-    pool, taken, most = Makers([0, 0], torch=False), 0, 0
+    taken = most = 0
 
     def jobs():
         nonlocal taken
@@ -246,12 +229,9 @@ def test_what_is_on_its_way_is_bounded(ray, monkeypatch):
             taken += 1
             yield Job(lambda state: time.sleep(0.02), (), size=20, tag=number)
 
-    try:
-        for number, answer in enumerate(each for each in pool.run(jobs(), "tokenising") if each is not None):
-            most = max(most, taken - number)
-            assert answer[0].size == 20
-    finally:
-        pool.close()
+    for number, answer in enumerate(each for each in pool.run(jobs(), "tokenising") if each is not None):
+        most = max(most, taken - number)
+        assert answer[0].size == 20
     assert taken == 30 and most <= 3
 
 
@@ -268,7 +248,7 @@ reader.PIECE_SIZES = SIZES["7 lines"]
 kit = Kit(Path({root!r}))
 data = kit.data({path!r})
 token_set = kit.set(data)
-ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=1 << 27)
+ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=1 << 27)
 with makers(2) as pool:
     for progress in make_set_on_ray(pool, token_set, data.train[0], data, kit.recipe(token_set, data)):
         print("blocks", progress.pairs, flush=True)

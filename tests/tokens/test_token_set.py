@@ -14,6 +14,7 @@ from made_sets import IDENTITY, another, joined, lines, make, rows_of
 from raydpo.data.tally import SourceReport
 from raydpo.errors import CacheError
 from raydpo.storage import files
+from raydpo.storage.content import checksum
 from raydpo.storage.files import Storage
 from raydpo.tokens import block, store
 from raydpo.tokens.block import DamagedBlock, Span, decode, encode
@@ -236,6 +237,22 @@ def test_foreign_files_are_named_and_moved_away(tmp_path):
     assert "notes.txt" in names and len(names) == 2 and opened(tmp_path).complete() is not None
 
 
+def test_what_another_version_wrote_is_named_and_left_where_it_is(tmp_path, monkeypatch):
+    tokens, _ = make(tmp_path)
+    only(tmp_path, "complete-*").unlink()
+    data = json.dumps({"set": IDENTITY.digest, "tokens": 5}).encode()
+    tokens.storage.write(f"{tokens.directory}/complete-{checksum(data)}.json", data)
+    monkeypatch.setattr(block, "FORMAT_VERSION", b"2")
+    tokens.commit(lines(3), rows_of(10, 3))
+    monkeypatch.undo()
+    broken = opened(tmp_path)
+    assert broken.complete() is None and len(broken.blocks()) == 3
+    assert any("lacks blocks, facts, as if another version" in line for line in broken.problems)
+    assert any("has format b'2', this raydpo reads b'1'" in line for line in broken.problems)
+    make(tmp_path)
+    assert opened(tmp_path).complete() is not None and not list(tmp_path.glob("sets/*/set-aside/*"))
+
+
 def test_blocks_that_were_cut_otherwise_are_used_where_they_hold_the_most_lines(tmp_path):
     tokens = opened(tmp_path)
     spans = [Span(0, 0, 15), Span(0, 0, 10), Span(0, 10, 20), Span(0, 15, 18), Span(0, 20, 30), Span(1, 0, 4)]
@@ -259,7 +276,7 @@ def test_after_a_power_cut_indices_are_read_again(tmp_path, monkeypatch):
     make(tmp_path)
     opened(tmp_path).complete()
     file = of_block(tmp_path, 1, "index/*")
-    monkeypatch.setattr(store, "stamp", lambda path: [str(path)])  # a file that looks as before
+    monkeypatch.setattr(store, "content_stamp", lambda path: [1])  # a file that looks as before
     opened(tmp_path).complete()
     flip(file, 3000)
     assert opened(tmp_path).complete() is not None

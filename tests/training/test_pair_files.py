@@ -246,6 +246,7 @@ def test_nothing_of_the_pairs_goes_through_the_object_store(tmp_path, tiny_llama
     def launch(payload, resources, listener):
         sent = pickle.dumps((payload.pairs, payload.held_out))
         seen["bytes"] = len(sent)
+        assert "tokens.arrow" not in payload.pairs.sizes, "they are in the tokenised set of the cache"
         seen["pairs"], seen["held_out"] = (files.open() for files in pickle.loads(sent))
         return {"interrupted": True, "steps": 0}
 

@@ -10,12 +10,12 @@ import pytest
 import templates
 from templates import tokenizer_for
 
-from raydpo.data import traced
+from raydpo.data import forms, traced
 from raydpo.data.template import ChatTemplate
 
 THINKING = (Path(__file__).parent / "thinking.jinja").read_text()
 TEMPLATES = {
-    name: text for name, text in vars(templates).items() if name.isupper() and isinstance(text, str) and "message" in text
+    name: text for name, text in vars(templates).items() if name.isupper() and isinstance(text, str) and "endfor" in text
 } | {"THINKING": THINKING}
 FOLLOWED = {"CHATML", "ZEPHYR", "LLAMA", "QWEN", "MISTRAL", "GEMMA", "DEEPSEEK", "DROPS_THOUGHTS", "CALLS", "THINKING"}
 """Templates of which most conversations are put together."""
@@ -120,7 +120,7 @@ def shares(template, given, **options):
 
 @pytest.fixture(autouse=True)
 def no_comparison(monkeypatch):
-    monkeypatch.setattr(traced, "_COMPARED", 0)
+    monkeypatch.setattr(forms, "_COMPARED", 0)
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -159,8 +159,8 @@ def test_the_order_of_fields_counts():
 
 
 def test_a_form_that_differs_is_given_up(monkeypatch):
-    monkeypatch.setattr(traced, "_COMPARED", 2)
-    monkeypatch.setattr(traced._Traced, "strip", lambda self, *_: self)
+    monkeypatch.setattr(forms, "_COMPARED", 2)
+    monkeypatch.setattr(traced.Traced, "strip", lambda self, *_: self)
     template = "{% for m in messages %}{{ m.content.strip() }}{% endfor %}"
     ours = ChatTemplate(tokenizer_for(template))
     for text in ("a", "b", "c", " d ", " e ", " f "):
