@@ -334,10 +334,9 @@ def _leaked(sources: Sequence[SourceRows], trained: Sequence[np.ndarray], measur
     """Number of held-out pairs whose question is also trained on."""
     asked, index = _digests(sources, measured, "question_digest"), KeyIndex()
     index.add((asked, np.zeros(len(asked), np.int32), 0))
-    known = np.zeros(len(asked) + 1, bool)
+    known = np.zeros(len(asked) + 1, bool)  # the last stands for questions that are not held out, found at -1
     for (block,) in _blocks(sources, trained, ["question_digest"]):
         known[index.find(block)] = True
-    known[-1] = False  # of questions that are not held out, which are found at -1
     return int(known[index.find(asked)].sum())
 
 
