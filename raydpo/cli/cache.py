@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import io
 import json
 from collections.abc import Callable, Sequence
@@ -296,7 +297,7 @@ def _verify_scores(
     rows."""
     import torch
 
-    from raydpo.reference.exchange import wanted_names
+    from raydpo.reference.exchange import completion_name
     from raydpo.reference.score import Scorer
     from raydpo.reference.shards import Wanted
     from raydpo.reference.verify import SAMPLE, TOKENS_PER_BATCH, promote, verify_scores
@@ -312,8 +313,8 @@ def _verify_scores(
     with console.quiet():
         scorer = Scorer(prepared.reference, device=device, tokens_per_batch=TOKENS_PER_BATCH, check_rows=())
     sample = None if args.all else SAMPLE if args.sample is None else args.sample
-    names = dict(wanted_names(prepared.tables))
-    scores = verify_scores(cache, wanted, names, scorer, tolerance=args.tolerance, sample=sample)
+    name_of = functools.partial(completion_name, prepared.tables)
+    scores = verify_scores(cache, wanted, name_of, scorer, tolerance=args.tolerance, sample=sample)
     promoted = promote(cache, wanted, scores) if scores.passed and scores.imported else None
     return scores, promoted
 

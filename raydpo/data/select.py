@@ -256,7 +256,7 @@ def select(
 
 
 def _decided(config: DataConfig, source: SourceRows) -> _Decided:
-    """Each completion is cut by itself, as TRL does."""
+    """Truncate and drop pairs of one source. Each completion is cut by itself, as TRL does."""
     light, report = source.light, copy.deepcopy(source.account)
     report.name, report.path = source.name, redact(source.path)
     prompt, chosen, rejected, agree = (
@@ -270,15 +270,15 @@ def _decided(config: DataConfig, source: SourceRows) -> _Decided:
         )
     room = config.max_length - prompt
     used = np.minimum(chosen, room), np.minimum(rejected, room)
-    beyond = np.maximum(chosen, rejected) > room
-    same = beyond & (used[0] == used[1]) & (agree >= used[0])
-    dropped = ~giant & (room <= 0)
-    faults = {f"text of more than {limit:,} characters": giant, NO_ROOM: dropped}
-    dropped = dropped | giant
-    faults[TOO_LONG if config.truncation == "drop" else SAME] = ~dropped & (beyond if config.truncation == "drop" else same)
-    for reason, rows in sorted(
-        ((reason, np.flatnonzero(mask)) for reason, mask in faults.items() if mask.any()), key=lambda fault: int(fault[1][0])
-    ):
+    dropped = giant | (room <= 0)
+    faults = {f"text of more than {limit:,} characters": giant, NO_ROOM: dropped & ~giant}
+    beyond = ~dropped & (np.maximum(chosen, rejected) > room)
+    if config.truncation == "drop":
+        faults[TOO_LONG] = beyond
+    else:
+        faults[SAME] = beyond & (used[0] == used[1]) & (agree >= used[0])
+    found = [(reason, np.flatnonzero(mask)) for reason, mask in faults.items() if mask.any()]
+    for reason, rows in sorted(found, key=lambda fault: int(fault[1][0])):
         dropped[rows] = True
         report.dropped.counts[reason] = len(rows)
         report.dropped.places[reason] = _first_places(source, rows)
@@ -334,10 +334,9 @@ def _leaked(sources: Sequence[SourceRows], trained: Sequence[np.ndarray], measur
     """Number of held-out pairs whose question is also trained on."""
     asked, index = _digests(sources, measured, "question_digest"), KeyIndex()
     index.add((asked, np.zeros(len(asked), np.int32), 0))
-    known = np.zeros(len(asked) + 1, bool)
+    known = np.zeros(len(asked) + 1, bool)  # the last stands for questions that are not held out, found at -1
     for (block,) in _blocks(sources, trained, ["question_digest"]):
         known[index.find(block)] = True
-    known[-1] = False  # of questions that are not held out, which are found at -1
     return int(known[index.find(asked)].sum())
 
 
@@ -384,7 +383,7 @@ def _halves(keys: Sequence[np.ndarray]) -> list[np.ndarray]:
 
 
 def _table(sources: Sequence[SourceRows], decided: Sequence[_Decided], uses: Sequence[np.ndarray]) -> pa.Table:
-    """The table of the pairs in use. What one source lacks altogether, all lack."""
+    """The pairs in use of all sources."""
     parts = [
         _part(number, source, one, use)
         for number, (source, one, use) in enumerate(zip(sources, decided, uses, strict=True))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from raydpo.reference.part import HIGHEST, KEY_TYPE
 from raydpo.reference.store import ReferenceCache
 from raydpo.reference.verify import TOLERANCES, sum_tolerance
 
-__all__ = ["COLUMN_NAMES", "ImportReport", "export_pairs", "import_sums", "wanted_names"]
+__all__ = ["COLUMN_NAMES", "ImportReport", "completion_name", "export_pairs", "import_sums"]
 
 COLUMN_NAMES = (
     ("ref_chosen_logps", "ref_rejected_logps"),
@@ -183,9 +183,11 @@ def _sums_by_pair(
     return found, columns
 
 
-def wanted_names(tables: list[pa.Table]) -> Iterator[tuple[bytes, str]]:
-    """Yield (key, display name) of each completion."""
-    for table in tables:
-        ids = table["pair_id"].to_pylist()
-        for side in ("chosen", "rejected"):
-            yield from zip(table[f"{side}_key"].to_pylist(), (f"{one} {side}" for one in ids), strict=True)
+def completion_name(tables: Sequence[pa.Table], key: bytes) -> str:
+    """Display name of the completion with this key, the last if several have it; ``?`` if none has."""
+    for table in reversed(tables):
+        for side in ("rejected", "chosen"):
+            rows = pc.indices_nonzero(pc.equal(table[f"{side}_key"], pa.scalar(key, KEY_TYPE)))
+            if len(rows):
+                return f"{table['pair_id'][rows[-1].as_py()]} {side}"
+    return "?"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,7 +123,7 @@ class ScoresReport:
 def verify_scores(
     cache: ReferenceCache,
     wanted: Sequence[Completion],
-    names: dict[bytes, str],
+    name_of: Callable[[bytes], str],
     scorer: Scorer,
     *,
     sample: int | None,
@@ -137,7 +137,7 @@ def verify_scores(
 
     Args:
         wanted: completions of the configuration's data; the cache holds keys, not tokens.
-        names: display name of each key.
+        name_of: gives the display name of a key.
         sample: largest size of each sample; None = all rows.
 
     Raises:
@@ -165,7 +165,7 @@ def verify_scores(
     gaps = np.array([row["mean"] for row in rows])
     beyond = np.array([row["mean"] / row["tolerance"] for row in rows])
     worst = rows[int(np.argmax(np.where(np.isnan(beyond), np.inf, beyond)))]
-    worst = {"name": names.get(bytes.fromhex(worst["key"]), "?")} | worst
+    worst = {"name": name_of(bytes.fromhex(worst["key"]))} | worst
     shares = {"median": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
     quantiles = {name: float(np.quantile(gaps, share)) for name, share in shares.items()} | {"mean": float(gaps.mean())}
     sums = [row for row in rows if row["token"] is None]

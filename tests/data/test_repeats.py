@@ -29,12 +29,8 @@ def test_answers_that_repeat_the_prompt(write, monkeypatch):
     assert lines[2].startswith("warning: data prefs: in 1 pairs the answers do not repeat the prompt")
     chats = [{"prompt": [user("Hi")], "chosen": [bot("a")], "rejected": [bot("b")]}] * 2
     rows, lines = decoded(write, [*chats, *map(repeating, REPEATED)])
-    assert rows[2:] != plain and any(
-        line.startswith(
-            "warning: data prefs: in 5 pairs both answers begin with the prompt, which was kept, since the first"
-        )
-        for line in lines
-    )
+    told = "in 5 pairs both answers begin with the prompt, which was kept, since the first records, which decide, have no"
+    assert rows[2:] != plain and any(line.startswith(f"warning: data prefs: {told}") for line in lines)
 
 
 def test_a_prompt_without_white_space_at_its_end_is_repeated_too(write):

@@ -60,6 +60,7 @@ RECORDS = [
     "[]",
     "{",
     text(27, chosen=""),
+    text(28, tools=[tool("left out beside text")]),
 ]
 TRANSCRIPTS = [transcript(number) for number in range(30)]
 REPEATING = [

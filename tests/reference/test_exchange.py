@@ -6,7 +6,7 @@ import pytest
 from kernel import tokenised, with_reference
 from tiny import make_tokenizer, preferences
 
-from raydpo.reference.exchange import export_pairs
+from raydpo.reference.exchange import completion_name, export_pairs
 
 
 def test_trl_trains_against_exported_values(tiny_llama, tmp_path):
@@ -52,3 +52,12 @@ def test_trl_trains_against_exported_values(tiny_llama, tmp_path):
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[0] == pytest.approx(math.log(2), abs=1e-4) and losses[1] != pytest.approx(losses[0], abs=1e-3)
+
+
+def test_the_name_of_a_completion():
+    joined = tokenised(preferences(6))
+    tables = [joined.slice(0, 4), joined.slice(4)]
+    ids, keys = joined["pair_id"].to_pylist(), {side: joined[f"{side}_key"].to_pylist() for side in ("chosen", "rejected")}
+    for side, of_side in keys.items():
+        assert [completion_name(tables, key) for key in of_side] == [f"{one} {side}" for one in ids]
+    assert completion_name(tables, bytes(16)) == "?"

@@ -56,7 +56,7 @@ def bring(cache, completions, sums, tokens=None):
 
 
 def verify(cache, wanted, scorer, sample=None, **settings):
-    return verify_scores(cache, wanted, {}, scorer, sample=sample, **settings)
+    return verify_scores(cache, wanted, lambda key: "?", scorer, sample=sample, **settings)
 
 
 def sums_of(live, completions):
