@@ -9,6 +9,7 @@ from itertools import pairwise
 from typing import Any
 
 from raydpo.data.traced import MARK, METHODS, Message, Parts, Trace, Traced, Untraceable, code_of, joined
+from raydpo.errors import FilesError
 
 __all__ = ["Forms"]
 
@@ -22,7 +23,9 @@ _TESTS = {
 """Tests of the kind of a value, or that use its methods only."""
 
 _COMPARED = 2
-"""Conversations that are also rendered by the template, to compare, for each form."""
+"""First conversations of each form that are also rendered by the template, to compare."""
+_EVERY = 500
+"""Afterwards one of so many conversations is."""
 _MOST_FORMS, _MOST_ALIKE, _MOST_MESSAGES = 2000, 6, 200
 """Forms that are kept, forms of the same roles, and messages of a conversation that is traced."""
 _MOST_FAILED = 50
@@ -43,7 +46,7 @@ class Forms:
         self._tokenizer = tokenizer
         self._forms: dict[Any, list[list[Any]]] = {}
         self._templates: dict[str, Any] = {}
-        self._count = self._failed = 0
+        self._count = self._failed = self._since = 0
         self._names = _names(tokenizer)
         self._use = self._names is not None
 
@@ -56,6 +59,9 @@ class Forms:
             template: the text of the template.
             options: other variables, with ``add_generation_prompt``.
             by_template: renders the conversation with the template.
+
+        Raises:
+            FilesError: if a later conversation of a form differs, after its first ones did not.
         """
         key = self._key(template, messages, options) if self._use else None
         if key is None:
@@ -67,7 +73,10 @@ class Forms:
         contents = tuple([message["content"] for message in messages])
         for each in forms:
             if (text := each[0](contents)) is not None:
-                return text if each[1] == 0 else self._compared(each, text, by_template())
+                self._since += 1
+                if each[1] == 0 and self._since < _EVERY:
+                    return text
+                return self._compared(each, text, by_template())
         text = by_template()
         if len(forms) < _MOST_ALIKE and self._count < _MOST_FORMS and self._failed < _MOST_FAILED:
             self._learn(forms, template, key[1], contents, options, text)
@@ -87,8 +96,16 @@ class Forms:
         return template, tuple([message["role"] for message in messages]), given
 
     def _compared(self, form: list[Any], text: str, rendered: str) -> str:
-        form[1] -= 1
-        self._use = self._use and text == rendered
+        if form[1]:
+            form[1] -= 1
+            self._use = self._use and text == rendered
+            return rendered
+        self._since = 0
+        if text != rendered:
+            raise FilesError(
+                f"the chat template renders a conversation otherwise than others of its form: {rendered[:200]!r}, expected "
+                f"{text[:200]!r}; this is a fault of raydpo. Please report it with the chat template"
+            )
         return rendered
 
     def _learn(

@@ -9,11 +9,14 @@ from typing import Any
 import numpy as np
 
 from raydpo.data.words import Words
+from raydpo.errors import FilesError
 
 __all__ = ["Segments", "any_of"]
 
 _COMPARED = 30
-"""Texts that are also tokenised whole, to compare."""
+"""First texts that are also tokenised whole, to compare."""
+_EVERY = 500
+"""Afterwards one of so many texts is."""
 _PROBE = "x"
 Encode = Callable[[list[str]], list[list[int]]]
 
@@ -36,7 +39,7 @@ class Segments:
         self._before = self._after = b""
         self._token_ids = _tokens_to_split_at(tokenizer)
         self._words: Words | None = None
-        self._compared = 0
+        self._compared = self._since = 0
         if self._token_ids:
             self._split = re.compile(f"({any_of(self._token_ids)})").split
             # Other added tokens are found within the pieces.
@@ -46,7 +49,11 @@ class Segments:
                 self._find_added()
 
     def encode(self, texts: list[str]) -> list[bytes]:
-        """The ids of each text, as the bytes of little-endian int32."""
+        """The ids of each text, as the bytes of little-endian int32.
+
+        Raises:
+            FilesError: if a later text differs, after the first ones did not.
+        """
         if not self._token_ids:
             return self._taken_whole(texts)
         pieces = [self._split(text) for text in texts]
@@ -65,6 +72,14 @@ class Segments:
             if self._taken_whole(compared) != found[: len(compared)]:
                 self._token_ids = {}
                 return self._taken_whole(texts)
+        self._since += len(texts)
+        if self._since >= _EVERY:
+            self._since = 0
+            if self._taken_whole(texts[-1:]) != found[-1:]:
+                raise FilesError(
+                    f"the tokenizer gives other ids for a whole text than for its pieces: {texts[-1][:200]!r}; this is a "
+                    "fault of raydpo. Please report it with the name of the tokenizer"
+                )
         return found
 
     def _taken_whole(self, texts: list[str]) -> list[bytes]:

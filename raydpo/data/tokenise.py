@@ -19,7 +19,7 @@ from raydpo.data.segments import Segments
 from raydpo.data.shapes import common_prefix
 from raydpo.data.template import ChatTemplate
 from raydpo.data.words import Words
-from raydpo.errors import FilesError, reason
+from raydpo.errors import FilesError, RaydpoError, reason
 from raydpo.storage.pointers import refuse_pointers
 
 __all__ = ["FILES", "TokenisedPair", "Tokeniser", "has_tokenizer", "load_tokenizer", "template_text"]
@@ -298,6 +298,8 @@ class Tokeniser:
                 self.template.render(prompt + chosen, tools, **arguments),
                 self.template.render(prompt + rejected, tools, **arguments),
             )
+        except RaydpoError:  # a fault of ours, see ``Forms``
+            raise
         except Exception as error:  # templates raise what their authors wrote
             self._refuse_template(error)
             raise Malformed(f"the chat template refuses it: {refusal(error, self.tokenizer.chat_template)}") from None

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import templates
+from samples import EACH, make_tokenizer, user
 from templates import tokenizer_for
 
 from raydpo.data import forms, traced
 from raydpo.data.template import ChatTemplate
+from raydpo.errors import FilesError
 
 THINKING = (Path(__file__).parent / "thinking.jinja").read_text()
 TEMPLATES = {
@@ -121,6 +123,7 @@ def shares(template, given, **options):
 @pytest.fixture(autouse=True)
 def no_comparison(monkeypatch):
     monkeypatch.setattr(forms, "_COMPARED", 0)
+    monkeypatch.setattr(forms, "_EVERY", 1 << 60)
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -184,3 +187,16 @@ def test_a_tokenizer_that_renders_otherwise_is_asked():
     tokenizer.__class__ = type("Own", (type(tokenizer),), {"apply_chat_template": lambda self, messages, **_: "own"})
     ours = ChatTemplate(tokenizer)
     assert {ours.render([{"role": "user", "content": "x"}]) for _ in range(4)} == {"own"}
+
+
+def test_a_later_conversation_that_differs_is_an_error(monkeypatch):
+    monkeypatch.setattr(forms, "_EVERY", 5)
+    tokenizer = make_tokenizer(EACH)
+    ours = ChatTemplate(tokenizer)
+    for number in range(3):
+        ours.render([user(f"a {number}")])
+    monkeypatch.setattr(tokenizer, "apply_chat_template", lambda *_, **__: "other")
+    texts = [ours.render([user("b")]) for _ in range(3)]
+    assert set(texts) == {"<s>user b</s>"}
+    with pytest.raises(FilesError, match="otherwise than others of its form: 'other', expected '<s>us"):
+        [ours.render([user("c")]) for _ in range(5)]

@@ -12,6 +12,7 @@ from samples import make_tokenizer
 from raydpo.data import segments
 from raydpo.data.segments import Segments, any_of
 from raydpo.data.words import Words
+from raydpo.errors import FilesError
 
 TOKENS = ["<|user|>", "<|user|><x>", "<x>", "</s>", "<|im|>", "<q>", "cat"]
 WORDS = [
@@ -79,6 +80,7 @@ KINDS = {
 @pytest.mark.parametrize("words", [False, True])
 def test_ids_are_those_of_the_whole_text(monkeypatch, kind, words):
     monkeypatch.setattr(segments, "_COMPARED", 0)
+    monkeypatch.setattr(segments, "_EVERY", 1 << 60)
     tokenizer, lengths = tokenizer_of(kind), []
 
     def encode(texts):
@@ -140,6 +142,7 @@ def test_tokens_that_the_tokenizer_adds_stand_around_each_text(monkeypatch, sing
     from tokenizers import processors
 
     monkeypatch.setattr(segments, "_COMPARED", 0)
+    monkeypatch.setattr(segments, "_EVERY", 1 << 60)
     tokenizer = make_tokenizer()
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single=single, special_tokens=[("<s>", tokenizer.bos_token_id), ("</s>", tokenizer.eos_token_id)]
@@ -153,3 +156,20 @@ def test_tokens_that_the_tokenizer_adds_stand_around_each_text(monkeypatch, sing
     )
     assert ids(pieces.encode(texts)) == tokenizer(texts)["input_ids"]
     assert (len(pieces._before) // 4, len(pieces._after) // 4) == adds
+
+
+def test_a_later_text_that_differs_is_an_error(monkeypatch):
+    monkeypatch.setattr(segments, "_EVERY", 100)
+    tokenizer, wrong = tokenizer_of("plain"), [False]
+
+    def encode(texts):
+        return [
+            [*ids, 7] if wrong[0] and len(texts) == 1 else ids
+            for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+        ]
+
+    pieces = Segments(tokenizer, None, encode)
+    pieces.encode([f"the sky {number}" for number in range(99)])
+    wrong[0] = True
+    with pytest.raises(FilesError, match="other ids for a whole text than for its pieces: 'sky 3'"):
+        pieces.encode(["sky 1", "sky 2", "sky 3"])
