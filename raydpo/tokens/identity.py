@@ -67,6 +67,11 @@ class SourceFile:
     content: str
     note: str | None = None
 
+    def is_still(self, now: SourceFile) -> bool:
+        """Whether ``now`` is this file with the same content, as far as its store tells."""
+        told = not self.content.startswith(_UNKNOWN)
+        return (self.name, self.size) == (now.name, now.size) and (self.content == now.content or not told)
+
 
 def files_of(source: SourceConfig) -> tuple[SourceFile, ...]:
     """The files of a source as they are now, in order. A local file is read once, and not again until it changes.

@@ -3,14 +3,16 @@
 import gzip
 import json
 import re
+import time
 
+import fsspec
 import pytest
 from making import SIZES, content, write
 from samples import text
 
 from raydpo.data.records import read_records
 from raydpo.errors import DataError
-from raydpo.tokens import reader
+from raydpo.tokens import identity, reader
 from raydpo.tokens.build import make_set, worth_ray
 from raydpo.tokens.store import TokenSet
 
@@ -98,6 +100,14 @@ def test_a_source_that_changes_is_refused(kit, tmp_path, monkeypatch):
     with pytest.raises(DataError, match=r"a.jsonl changed while it was read; run the command again"):
         make_set(token_set, data.train[0], data, kit.tokeniser())
     assert token_set.complete() is None
+
+
+def test_a_source_whose_store_tells_nothing_is_made(kit, monkeypatch):
+    path = f"/build-{time.time_ns()}/a.jsonl"
+    lines = "".join(json.dumps(text(number)) + "\n" for number in range(30))
+    fsspec.filesystem("memory").pipe(path, lines.encode())
+    monkeypatch.setattr(identity, "content_version", lambda filesystem, path: None)
+    assert make(kit, kit.data(f"memory:/{path}")).complete().pairs == 30
 
 
 def test_errors_of_the_source_are_those_of_reading_it(kit, tmp_path, monkeypatch):
