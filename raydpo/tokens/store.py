@@ -339,7 +339,9 @@ class TokenSet:
         unknown = [block for block in blocks if self._known.get(block.index, 0) != self._stamp(block)]
         with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
             sound = dict(zip(unknown, pool.map(self._is_sound, unknown), strict=True))
-        self._known.update({block.index: self._stamp(block) for block in unknown if sound[block]})
+        stamps = {block.index: self._stamp(block) for block in unknown if sound[block]}
+        # A remote index of which no copy can be kept is read each time.
+        self._known.update({index: stamp for index, stamp in stamps.items() if stamp is not None})
         return [block for block in blocks if sound.get(block, True)]
 
     def _stamp(self, block: BlockInfo) -> list[int] | None:
