@@ -362,6 +362,7 @@ class _Making:
                 pass
         now, before = files_of(self.source), self.identity.files
         if len(now) != len(before) or not all(one.is_still(other) for one, other in zip(before, now, strict=True)):
+            self.token_set.discard()  # should the file come back as it was, its blocks must be its own
             raise DataError(
                 f"{redact(self.source.path)} changed while it was read; run the command again when it is written"
             )

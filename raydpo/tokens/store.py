@@ -211,6 +211,11 @@ class TokenSet:
                 self.storage.move(path, f"{self.directory}/{SET_ASIDE}/{_short(path)}")
         self._damaged.clear()
 
+    def discard(self) -> None:
+        """Move the indices of all blocks aside, so that none counts: they may hold another content than the identity tells."""
+        self._damaged += [f"{self.directory}/{INDEX}/{block.index}" for block in self._listed()]
+        self.set_aside()
+
     # ---- reading
 
     def blocks(self, *, check: bool = True) -> list[BlockInfo]:
