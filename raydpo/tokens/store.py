@@ -24,11 +24,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from raydpo.data.rows import LIGHT_SCHEMA, Rows
+from raydpo.data.rows import LIGHT_SCHEMA, Rows, renumbered
 from raydpo.data.select import SourceRows
 from raydpo.data.tally import SourceReport
 from raydpo.errors import CacheError
@@ -212,7 +211,7 @@ class TokenSet:
         self._damaged.clear()
 
     def discard(self) -> None:
-        """Move the indices of all blocks aside, so that none counts: they may hold another content than the identity tells."""
+        """Move the indices of all blocks aside, so that none counts: they may be of another content than the identity."""
         self._damaged += [f"{self.directory}/{INDEX}/{block.index}" for block in self._listed()]
         self.set_aside()
 
@@ -317,8 +316,8 @@ class TokenSet:
         account = SourceReport("", "")
         for block in blocks:
             index = decode_index(block, self.digest, self._index_bytes(block))
-            table = _renumbered(index.light, "file", index.labels, labels)
-            tables.append(_renumbered(table, "source", index.sources, sources))
+            table = renumbered(index.light, "file", index.labels, labels)
+            tables.append(renumbered(table, "source", index.sources, sources))
             account.merge(index.account)
         light = pa.concat_tables(tables) if tables else LIGHT_SCHEMA.empty_table()
         path = "" if self.identity is None else self.identity.path
@@ -421,15 +420,6 @@ def _without_overlaps(blocks: Sequence[BlockInfo]) -> list[BlockInfo]:
         else:
             last -= 1
     return chosen[::-1]
-
-
-def _renumbered(table: pa.Table, column: str, names: Sequence[str], known: dict[str, int]) -> pa.Table:
-    """``table`` with indices into ``known`` instead of ``names``, which are added to it; -1 stays."""
-    numbers = [known.setdefault(name, len(known)) for name in names]
-    if numbers == list(range(len(numbers))):
-        return table
-    values = np.array([*numbers, -1], np.int32)[table[column].to_numpy()]
-    return table.set_column(table.column_names.index(column), table.schema.field(column), pa.array(values))
 
 
 def _short(path: str) -> str:

@@ -87,7 +87,7 @@ def test_a_remote_cache(home, tmp_path):
 
 def test_a_remote_cache_of_which_no_copy_can_be_kept(home, tmp_path, monkeypatch):
     uri = f"memory://tokens-{time.time_ns()}"
-    tokens, made = make(uri)
+    _, made = make(uri)
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     for _ in range(2):
