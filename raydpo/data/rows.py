@@ -107,7 +107,7 @@ class TokenSource(Protocol):
         """Token ids of pairs before truncation: (prompt, chosen, rejected) of each, int32 arrays that must not be changed.
 
         Args:
-            sets: number of the set of each pair, as in column ``set`` of a table of ``pairs.PAIR_SCHEMA``.
+            sets: number of the set of each pair, as in column ``set`` of ``select.PLACE_SCHEMA``.
             places: its place in that set, as in column ``place``, int64 [pairs].
         """
         ...
