@@ -30,7 +30,10 @@ from families import planned_by_families, positions
 from raydpo.config import DataConfig
 from raydpo.data.index import KeyIndex, as_bytes
 from raydpo.data.pairs import PAIR_SCHEMA, load_pairs
+from raydpo.data.rows import LIGHT_SCHEMA
+from raydpo.data.select import SourceRows, select
 from raydpo.data.spool import spooled
+from raydpo.data.tally import SourceReport
 from raydpo.data.tokenise import Tokeniser, load_tokenizer
 from raydpo.reference import shards
 from raydpo.reference.identity import ReferenceIdentity
@@ -97,47 +100,40 @@ def make(place: Path, pairs: int) -> None:
 
 
 def make_light(place: Path, pairs: int) -> None:
-    """Light rows as a stored set has them, in blocks, and a table of the same pairs without tokens."""
+    """Light rows in blocks, as a stored set has them."""
     rng, keys, tokens = np.random.default_rng(2), keys_of(2 * pairs), tokens_of(2 * pairs)
-    light_schema = pa.schema([("head", pa.binary(64)), ("prompt_hash", pa.uint64())])
-    lists = pa.list_view(pa.int32())
-    schema = pa.schema(
-        [
-            ("set", pa.int16()),
-            ("place", pa.int64()),
-            *((f"{name}_ids", lists) for name in ("prompt", "chosen", "rejected")),
-            *((f"{side}_key", KEY_TYPE) for side in ("chosen", "rejected")),
-        ]
-    )
-    flat, hashes = pa.array(np.zeros(1000, np.int32)), rng.integers(0, 1 << 63, pairs, dtype=np.uint64)
-    with (
-        pa.OSFile(str(place / "light.arrow"), "wb") as light_file,
-        pa.ipc.new_file(light_file, light_schema) as light,
-        pa.OSFile(str(place / "table.arrow"), "wb") as table_file,
-        pa.ipc.new_file(table_file, schema) as table,
-    ):
+    hashes = rng.integers(0, 1 << 63, pairs, dtype=np.uint64)
+    with pa.OSFile(str(place / "light.arrow"), "wb") as sink, pa.ipc.new_file(sink, LIGHT_SCHEMA) as writer:
         for start in range(0, pairs, 8192):
             count = min(8192, pairs - start)
             ids = np.minimum(rng.zipf(1.3, (count, 24)), 100_000).astype(np.uint64)
-            again = np.flatnonzero(
-                rng.random(count) < 0.2
-            )  # another pair with the prompt before it, or one that continues it
+            # Another pair with the prompt before it, or one that continues it.
+            again = np.flatnonzero(rng.random(count) < 0.2)
             ids[again] = ids[again - 1]
             mine = hashes[start : start + count]
             mine[again[::2]] = mine[again[::2] - 1]
             heads = (ids[:, ::3] << np.uint64(42) | ids[:, 1::3] << np.uint64(21) | ids[:, 2::3]).astype(">u8")
-            column = pa.FixedSizeBinaryArray.from_buffers(pa.binary(64), count, [None, pa.py_buffer(heads.tobytes())])
-            light.write_batch(pa.record_batch([column, pa.array(mine)], schema=light_schema))
-            prompts = (50 + mine % np.uint64(250)).astype(np.int32)
             chosen, rejected = (slice(start + side * pairs, start + side * pairs + count) for side in (0, 1))
-            zeros = pa.array(np.zeros(count, np.int32))
-            columns = [pa.array(np.zeros(count, np.int16)), pa.array(np.arange(start, start + count))]
-            columns += [
-                pa.ListViewArray.from_arrays(zeros, pa.array(sizes), flat)
-                for sizes in (prompts, tokens[chosen], tokens[rejected])
+            digest = binary(np.stack([mine, mine], axis=1).view(np.uint8))
+            columns = {
+                "row": np.arange(start + 1, start + count + 1),
+                "line": np.arange(start + 1, start + count + 1),
+                "source": np.full(count, -1, np.int32),
+                "prompt_tokens": (50 + mine % np.uint64(250)).astype(np.int32),
+                "chosen_tokens": tokens[chosen],
+                "rejected_tokens": tokens[rejected],
+                "chosen_key": binary(keys[chosen]),
+                "rejected_key": binary(keys[rejected]),
+                "prompt_digest": digest,
+                "question_digest": digest,
+                "prompt_hash": mine,
+                "head": pa.FixedSizeBinaryArray.from_buffers(pa.binary(64), count, [None, pa.py_buffer(heads.tobytes())]),
+            }
+            arrays = [
+                pa.array(columns.get(field.name, np.zeros(count, field.type.to_pandas_dtype()))).cast(field.type)
+                for field in LIGHT_SCHEMA
             ]
-            columns += [binary(keys[chosen]), binary(keys[rejected])]
-            table.write_batch(pa.record_batch(columns, schema=schema))
+            writer.write_batch(pa.record_batch(arrays, schema=LIGHT_SCHEMA))
 
 
 class NoTokens:
@@ -149,18 +145,22 @@ class NoTokens:
 
 def measure_plan(place: Path, missing: float) -> None:
     """The stored keys stand for the index of a cache that holds the other completions."""
-    light, table = (pa.ipc.open_file(pa.memory_map(str(place / f"{name}.arrow"))).read_all() for name in ("light", "table"))
-    peak = watched()
+    light = pa.ipc.open_file(pa.memory_map(str(place / "light.arrow"))).read_all()
+    peak, began = watched(), time.perf_counter()
     start = time.process_time()
     stored = KeyIndex()
-    keys = keys_of(2 * table.num_rows)[: int((1 - missing) * 2 * table.num_rows)]
+    keys = keys_of(2 * light.num_rows)[: int((1 - missing) * 2 * light.num_rows)]
     stored.add((keys, np.full(len(keys), LONGEST, np.int32), 0))
     del keys
     print(f"index of the cache: {time.process_time() - start:.1f} CPU s for {len(stored.keys):,} rows, {peak()}")
     start = time.process_time()
-    wanted = Wanted([table], NoTokens(), [light])
-    print(f"distinct: {time.process_time() - start:.1f} CPU s for {len(wanted):,} of {2 * table.num_rows:,}, {peak()}")
-    whole = time.process_time() - start
+    rows = SourceRows(light, None, ["made-up"], [], SourceReport("", ""), "made-up", "made-up", 1.0)
+    sets = select(DataConfig(train="made-up", max_length=350, eval={"fraction": 0.01}), [rows], None, None)
+    print(f"selected: {time.process_time() - start:.1f} CPU s for {sets.train.num_rows:,} and {len(sets.eval):,}, {peak()}")
+    whole, start = time.process_time() - start, time.process_time()
+    wanted = Wanted([sets.train, sets.eval], NoTokens(), [light])
+    print(f"distinct: {time.process_time() - start:.1f} CPU s for {len(wanted):,} of {2 * light.num_rows:,}, {peak()}")
+    whole += time.process_time() - start
     shards = completions = size = 0
     for number, window in enumerate(wanted.windows()):
         start = time.process_time()
@@ -178,6 +178,7 @@ def measure_plan(place: Path, missing: float) -> None:
         whole += time.process_time() - start
     each = size / max(1, completions)
     print(f"all: {whole:.1f} CPU s; {shards:,} shards of {completions:,} completions, {each:.1f} B each")
+    print(f"by the clock, with the index: {time.perf_counter() - began:.1f} s; {peak()}")
 
 
 def measure_positions(data: Path, model: Path) -> None:
