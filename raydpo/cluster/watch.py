@@ -50,7 +50,8 @@ class Watched:
             self._running += began
             self._done += ended
             state = {"host": self._host, "process": os.getpid(), "running": self._running, "done": self._done}
-        _internal_kv_put(self._key, json.dumps(state), namespace=_NAMESPACE)
+        with contextlib.suppress(Exception):  # a sign that is lost must not end the work
+            _internal_kv_put(self._key, json.dumps(state), namespace=_NAMESPACE)
 
 
 @contextlib.contextmanager

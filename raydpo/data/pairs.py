@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from itertools import islice
 
-import numpy as np
 import pyarrow as pa
 
 from raydpo.config import DataConfig, SourceConfig, source_name
@@ -20,6 +19,7 @@ from raydpo.data.rows import (
     RowMaker,
     most_characters_of,
     preferences_of,
+    renumbered,
 )
 from raydpo.data.select import PAIR_SCHEMA, PairSets, SourceRows, TokenTables, check_source, select
 from raydpo.data.spool import Spool
@@ -140,16 +140,9 @@ def _load_source(
             maker = maker.decided(*maker.decide(chunk))
         rows = maker.make(chunk)
         account.merge(rows.account)
-        light.append(_renumbered(_renumbered(rows.light, "file", rows.labels, labels), "source", rows.sources, sources))
+        light.append(renumbered(renumbered(rows.light, "file", rows.labels, labels), "source", rows.sources, sources))
         tokens.append(rows.tokens)
         if progress is not None:
             progress(account.records)
     table = light.finish()
     return SourceRows(table, [tokens.finish()], list(labels), list(sources), account, name, source.path, source.weight)
-
-
-def _renumbered(light: pa.Table, column: str, names: tuple[str, ...], shared: dict[str, int]) -> pa.Table:
-    """``light`` with the numbers of ``names`` in ``shared``, to which new names are added; -1 stays."""
-    numbers = np.array([*(shared.setdefault(name, len(shared)) for name in names), -1], np.int32)
-    place = light.column_names.index(column)
-    return light.set_column(place, LIGHT_SCHEMA.field(column), pa.array(numbers[light[column].to_numpy()]))

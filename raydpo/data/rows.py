@@ -37,6 +37,7 @@ __all__ = [
     "heads_of",
     "most_characters_of",
     "preferences_of",
+    "renumbered",
 ]
 
 _IDS, _KEY = pa.list_(pa.int32()), pa.binary(16)
@@ -106,7 +107,7 @@ class TokenSource(Protocol):
         """Token ids of pairs before truncation: (prompt, chosen, rejected) of each, int32 arrays that must not be changed.
 
         Args:
-            sets: number of the set of each pair, as in column ``set`` of a table of ``pairs.PAIR_SCHEMA``.
+            sets: number of the set of each pair, as in column ``set`` of ``select.PLACE_SCHEMA``.
             places: its place in that set, as in column ``place``, int64 [pairs].
         """
         ...
@@ -405,6 +406,16 @@ def preferences_of(record: Record, account: SourceReport, numbers: Mapping[str, 
         if (note := _odd_number(name, value)) is not None:
             account.understood[note.format(numbers[name])] += 1
     return found
+
+
+def renumbered(table: pa.Table, column: str, names: Sequence[str], known: dict[str, int]) -> pa.Table:
+    """Light rows whose column ``file`` or ``source`` holds indices into ``known``, to which new names are added, instead of
+    ``names``; -1 stays."""
+    numbers = [known.setdefault(name, len(known)) for name in names]
+    if numbers == list(range(len(numbers))):
+        return table
+    values = np.array([*numbers, -1], np.int32)[table[column].to_numpy()]
+    return table.set_column(table.column_names.index(column), table.schema.field(column), pa.array(values))
 
 
 def _odd_number(name: str, value: float) -> str | None:

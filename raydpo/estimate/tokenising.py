@@ -44,7 +44,8 @@ class Tokenising:
     def line(self) -> str:
         if self.done:
             return f"tokenising: {self.pairs:,} pairs are already tokenised"
+        alone, shared = (f"{float(f'{minutes:.2g}'):,.9g}" for minutes in (self.cpu_minutes, self.minutes))  # not 1.3e+02
         return (
             f"tokenising, once: {self.pairs:,} pairs at {self.pairs_per_second:,.0f} a second and core, measured here: "
-            f"{self.cpu_minutes:,.2g} CPU minutes; {self.minutes:,.2g} minutes on {CORES} cores"
+            f"{alone} CPU minutes; {shared} minutes on {CORES} cores"
         )

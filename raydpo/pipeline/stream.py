@@ -53,7 +53,9 @@ class Stream:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stopped = True
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
         self._thread.join()
 
     def progress(self) -> str:
@@ -90,6 +92,8 @@ class Stream:
             while not self._whole[number] and (stop is None or self._contiguous[number] < stop):
                 if self._error is not None:
                     raise self._error
+                if self._stopped:  # the thread that takes windows ends, too
+                    raise RaydpoError("tokenising was stopped")
                 self._changed.wait(timeout=1.0)
             whole = self._whole[number]
         if whole or stop is None:

@@ -52,15 +52,14 @@ class Tokenised:
         """
         tokeniser = open_tokeniser(config)
         started = time.perf_counter()
-        missing = sum(1 for _ in find_sets(config, tokeniser).missing())
-        sets = _opened(config, tokeniser, console)
+        sets, made = _opened(config, tokeniser, console)
         for line in sets.report.lines():
             console.say(line)
         sets, line = filtered_by_tokens(sets, config.data)
         if line:
             console.say(line)
         held_out = 0 if sets.eval is None else sets.eval.num_rows
-        how = "tokenised" if missing else "tokenised before, read"
+        how = "tokenised" if made else "tokenised before, read"
         seconds = time.perf_counter() - started
         console.say(f"pairs: {sets.train.num_rows:,} to train on, {held_out:,} held out, {how} in {seconds:.1f} s")
         for line in tokenizer_warnings(tokeniser.tokenizer, _models_of(config), config.model.trust_remote_code):
@@ -95,28 +94,34 @@ def find_sets(config: Config, tokeniser: Tokeniser | None = None, storage: Stora
     )
 
 
-def _opened(config: Config, tokeniser: Tokeniser, console: Console) -> PairSets:
+def _opened(config: Config, tokeniser: Tokeniser, console: Console) -> tuple[PairSets, bool]:
+    """The pairs, and whether some were tokenised now."""
+    found = find_sets(config, tokeniser)
+    missing = list(found.missing())
     with contextlib.ExitStack() as stack:
-        if not has_ray() and wants_ray(config):  # of a command that needs no Ray otherwise
+        if not has_ray() and any(worth_ray(each.source) for each in missing):  # of a command that needs no Ray otherwise
             stack.enter_context(session(config))
-        found = make_missing(config, tokeniser, console)
+        found = make_missing(config, tokeniser, console, found)
         try:
-            return found.select(tokeniser)
+            return found.select(tokeniser), bool(missing)
         except CacheError as error:
             if next(found.missing(), None) is None:
                 raise
             console.warn(f"{error}; made again now")
-        return make_missing(config, tokeniser, console).select(tokeniser)
+        return make_missing(config, tokeniser, console, found).select(tokeniser), True
 
 
-def make_missing(config: Config, tokeniser: Tokeniser, console: Console) -> OpenSets:
+def make_missing(config: Config, tokeniser: Tokeniser, console: Console, found: OpenSets | None = None) -> OpenSets:
     """The tokenised sets of a configuration. Those that are missing are made.
+
+    Args:
+        found: result of ``find_sets``, which looks at each file of the sources, if that was called before.
 
     Raises:
         DataError: if a source cannot be read, or more of it is malformed or dropped than allowed.
         RaydpoError: if the sets cannot be written.
     """
-    found = writable(find_sets(config, tokeniser), config, console)
+    found = writable(found or find_sets(config, tokeniser), config, console)
     for each in found.every:
         if each.stored.complete() is None:
             for line in found.why(each):

@@ -20,6 +20,7 @@ from raydpo.data.ragged import tokens_in_use
 from raydpo.data.rows import TOKEN_SCHEMA, TokenSource
 from raydpo.data.select import TokenTables
 from raydpo.data.shapes import cut_group
+from raydpo.errors import CacheError
 from raydpo.model.layout import PromptGroup
 from raydpo.reference.heads import Heads, in_order
 from raydpo.reference.part import KEY_TYPE
@@ -310,7 +311,11 @@ def still_missing(shard: Shard, cache: ReferenceCache, skip: Callable[[str], boo
 
 
 def read_groups(shard: Shard, source: TokenSource) -> list[tuple[Completion, ...]]:
-    """Read the tokens of a shard. Its completions grouped by prompt, see ``grouped``."""
+    """Read the tokens of a shard. Its completions grouped by prompt, see ``grouped``.
+
+    Raises:
+        CacheError: if the tokens at a place are not as many as planned.
+    """
     return grouped(_completions(shard, source))
 
 
@@ -328,16 +333,20 @@ def prompt_groups(groups: Iterable[Sequence[Completion]]) -> list[PromptGroup]:
 
 
 def _completions(shard: Shard, source: TokenSource) -> list[Completion]:
-    return [
-        Completion(key.tobytes(), pair[0], pair[1 + side][:needed])
-        for key, pair, side, needed in zip(
-            shard.keys,
-            source.rows(shard.sets, shard.places),
-            shard.sides.tolist(),
-            shard.needed.tolist(),
-            strict=True,
-        )
-    ]
+    found = []
+    columns = (shard.sets, shard.places, shard.sides, shard.needed, shard.prompt_tokens)
+    rows = zip(*(column.tolist() for column in columns), strict=True)
+    for key, pair, row in zip(shard.keys, source.rows(shard.sets, shard.places), rows, strict=True):
+        number, place, side, needed, prompt_tokens = row
+        prompt, completion = pair[0], pair[1 + side]
+        # Tokens of another pair would be scored under this key, for instance where a machine sees the files of a set late.
+        if len(prompt) != prompt_tokens or len(completion) < needed:
+            raise CacheError(
+                f"the pair at place {place:,} of set {number} was read as a prompt of {len(prompt):,} and a completion of "
+                f"{len(completion):,} tokens, expected {prompt_tokens:,} and at least {needed:,}; run the command again"
+            )
+        found.append(Completion(key.tobytes(), prompt, completion[:needed]))
+    return found
 
 
 def _by_place(sets: np.ndarray, places: np.ndarray) -> np.ndarray | slice:

@@ -107,11 +107,6 @@ class Makers:
     def __len__(self) -> int:
         return len(self._cpus)
 
-    @property
-    def started(self) -> int:
-        """Number of actors that have started."""
-        return len(self._workers)
-
     def _start(self, cpus: int) -> None:
         import ray
 

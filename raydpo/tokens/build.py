@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import date
 from typing import Any
@@ -27,7 +27,7 @@ from raydpo.storage.files import Storage
 from raydpo.storage.uri import redact
 from raydpo.tokens.actors import Job, Makers
 from raydpo.tokens.block import Span
-from raydpo.tokens.identity import SetIdentity, SourceFile, files_of, tokenizer_facts
+from raydpo.tokens.identity import SetIdentity, files_of, tokenizer_facts
 from raydpo.tokens.reader import PIECE_BYTES, Piece, Reader, Reading, pieces, span_of
 from raydpo.tokens.store import Complete, TokenSet
 
@@ -360,22 +360,15 @@ class _Making:
         if self._lacking:  # blocks that were there do not tell: look at all records, up to the error
             for _ in read_records(self.source):
                 pass
-        if not _same(files_of(self.source), self.identity.files):
+        now, before = files_of(self.source), self.identity.files
+        if len(now) != len(before) or not all(one.is_still(other) for one, other in zip(before, now, strict=True)):
+            self.token_set.discard()  # should the file come back as it was, its blocks must be its own
             raise DataError(
                 f"{redact(self.source.path)} changed while it was read; run the command again when it is written"
             )
         take_off, head = self.decided or (False, 0)
         facts = {"records": self.reading.records, "take_off": take_off, "head": head}
         return self.token_set.finish(facts, self.reading.ends)
-
-
-def _same(here: Sequence[SourceFile], there: Sequence[SourceFile]) -> bool:
-    """Whether files are as they were, as far as their stores tell."""
-    known = [not file.content.startswith("time ") or file.content[5:].isdigit() for file in there]
-    return len(here) == len(there) and all(
-        (one.name, one.size) == (two.name, two.size) and (one.content == two.content or not told)
-        for one, two, told in zip(here, there, known, strict=True)
-    )
 
 
 def make_set_on_ray(

@@ -20,8 +20,9 @@ from pyarrow import fs as pafs
 
 from raydpo.config import DataConfig, SourceConfig
 from raydpo.data.locate import DataFile, data_files, hub_dataset, is_on_hub
+from raydpo.data.pairs import number_columns
 from raydpo.data.preference import Preference
-from raydpo.data.rows import PAIR_MARGIN, PAIR_WEIGHT, most_characters_of
+from raydpo.data.rows import most_characters_of
 from raydpo.data.tokenise import FILES, Tokeniser, template_text
 from raydpo.errors import DataError, reason
 from raydpo.storage.content import BY_TIME, content_version, file_digest
@@ -66,6 +67,11 @@ class SourceFile:
     size: int
     content: str
     note: str | None = None
+
+    def is_still(self, now: SourceFile) -> bool:
+        """Whether ``now`` is this file with the same content, as far as its store tells."""
+        told = not self.content.startswith(_UNKNOWN)
+        return (self.name, self.size) == (now.name, now.size) and (self.content == now.content or not told)
 
 
 def files_of(source: SourceConfig) -> tuple[SourceFile, ...]:
@@ -152,12 +158,11 @@ class SetIdentity:
             DataError: if the source cannot be read.
             FilesError: if there is no tokenizer.
         """
-        numbers = {PAIR_WEIGHT: data.weight_column, PAIR_MARGIN: data.margin_column}
         return cls(
             files=files_of(source),
             columns=dict(source.columns),
             limit=source.limit,
-            numbers={ours: theirs for ours, theirs in numbers.items() if theirs is not None},
+            numbers=number_columns(data),
             special_tokens=data.special_tokens,
             most_characters=most_characters_of(data.max_length),
             tokenizer=tokenizer_facts(directory, data, load, trust_remote_code=trust_remote_code),

@@ -148,7 +148,7 @@ def find_set_garbage(storage: Storage) -> list[Garbage]:
         found += half_written(storage, [tokens.directory, *folders, aside])
         why = "damaged or foreign, set aside"
         found += [Garbage(path, file.size, why) for path, file in files_below(storage, aside).items()]
-        whole = tokens.complete()
+        whole = tokens.complete(check=False)  # also one whose files cannot be read here or now
         files = {path: file for folder in folders for path, file in files_below(storage, folder).items()}
         if whole is not None:
             needed = {f"{folders[0]}/{block.file}" for block in whole.blocks}

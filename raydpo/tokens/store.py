@@ -24,11 +24,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from raydpo.data.rows import LIGHT_SCHEMA, Rows
+from raydpo.data.rows import LIGHT_SCHEMA, Rows, renumbered
 from raydpo.data.select import SourceRows
 from raydpo.data.tally import SourceReport
 from raydpo.errors import CacheError
@@ -211,6 +210,11 @@ class TokenSet:
                 self.storage.move(path, f"{self.directory}/{SET_ASIDE}/{_short(path)}")
         self._damaged.clear()
 
+    def discard(self) -> None:
+        """Move the indices of all blocks aside, so that none counts: they may be of another content than the identity."""
+        self._damaged += [f"{self.directory}/{INDEX}/{block.index}" for block in self._listed()]
+        self.set_aside()
+
     # ---- reading
 
     def blocks(self, *, check: bool = True) -> list[BlockInfo]:
@@ -312,8 +316,8 @@ class TokenSet:
         account = SourceReport("", "")
         for block in blocks:
             index = decode_index(block, self.digest, self._index_bytes(block))
-            table = _renumbered(index.light, "file", index.labels, labels)
-            tables.append(_renumbered(table, "source", index.sources, sources))
+            table = renumbered(index.light, "file", index.labels, labels)
+            tables.append(renumbered(table, "source", index.sources, sources))
             account.merge(index.account)
         light = pa.concat_tables(tables) if tables else LIGHT_SCHEMA.empty_table()
         path = "" if self.identity is None else self.identity.path
@@ -339,7 +343,9 @@ class TokenSet:
         unknown = [block for block in blocks if self._known.get(block.index, 0) != self._stamp(block)]
         with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
             sound = dict(zip(unknown, pool.map(self._is_sound, unknown), strict=True))
-        self._known.update({block.index: self._stamp(block) for block in unknown if sound[block]})
+        stamps = {block.index: self._stamp(block) for block in unknown if sound[block]}
+        # A remote index of which no copy can be kept is read each time.
+        self._known.update({index: stamp for index, stamp in stamps.items() if stamp is not None})
         return [block for block in blocks if sound.get(block, True)]
 
     def _stamp(self, block: BlockInfo) -> list[int] | None:
@@ -414,15 +420,6 @@ def _without_overlaps(blocks: Sequence[BlockInfo]) -> list[BlockInfo]:
         else:
             last -= 1
     return chosen[::-1]
-
-
-def _renumbered(table: pa.Table, column: str, names: Sequence[str], known: dict[str, int]) -> pa.Table:
-    """``table`` with indices into ``known`` instead of ``names``, which are added to it; -1 stays."""
-    numbers = [known.setdefault(name, len(known)) for name in names]
-    if numbers == list(range(len(numbers))):
-        return table
-    values = np.array([*numbers, -1], np.int32)[table[column].to_numpy()]
-    return table.set_column(table.column_names.index(column), table.schema.field(column), pa.array(values))
 
 
 def _short(path: str) -> str:

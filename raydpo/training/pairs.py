@@ -16,6 +16,7 @@ from raydpo.data.rows import TokenSource
 from raydpo.data.select import TokenTables
 from raydpo.data.shapes import Shapes
 from raydpo.data.spool import MOST_SMALL
+from raydpo.errors import RaydpoError
 from raydpo.model.layout import PromptGroup
 from raydpo.reference.pairs import REFERENCE_COLUMNS, SIDES
 
@@ -95,8 +96,19 @@ class TrainingPairs:
     def _ids(self, rows: np.ndarray) -> Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """Token ids of prompt, chosen and rejected before truncation."""
         if self._places is None:
-            return self._tokens.rows(np.zeros(len(rows), np.int16), rows)
-        return self._tokens.rows(self._sets[rows], self._places[rows])
+            sets, places = np.zeros(len(rows), np.int16), rows
+        else:
+            sets, places = self._sets[rows], self._places[rows]
+        found = self._tokens.rows(sets, places)
+        for row, ids in zip(rows.tolist(), found, strict=True):
+            prompt, *sides = map(len, ids)
+            used = self.chosen_tokens[row], self.rejected_tokens[row]
+            if prompt != self.prompt_tokens[row] or sides[0] < used[0] or sides[1] < used[1]:
+                raise RaydpoError(
+                    f"pair {self.ids[row]} was read as {prompt:,}, {sides[0]:,} and {sides[1]:,} tokens, expected "
+                    f"{self.prompt_tokens[row]:,} and at least {used[0]:,} and {used[1]:,}; run the command again"
+                )
+        return found
 
     def source_of(self, rows: Sequence[int] | np.ndarray, device: torch.device) -> torch.Tensor:
         """Source numbers of ``rows``, int64 [rows]."""

@@ -15,7 +15,7 @@ from raydpo.errors import CacheError
 from raydpo.reference.store import ReferenceCache
 from raydpo.storage.files import Storage
 from raydpo.terminal.console import Console
-from raydpo.tokens import inspect
+from raydpo.tokens import block, inspect
 from raydpo.tokens.store import TokenSet
 
 
@@ -138,3 +138,12 @@ def test_gc_lists_and_deletes_what_no_set_needs(run, reference, tmp_path, monkey
     assert "7 file(s)" in run("gc", tmp_path, "--delete") and run("gc", tmp_path, "--json")["files"] == []
     assert TokenSet(Storage(str(tmp_path)), IDENTITY).complete() is not None
     assert [one["identity"] for one in run("ls", tmp_path, "--json")] == [reference.digest, IDENTITY.digest]
+
+
+def test_gc_leaves_a_complete_set_whose_files_another_version_wrote(run, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(block, "FORMAT_VERSION", b"2")
+        make(tmp_path)
+    now = time.time()
+    monkeypatch.setattr(inspect, "now", lambda storage: now + 8 * 24 * 3600)
+    assert run("gc", tmp_path, "--json")["files"] == []

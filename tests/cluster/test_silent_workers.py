@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 PROGRAM = """
@@ -40,3 +41,17 @@ def test_a_slow_block_is_no_error_and_its_process_is_named():
     named = [line for line in lines if f"process {rows[0]} on " in line and "at block 2 of its own for " in line]
     assert named and named[0].startswith("scoring: "), lines
     assert not left, "the notes of a finished execution are removed"
+
+
+def test_a_sign_that_is_lost_does_not_end_the_work(monkeypatch):
+    from ray.experimental import internal_kv
+
+    from raydpo.cluster.watch import Watched
+
+    def fail(*_, **__):
+        raise RuntimeError("no answer")
+
+    monkeypatch.setattr(internal_kv, "_internal_kv_put", fail)
+    watched = object.__new__(Watched)
+    vars(watched).update(_key="k", _host="h", _lock=threading.Lock(), _running=0, _done=0, _actor=len)
+    assert watched([1, 2]) == 2

@@ -118,6 +118,8 @@ def test_the_time_of_tokenising_by_hand(place, tiny_llama):
     assert told.cpu_minutes == pytest.approx(6060 / 1320 / 60) and told.minutes == pytest.approx(told.cpu_minutes / 16)
     rate = "6,060 pairs at 1,320 a second and core, measured here"
     assert told.line() == f"tokenising, once: {rate}: 0.077 CPU minutes; 0.0048 minutes on 16 cores"
+    large = Tokenising(pairs=9_800_000, done=False, pairs_per_second=1210.0, cpu_minutes=134.98, minutes=8.436)
+    assert large.line().endswith(" 130 CPU minutes; 8.4 minutes on 16 cores"), "not 1.3e+02"
     assert Tokenising.of(FirstPairs(sets, {})).line() == "tokenising: 660 pairs are already tokenised"
 
 

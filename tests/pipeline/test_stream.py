@@ -2,6 +2,8 @@
 
 import json
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,7 @@ from tiny import preferences, write_preferences
 
 from raydpo.config import load_config
 from raydpo.data.pieces import Sizes
-from raydpo.errors import DataError, FilesError
+from raydpo.errors import DataError, FilesError, RaydpoError
 from raydpo.pipeline import score as score_module
 from raydpo.pipeline import stream, tokenised
 from raydpo.reference import shards
@@ -18,6 +20,7 @@ from raydpo.reference.store import ReferenceCache
 from raydpo.storage.files import Storage
 from raydpo.terminal.console import Console
 from raydpo.tokens import build, reader
+from raydpo.tokens.build import Progress
 from raydpo.tokens.store import TokenSet
 
 PAIRS = 90
@@ -101,6 +104,21 @@ def test_the_first_window_is_there_before_the_set_is_whole(run, monkeypatch):
         go_on.set()
         assert [table["place"].to_pylist() for table in windows] == [list(range(20, 50)), list(range(50, PAIRS))]
         assert only_set(config).complete().pairs == PAIRS
+
+
+def test_who_waits_for_a_window_ends_with_the_stream(run, monkeypatch):
+    def never(*arguments, **given):
+        while True:
+            time.sleep(0.01)
+            yield Progress(0, 0, 0, 0.0, None)
+
+    monkeypatch.setattr(stream, "make_on_ray", never)
+    with stream.Stream(run("stopped"), Console()) as made, ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(lambda: next(made.windows()))
+        time.sleep(0.2)
+        made.__exit__()
+        with pytest.raises(RaydpoError, match="tokenising was stopped"):
+            waiting.result(timeout=10)
 
 
 def test_a_source_that_is_refused_ends_the_scoring(run, tmp_path):

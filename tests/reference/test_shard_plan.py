@@ -16,6 +16,7 @@ from raydpo.data.facts import digests
 from raydpo.data.ragged import Ragged
 from raydpo.data.rows import heads_of
 from raydpo.data.select import TokenTables
+from raydpo.errors import CacheError
 from raydpo.reference import build, shards
 from raydpo.reference.heads import in_order
 from raydpo.reference.part import KEY_TYPE
@@ -189,6 +190,15 @@ def test_every_completion_is_read_as_its_pair_has_it_and_as_long_as_its_longest_
         assert sorted(one.key for one in wanted) == sorted(whole) and wanted[-1].key == wanted.keys[-1].as_py()
     short = Wanted([cut], Tokens(table))
     assert {len(one.tokens) for one in short if one.key in {*table["chosen_key"].to_pylist()}} == {3}
+
+
+def test_tokens_of_other_pairs_are_refused():
+    table = pairs(50)
+    shifted = Tokens(table)
+    shifted.at = {(number, place): shifted.at.get((number, place + 1), one) for (number, place), one in shifted.at.items()}
+    (shard, *_) = plan_shards(Wanted([table], shifted), TOKENS)
+    with pytest.raises(CacheError, match=r"place \d+ of set [01] was read as a prompt of \d+ .* expected \d+ and at least"):
+        read_groups(shard, shifted)
 
 
 def test_prompts_are_sorted_as_their_tokens_are():

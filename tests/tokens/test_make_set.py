@@ -3,14 +3,16 @@
 import gzip
 import json
 import re
+import time
 
+import fsspec
 import pytest
 from making import SIZES, content, write
 from samples import text
 
 from raydpo.data.records import read_records
 from raydpo.errors import DataError
-from raydpo.tokens import reader
+from raydpo.tokens import build, identity, reader
 from raydpo.tokens.build import make_set, worth_ray
 from raydpo.tokens.store import TokenSet
 
@@ -86,18 +88,31 @@ def test_only_missing_blocks_are_made(kit, tmp_path, monkeypatch):
 
 
 def test_a_source_that_changes_is_refused(kit, tmp_path, monkeypatch):
-    path = write(tmp_path / "a.jsonl", [text(number) for number in range(30)])
-    data, commit = kit.data(path), TokenSet.commit
+    path = write(tmp_path / "a.jsonl", [text(number) for number in range(400)])
+    data, commit, before = kit.data(path), TokenSet.commit, path.read_text()
+    monkeypatch.setattr(reader, "PIECE_SIZES", SIZES["7 lines"])
+    monkeypatch.setattr(build, "FIRST_RECORDS", 7)
+    wanted = content(make(kit, data, cache="whole"))
 
     def change(self, span, rows):
-        path.write_text(path.read_text().replace("sky", "sea"))
+        path.write_text(before.replace("sky", "sea"))
         return commit(self, span, rows)
 
-    monkeypatch.setattr(TokenSet, "commit", change)
     token_set = kit.set(data)
-    with pytest.raises(DataError, match=r"a.jsonl changed while it was read; run the command again"):
+    with monkeypatch.context() as patch, pytest.raises(DataError, match=r"a.jsonl changed while it was read; run the comm"):
+        patch.setattr(TokenSet, "commit", change)
         make_set(token_set, data.train[0], data, kit.tokeniser())
     assert token_set.complete() is None
+    path.write_text(before)
+    assert kit.set(data).digest == token_set.digest and content(make(kit, data)) == wanted, "nothing of the other content"
+
+
+def test_a_source_whose_store_tells_nothing_is_made(kit, monkeypatch):
+    path = f"/build-{time.time_ns()}/a.jsonl"
+    lines = "".join(json.dumps(text(number)) + "\n" for number in range(30))
+    fsspec.filesystem("memory").pipe(path, lines.encode())
+    monkeypatch.setattr(identity, "content_version", lambda filesystem, path: None)
+    assert make(kit, kit.data(f"memory:/{path}")).complete().pairs == 30
 
 
 def test_errors_of_the_source_are_those_of_reading_it(kit, tmp_path, monkeypatch):
@@ -160,7 +175,6 @@ def test_an_own_reader_gives_the_records(kit, tmp_path):
 
 def test_worth_ray_counts_bytes(tmp_path, monkeypatch):
     from raydpo.config import SourceConfig
-    from raydpo.tokens import build
 
     (tmp_path / "a.jsonl").write_bytes(b"x" * 1000)
     (tmp_path / "b.jsonl.gz").write_bytes(b"x" * 1000)

@@ -85,6 +85,17 @@ def test_a_remote_cache(home, tmp_path):
     assert TokenSet(Storage(uri), IDENTITY).light().light.equals(joined(made)[0])
 
 
+def test_a_remote_cache_of_which_no_copy_can_be_kept(home, tmp_path, monkeypatch):
+    uri = f"memory://tokens-{time.time_ns()}"
+    _, made = make(uri)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    for _ in range(2):
+        found = TokenSet(Storage(uri), IDENTITY)
+        assert found.complete() is not None and found.light().light.equals(joined(made)[0])
+        assert "their copies cannot be kept" in found.problems[0]
+
+
 def test_rows_of_a_set_that_is_being_made(home, tmp_path):
     tokens, made = TokenSet(Storage(str(tmp_path / "cache")), IDENTITY), [rows_of(10, seed) for seed in range(5)]
     stored = StoredTokens(str(tmp_path / "cache"), (tokens.digest,))

@@ -138,6 +138,17 @@ def test_files_give_what_the_table_in_memory_gives(tmp_path):
     assert all(np.array_equal(few.groups([row])[0].prompt, wanted.groups([3 * row + 1])[0].prompt) for row in range(20))
 
 
+def test_tokens_of_other_pairs_are_refused(tmp_path):
+    table, logps = made_up(60)
+    shifted = Backwards(table)
+    shifted.row = {place: shifted.row.get(place + 1, row) for place, row in shifted.row.items()}
+    with PairFolder(Storage(str(tmp_path)), one_machine=True) as folder:
+        found = folder.write(table, logps, shifted).open()
+    for read in (found.groups, lambda rows: found.shapes_of(np.array(rows))):
+        with pytest.raises(RaydpoError, match=r"pair \S+ was read as .* tokens, expected .*; run the command again"):
+            read(range(60))
+
+
 def test_log_probs_of_a_cache_are_placed_as_they_are_joined(tmp_path):
     table = tiny_pairs(12)
     cache, wanted = ReferenceCache.open(str(tmp_path / "cache"), ONE), Wanted([table])
