@@ -211,12 +211,11 @@ def _verify(args: argparse.Namespace, console: Console) -> None:
         raise ConfigError(f"{given[0]} has no effect without --config, the run whose completions are scored again; add it")
     if args.all and args.sample is not None:
         raise ConfigError(f"--all and --sample {args.sample} contradict each other; keep one")
-    from raydpo.reference.store import ReferenceCache
-
     prepared = None
     if args.config:
         told = Console(io.StringIO()) if args.json else console
         prepared = _prepare(args.config[0], [*args.config[1:], f"cache.uri={args.uri}"], told)
+    from raydpo.reference.store import ReferenceCache
     from raydpo.storage.files import Storage
     from raydpo.tokens.inspect import verify_sets
     from raydpo.tokens.store import TokenSet

@@ -70,6 +70,7 @@ PLACE_SCHEMA = pa.schema(
 )
 """Further columns of the tables that ``select`` returns. Those of a table from elsewhere may lack them."""
 NO_ROOM, TOO_LONG, SAME = "prompt leaves no room", "longer than max_length", "identical after truncation"
+"""Why a well-formed pair is dropped."""
 _SIDES = ("chosen", "rejected")
 _BLOCK_ROWS = 1 << 20
 _VIEW_ROWS = 10_000

@@ -15,6 +15,7 @@ _CHANGES = (
 """Methods of a text that give a text, and never fail."""
 _QUESTIONS = ("startswith", "endswith", "isdigit", "isspace", "isalpha", "isalnum", "isupper", "islower", "find", "count")
 METHODS = frozenset((*_CHANGES, *_QUESTIONS, "split", "rsplit"))
+"""Methods of a text that are followed."""
 
 
 class Untraceable(Exception):

@@ -18,6 +18,7 @@ from raydpo.reference.store import UNVERIFIED, ReferenceCache
 __all__ = ["REFERENCE_COLUMNS", "SIDES", "join_reference", "place_reference", "reference_values"]
 
 SIDES = ("chosen", "rejected")
+"""The completions of a pair, in order."""
 REFERENCE_COLUMNS = ("ref_chosen_place", "ref_rejected_place", "ref_known", "ref_chosen_sum", "ref_rejected_sum")
 """Columns that ``place_reference`` adds."""
 

@@ -19,6 +19,7 @@ PIECE_BYTES = 2 << 20
 PIECE_SIZES = Sizes(first=PIECE_BYTES // 8, most=PIECE_BYTES, lines=4096, first_lines=FIRST_RECORDS)
 """The first pieces are smaller, so that the first pairs are there soon and small files keep several cores busy."""
 Reader = Callable[[SourceConfig], Iterator[Record]]
+"""Yields the records of a source, such as ``read_records``."""
 
 
 def pieces(source: SourceConfig, reader: Reader = read_records) -> Iterator[Piece]:
