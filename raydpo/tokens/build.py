@@ -7,6 +7,7 @@ at once: the set is the same. Only blocks that are missing are made.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -183,12 +184,13 @@ def make_set(
     # The very list that is decided by is not tokenised again when its rows are made.
     making.decided = maker.decide(parsed[0] if len(parsed) == 1 else [record for records in parsed for record in records])
     maker = maker.decided(*making.decided)
-    for piece in making.reading:
-        made = _make(token_set, maker, first.get(span_of(piece)) or _Parsed(piece, making.columns))
-        making.add(made, making.reading.cost)
-        if progress is not None:
-            progress(making.records)
-    return making.finish()
+    with making.guarded():
+        for piece in making.reading:
+            made = _make(token_set, maker, first.get(span_of(piece)) or _Parsed(piece, making.columns))
+            making.add(made, making.reading.cost)
+            if progress is not None:
+                progress(making.records)
+        return making.finish()
 
 
 class _Parsed:
@@ -360,15 +362,33 @@ class _Making:
         if self._lacking:  # blocks that were there do not tell: look at all records, up to the error
             for _ in read_records(self.source):
                 pass
-        now, before = files_of(self.source), self.identity.files
-        if len(now) != len(before) or not all(one.is_still(other) for one, other in zip(before, now, strict=True)):
-            self.token_set.discard()  # should the file come back as it was, its blocks must be its own
+        if self._changed():
             raise DataError(
                 f"{redact(self.source.path)} changed while it was read; run the command again when it is written"
             )
         take_off, head = self.decided or (False, 0)
         facts = {"records": self.reading.records, "take_off": take_off, "head": head}
         return self.token_set.finish(facts, self.reading.ends)
+
+    def _changed(self) -> bool:
+        """Whether the source is another one than when it was identified, as far as its store tells."""
+        now, before = files_of(self.source), self.identity.files
+        return len(now) != len(before) or not all(one.is_still(other) for one, other in zip(before, now, strict=True))
+
+    @contextlib.contextmanager
+    def guarded(self) -> Iterator[None]:
+        """Keep no blocks where the making ends early and the source has changed meanwhile: should it come back as it was,
+        blocks of its name must be its own."""
+        try:
+            yield
+        except BaseException:
+            try:
+                changed = self._changed()
+            except DataError:  # it is gone
+                changed = True
+            if changed:
+                self.token_set.discard()
+            raise
 
 
 def make_set_on_ray(
@@ -416,13 +436,15 @@ def make_set_on_ray(
             arguments = held, ray.put(piece), making.decided
             yield Job(_make_block, arguments, size, _about(piece), making.reading.cost)
 
-    for answer in pool.run(jobs(), doing, tell):
-        if answer is not None:
-            job, made = answer
-            job.arguments = ()  # frees the piece
-            making.add(made, job.tag)
-        yield making.progress()
-    yield making.progress(making.finish())
+    with making.guarded():
+        for answer in pool.run(jobs(), doing, tell):
+            if answer is not None:
+                job, made = answer
+                job.arguments = ()  # frees the piece
+                making.add(made, job.tag)
+            yield making.progress()
+        whole = making.finish()
+    yield making.progress(whole)
 
 
 def _about(piece: Piece) -> str:

@@ -87,7 +87,8 @@ def test_only_missing_blocks_are_made(kit, tmp_path, monkeypatch):
     assert len(lines) == len(MIXED) * 3 + first.span.stop - first.span.start, "each line once, but for the lost block"
 
 
-def test_a_source_that_changes_is_refused(kit, tmp_path, monkeypatch):
+@pytest.mark.parametrize("how", ["read to its end", "interrupted"])
+def test_a_source_that_changes_is_refused(how, kit, tmp_path, monkeypatch):
     path = write(tmp_path / "a.jsonl", [text(number) for number in range(400)])
     data, commit, before = kit.data(path), TokenSet.commit, path.read_text()
     monkeypatch.setattr(reader, "PIECE_SIZES", SIZES["7 lines"])
@@ -96,10 +97,17 @@ def test_a_source_that_changes_is_refused(kit, tmp_path, monkeypatch):
 
     def change(self, span, rows):
         path.write_text(before.replace("sky", "sea"))
+        if how == "interrupted" and span.start > 300:
+            raise KeyboardInterrupt
         return commit(self, span, rows)
 
     token_set = kit.set(data)
-    with monkeypatch.context() as patch, pytest.raises(DataError, match=r"a.jsonl changed while it was read; run the comm"):
+    refused = {
+        "read to its end": (DataError, "a.jsonl changed while it was read; run the command"),
+        "interrupted": (KeyboardInterrupt, "^$"),
+    }
+    error, told = refused[how]
+    with monkeypatch.context() as patch, pytest.raises(error, match=told):
         patch.setattr(TokenSet, "commit", change)
         make_set(token_set, data.train[0], data, kit.tokeniser())
     assert token_set.complete() is None
