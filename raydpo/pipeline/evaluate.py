@@ -40,7 +40,7 @@ from raydpo.model.rotary import rope_line
 from raydpo.pipeline.checks import check, check_models, pythons_of
 from raydpo.pipeline.prepare import measured_pairs, native_dtype, open_reference, reference_line
 from raydpo.pipeline.score import fill_cache
-from raydpo.pipeline.tokenised import limits_of, make_missing, open_tokeniser
+from raydpo.pipeline.tokenised import limits_of, open_pairs, open_tokeniser
 from raydpo.reference.identity import resolve_model
 from raydpo.reference.pairs import reference_values
 from raydpo.reference.score import ReferenceSpec
@@ -109,7 +109,7 @@ def pairs_to_evaluate(config: Config, tokeniser: Tokeniser, console: Console) ->
     if on_training_side:  # read in ways of their own, such as by subsets
         sets = load_pairs(data, tokeniser, console.counter("reading", "records"), reading(config.evaluate))
     else:
-        sets = make_missing(config, tokeniser, console).select(tokeniser)
+        sets, _ = open_pairs(config, tokeniser, console)
     for line in sets.report.lines():
         console.say(line)
     return (sets.train, None) if on_training_side else (sets.eval, sets.report.leaked)

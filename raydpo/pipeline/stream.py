@@ -70,16 +70,13 @@ class Stream:
             FilesError: if a model has no row for a token id, or no position for a token.
         """
         limits = limits_of(self.config)
-        told: set[str] = set()
         for number, each in enumerate(self.sets.every):
             for start, stop in pairwise([*WINDOWS, None]):
                 rows = self._rows(number, each, stop)
                 self.light[number] = rows.light
                 if rows.light.num_rows > start:
                     table = window(self.config.data, rows, number, start, stop)
-                    for line in set(check_limits([table], limits)) - told:
-                        told.add(line)
-                        self.console.warn(line)
+                    check_limits([table], limits)  # its warnings come with the whole data
                     if table.num_rows:
                         yield table
                 if stop is None or rows.light.num_rows < stop:

@@ -28,6 +28,7 @@ __all__ = [
     "limits_of",
     "make_missing",
     "make_on_ray",
+    "open_pairs",
     "open_tokeniser",
     "wants_ray",
     "writable",
@@ -52,16 +53,16 @@ class Tokenised:
         """
         tokeniser = open_tokeniser(config)
         started = time.perf_counter()
-        sets, made = _opened(config, tokeniser, console)
+        sets, made = open_pairs(config, tokeniser, console)
         for line in sets.report.lines():
             console.say(line)
         sets, line = filtered_by_tokens(sets, config.data)
         if line:
             console.say(line)
         held_out = 0 if sets.eval is None else sets.eval.num_rows
-        how = "tokenised" if made else "tokenised before, read"
+        how = "tokenised in" if made else "tokenised before, read in"
         seconds = time.perf_counter() - started
-        console.say(f"pairs: {sets.train.num_rows:,} to train on, {held_out:,} held out, {how} in {seconds:.1f} s")
+        console.say(f"pairs: {sets.train.num_rows:,} to train on, {held_out:,} held out, {how} {seconds:.1f} s")
         for line in tokenizer_warnings(tokeniser.tokenizer, _models_of(config), config.model.trust_remote_code):
             console.warn(line)
         for line in check_limits([sets.train, *([] if sets.eval is None else [sets.eval])], limits_of(config)):
@@ -94,8 +95,12 @@ def find_sets(config: Config, tokeniser: Tokeniser | None = None, storage: Stora
     )
 
 
-def _opened(config: Config, tokeniser: Tokeniser, console: Console) -> tuple[PairSets, bool]:
-    """The pairs, and whether some were tokenised now."""
+def open_pairs(config: Config, tokeniser: Tokeniser, console: Console) -> tuple[PairSets, bool]:
+    """The pairs of a configuration, and whether some were tokenised now.
+
+    Raises:
+        DataError, RaydpoError: as ``make_missing``.
+    """
     found = find_sets(config, tokeniser)
     missing = list(found.missing())
     with contextlib.ExitStack() as stack:

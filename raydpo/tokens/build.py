@@ -13,7 +13,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import date
+from pathlib import Path
 from typing import Any
+
+from pyarrow import fs as pafs
 
 from raydpo.config import DataConfig, SourceConfig, source_name
 from raydpo.config.data import COMPRESSION_SUFFIXES
@@ -239,6 +242,9 @@ class _Making:
         self._done, self._started = 0, time.monotonic()
         token_set.blocks()  # finds what is damaged
         token_set.prepare()
+        if (changed := _last_change(source)) is not None:
+            # A process that was killed may have read another content, which has been replaced since.
+            token_set.discard(before=changed)
         have = token_set.blocks()
         self.reading = Reading(source, reader, [block.span for block in have])
         for block in have:
@@ -376,12 +382,17 @@ class _Making:
         return len(now) != len(before) or not all(one.is_still(other) for one, other in zip(before, now, strict=True))
 
     @contextlib.contextmanager
-    def guarded(self) -> Iterator[None]:
+    def guarded(self, stop: Callable[[], None] = lambda: None) -> Iterator[None]:
         """Keep no blocks where the making ends early and the source has changed meanwhile: should it come back as it was,
-        blocks of its name must be its own."""
+        blocks of its name must be its own.
+
+        Args:
+            stop: ends those who make blocks.
+        """
         try:
             yield
         except BaseException:
+            stop()
             try:
                 changed = self._changed()
             except DataError:  # it is gone
@@ -389,6 +400,14 @@ class _Making:
             if changed:
                 self.token_set.discard()
             raise
+
+
+def _last_change(source: SourceConfig) -> float | None:
+    """When a file of the source on this machine last changed, in seconds since 1970; None if there is none."""
+    if is_on_hub(source):
+        return None
+    files = [Path(file.path) for file in data_files(source) if isinstance(file.filesystem, pafs.LocalFileSystem)]
+    return max((file.stat().st_ctime for file in files), default=None)
 
 
 def make_set_on_ray(
@@ -436,7 +455,7 @@ def make_set_on_ray(
             arguments = held, ray.put(piece), making.decided
             yield Job(_make_block, arguments, size, _about(piece), making.reading.cost)
 
-    with making.guarded():
+    with making.guarded(pool.close):
         for answer in pool.run(jobs(), doing, tell):
             if answer is not None:
                 job, made = answer

@@ -210,9 +210,15 @@ class TokenSet:
                 self.storage.move(path, f"{self.directory}/{SET_ASIDE}/{_short(path)}")
         self._damaged.clear()
 
-    def discard(self) -> None:
-        """Move the indices of all blocks aside, so that none counts: they may be of another content than the identity."""
-        self._damaged += [f"{self.directory}/{INDEX}/{block.index}" for block in self._listed()]
+    def discard(self, before: float | None = None) -> None:
+        """Move indices of blocks aside, so that these do not count: they may be of another content than the identity.
+
+        Args:
+            before: only those that were written before this time, in seconds since 1970; None = all.
+        """
+        entries = self.storage.entries(f"{self.directory}/{INDEX}")
+        old = {entry.name for entry in entries if before is None or entry.modified < before}
+        self._damaged += [f"{self.directory}/{INDEX}/{block.index}" for block in self._listed() if block.index in old]
         self.set_aside()
 
     # ---- reading

@@ -114,6 +114,7 @@ EXAMPLE = ("prompt ", "before ", "after ", "- ", "job ", "data ")
 INTERPOLATED = {
     "nats a token from one completion at a time",
     "optimizer on host",
+    "records of train",
     "sdpa attention",
     "shorter is better",
     "The shorter answer is better",

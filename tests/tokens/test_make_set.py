@@ -189,3 +189,23 @@ def test_worth_ray_counts_bytes(tmp_path, monkeypatch):
     for threshold, wanted in ((1001, [False, True]), (4001, [False, False]), (1000, [True, True])):
         monkeypatch.setattr(build, "WORTH_BYTES", threshold)
         assert [worth_ray(SourceConfig(path=str(tmp_path / name))) for name in ("a.jsonl", "b.jsonl.gz")] == wanted
+
+
+def test_blocks_of_a_content_that_was_replaced_since_are_made_again(kit, tmp_path, monkeypatch):
+    """As after a kill: the file was overwritten while it was read, and then came back as it was."""
+    monkeypatch.setattr(reader, "PIECE_SIZES", SIZES["7 lines"])
+    mine, other = [text(number) for number in range(30)], [text(number + 100) for number in range(30)]
+    data = kit.data(write(tmp_path / "a.jsonl", mine))
+    token_set = kit.set(data)  # the identity is that of the first content
+    write(tmp_path / "a.jsonl", other)
+    with monkeypatch.context() as patch:
+        patch.setattr(build._Making, "_changed", lambda self: False)
+        made = build._Making(token_set, data.train[0], data, read_records)
+        maker = kit.recipe(token_set, data).maker(kit.tokeniser()).decided(False, 0)
+        for piece in list(made.reading)[:2]:
+            build._make(token_set, maker, build._Parsed(piece, {}))
+    assert len(token_set.blocks()) == 2
+    time.sleep(0.02)
+    write(tmp_path / "a.jsonl", mine)
+    found = content(make(kit, data))
+    assert found[0] == content(make(kit, data, cache="fresh"))[0]
