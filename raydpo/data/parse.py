@@ -14,8 +14,9 @@ __all__ = ["BOM", "INVALID", "Record", "list_records", "object_records", "parse"
 
 BOM = b"\xef\xbb\xbf"
 """What some programs write before UTF-8."""
-INVALID, NOT_UTF8, HALF_PAIR = "not valid JSON", "not valid UTF-8", "text with half a surrogate pair"
-"""What may be wrong with a line."""
+INVALID = "not valid JSON"
+"""The problem of a line that is not."""
+NOT_UTF8, HALF_PAIR = "not valid UTF-8", "text with half a surrogate pair"
 
 
 class _Twice(ValueError):

@@ -69,8 +69,9 @@ PLACE_SCHEMA = pa.schema(
     ]
 )
 """Further columns of the tables that ``select`` returns. Those of a table from elsewhere may lack them."""
-NO_ROOM, TOO_LONG, SAME = "prompt leaves no room", "longer than max_length", "identical after truncation"
-"""Why a well-formed pair is dropped."""
+SAME = "identical after truncation"
+"""Reason for which a pair is dropped whose completions are the same as far as they are used."""
+NO_ROOM, TOO_LONG = "prompt leaves no room", "longer than max_length"
 _SIDES = ("chosen", "rejected")
 _BLOCK_ROWS = 1 << 20
 _VIEW_ROWS = 10_000
