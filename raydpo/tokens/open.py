@@ -88,12 +88,14 @@ class OpenSets:
         return (each for each in self.every if each.stored.complete() is None)
 
     def why(self, each: SourceSet) -> list[str]:
-        """What the user is told of a set that has to be made: what is damaged, and what made a set of the same path another
-        one."""
+        """What the user is told of a set that has to be made: what is damaged, or, if the cache does not have this set at
+        all, what made a set of the same path another one."""
         told = [*each.stored.problems]
         identity = each.stored.identity
-        other = None if identity is None else TokenSet.nearest(self.storage, identity)
-        if other is not None and identity is not None:
+        if identity is None or each.stored.description() is not None:  # begun or damaged: no setting is the reason
+            return told
+        other = TokenSet.nearest(self.storage, identity)
+        if other is not None:
             changes = "; ".join(identity.differences(other)[:3])
             told.append(f"data {each.name}: tokenised again, not read from set {other.digest[:12]} of this cache: {changes}")
         return told
