@@ -47,11 +47,14 @@ def quietly(config: Config, console: Console, act: Callable[[], object]) -> None
         raise
 
 
-def load_first_pairs(config: Config, most_records: int) -> tuple[FirstPairs, Tokeniser]:
+def load_first_pairs(config: Config, most_records: int, console: Console) -> tuple[FirstPairs, Tokeniser]:
     """The pairs of a configuration as score and train use them, without Ray.
 
     They come from their tokenised sets. Without these, sources are read and tokenised now, large ones up to record
     ``most_records``. Then ``data.filter`` counts copies and shared prompts among what was read.
+
+    Args:
+        console: for a warning of a damaged set.
 
     Raises:
         DataError: see ``data.first.first_pairs``.
@@ -62,17 +65,17 @@ def load_first_pairs(config: Config, most_records: int) -> tuple[FirstPairs, Tok
     from raydpo.tokens.build import worth_ray
 
     tokeniser = open_tokeniser(config)
-    found = _stored(config, tokeniser) or first_pairs(config.data, tokeniser, most_records, worth_ray)
+    found = _stored(config, tokeniser, console) or first_pairs(config.data, tokeniser, most_records, worth_ray)
     try:
         sets = filtered_by_tokens(found.sets, config.data)[0]
     except DataError:  # none of these pairs meets the condition
         if found.whole:
             raise
-        return load_first_pairs(config, 10 * most_records)
+        return load_first_pairs(config, 10 * most_records, console)
     return dataclasses.replace(found, sets=sets), tokeniser
 
 
-def _stored(config: Config, tokeniser: Tokeniser) -> FirstPairs | None:
+def _stored(config: Config, tokeniser: Tokeniser, console: Console) -> FirstPairs | None:
     """All pairs, if the set of each source is stored."""
     from raydpo.data.first import FirstPairs
     from raydpo.pipeline.tokenised import find_sets
@@ -83,9 +86,12 @@ def _stored(config: Config, tokeniser: Tokeniser) -> FirstPairs | None:
     if not TokenSet.digests(Storage(config.cache_uri)):
         return None
     found = find_sets(config, tokeniser)
-    if next(found.missing(), None) is not None:
+    if (missing := next(found.missing(), None)) is not None:
+        for problem in missing.stored.problems:
+            console.warn(f"{problem}; 'raydpo score' makes it")
         return None
     try:
         return FirstPairs(found.select(tokeniser), {})
-    except CacheError:  # a damaged file, which the commands that make sets mend
+    except CacheError as error:  # a damaged file, which the commands that make sets mend
+        console.warn(str(error))
         return None

@@ -199,10 +199,10 @@ def _show(args: argparse.Namespace, console: Console) -> None:
 
     most_records = max(_SHOWN_RECORDS, 2 * args.count)
     with console.quiet():
-        first, tokeniser = load_first_pairs(config, most_records)
+        first, tokeniser = load_first_pairs(config, most_records, console)
         while not first.whole and first.sets.train.num_rows < args.count:
             most_records *= 10
-            first, tokeniser = load_first_pairs(config, most_records)
+            first, tokeniser = load_first_pairs(config, most_records, console)
     for line in (*first.lines(), *first.sets.report.lines()):
         console.say(line)
     for renderable in render_pairs(first.sets.train, tokeniser, args.count):
@@ -230,7 +230,7 @@ def _plan(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     from raydpo.estimate.display import plan_run, print_plan
 
     with console.quiet():
-        first, _ = load_first_pairs(config, _PLANNED_RECORDS)
+        first, _ = load_first_pairs(config, _PLANNED_RECORDS, console)
         asked = ("measure", "measured", "device", "mfu_score", "mfu_train", "workers", "price", "runs", "memory")
         plan = plan_run(config, first.sets, first=first, **{name: getattr(args, name) for name in asked})
     for line in (*first.lines(), *first.sets.report.lines()):

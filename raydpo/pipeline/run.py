@@ -29,7 +29,7 @@ def run(config: Config, console: Console | None = None, *, fresh: bool = False) 
         with request_nodes(config, wanted=fresh or not Storage(config.run_dir).exists(SUMMARY)):
             storage, streamed = Storage(config.run_dir), None
             if tokenised is None and not storage.exists(RUN) and streams(config):
-                streamed = score_streamed(config, console)
+                streamed, tokenised = score_streamed(config, console)
             prepared = Prepared.of(config, console, tokenised)
             # An earlier run must be handled before scoring, since scoring writes the audit into the run directory.
             if fresh:

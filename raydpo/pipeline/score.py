@@ -23,6 +23,7 @@ from raydpo.pipeline.prepare import (
     wait_for_workers,
 )
 from raydpo.pipeline.stream import Stream, streams
+from raydpo.pipeline.tokenised import Tokenised
 from raydpo.reference.build import BuildReport, build
 from raydpo.reference.score import ReferenceSpec
 from raydpo.reference.store import ReferenceCache
@@ -42,12 +43,14 @@ def score(config: Config, console: Console | None = None) -> BuildReport:
     tokenised = checked(config, "score", console)
     with session(config):
         check_cluster(config, ["score"], console)
-        report = score_streamed(config, console) if tokenised is None and streams(config) else None
+        report = None
+        if tokenised is None and streams(config):
+            report, tokenised = score_streamed(config, console)
         return score_prepared(Prepared.of(config, console, tokenised), console, report=report)
 
 
-def score_streamed(config: Config, console: Console) -> BuildReport:
-    """Score the pairs of a configuration while they are tokenised, within a Ray session. Afterwards their sets are whole.
+def score_streamed(config: Config, console: Console) -> tuple[BuildReport, Tokenised]:
+    """Score the pairs of a configuration while they are tokenised, within a Ray session.
 
     Raises:
         RaydpoError: if it fails. Committed log-probs and tokenised blocks stay in the cache.
@@ -57,7 +60,8 @@ def score_streamed(config: Config, console: Console) -> BuildReport:
     console.begin("tokenising the first pairs")
     with Stream(config, console) as stream:
         stored: dict[str, Any] = {"tokens": stream.sets.tokens, "light": stream.light}
-        return fill_cache(stream.windows(), spec, cache, config, console, beside=stream.progress, **stored)
+        report = fill_cache(stream.windows(), spec, cache, config, console, beside=stream.progress, **stored)
+    return report, Tokenised.of(config, console, streamed=True)
 
 
 def score_prepared(

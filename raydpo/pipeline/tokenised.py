@@ -43,9 +43,12 @@ class Tokenised:
     sets: PairSets
 
     @classmethod
-    def of(cls, config: Config, console: Console) -> Tokenised:
+    def of(cls, config: Config, console: Console, *, streamed: bool = False) -> Tokenised:
         """Open the tokenised pairs, made where they are missing, and compare them with the limits of the models. Within a
         Ray session large sources are tokenised by its CPUs.
+
+        Args:
+            streamed: whether this command has just tokenised and scored them at once.
 
         Raises:
             DataError: if a source cannot be read, or more of it is malformed or dropped than allowed.
@@ -60,7 +63,7 @@ class Tokenised:
         if line:
             console.say(line)
         held_out = 0 if sets.eval is None else sets.eval.num_rows
-        how = "tokenised in" if made else "tokenised before, read in"
+        how = "tokenised while scoring, read in" if streamed else "tokenised in" if made else "tokenised before, read in"
         seconds = time.perf_counter() - started
         console.say(f"pairs: {sets.train.num_rows:,} to train on, {held_out:,} held out, {how} {seconds:.1f} s")
         for line in tokenizer_warnings(tokeniser.tokenizer, _models_of(config), config.model.trust_remote_code):
@@ -112,7 +115,7 @@ def open_pairs(config: Config, tokeniser: Tokeniser, console: Console) -> tuple[
         except CacheError as error:
             if next(found.missing(), None) is None:
                 raise
-            console.warn(f"{error}; made again now")
+            console.warn(f"{error}. This command does so now")
         return make_missing(config, tokeniser, console, found).select(tokeniser), True
 
 

@@ -31,6 +31,8 @@ MOST_DEATHS = 3
 """How many actors may die with a piece in their hands."""
 WITHOUT_CPU = 2
 """Actors that are started where no CPU is free. Scoring may hold all of them and wait for the pairs."""
+NICE = 10
+"""How far tokenising stands back on cores that scoring wants, too: a GPU must not wait for its process."""
 ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
 
@@ -44,6 +46,7 @@ class Host:
 
     def __init__(self, *, torch: bool) -> None:
         os.environ |= ENVIRONMENT
+        os.nice(NICE)
         if not torch and "torch" not in sys.modules:
             sys.modules["torch"] = None  # type: ignore[assignment]  # now it counts as not installed
         from transformers import AutoTokenizer  # noqa: F401  # takes longest; meanwhile the driver reads the first lines

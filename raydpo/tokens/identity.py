@@ -22,7 +22,7 @@ from raydpo.config import DataConfig, SourceConfig
 from raydpo.data.locate import DataFile, data_files, hub_dataset, is_on_hub
 from raydpo.data.pairs import number_columns
 from raydpo.data.preference import Preference
-from raydpo.data.rows import most_characters_of
+from raydpo.data.rows import PAIR_MARGIN, PAIR_WEIGHT, most_characters_of
 from raydpo.data.tokenise import FILES, Tokeniser, template_text
 from raydpo.errors import DataError, reason
 from raydpo.storage.content import BY_TIME, content_version, file_digest
@@ -215,6 +215,16 @@ def _canonical(tree: Any) -> str:
     return json.dumps(tree, sort_keys=True, separators=(",", ":"))
 
 
+_SETTINGS = {
+    "limit": "limit of the source",
+    "most_characters": "most characters of a pair, by data.max_length",
+    "special_tokens": "data.special_tokens",
+    PAIR_WEIGHT: "data.weight_column",
+    PAIR_MARGIN: "data.margin_column",
+}
+"""What users call fields."""
+
+
 def _flat(identity: SetIdentity) -> Iterator[tuple[str, str]]:
     """What a reader is told of each field, by name. Texts that differ are told differently."""
     yield "files", ", ".join(file.name for file in identity.files)
@@ -228,9 +238,9 @@ def _flat(identity: SetIdentity) -> Iterator[tuple[str, str]]:
                 if isinstance(entry, dict):
                     yield from ((f"{name} {key} {inner}", _short(told)) for inner, told in entry.items())
                 else:
-                    yield f"{name} {key}", _short(entry)
+                    yield _SETTINGS.get(key, f"{name} {key}"), _short(entry)
         elif name != "files":
-            yield name, _short(value)
+            yield _SETTINGS.get(name, name), _short(value)
 
 
 def _short(value: Any) -> str:

@@ -97,7 +97,7 @@ class OpenSets:
         other = TokenSet.nearest(self.storage, identity)
         if other is not None:
             changes = "; ".join(identity.differences(other)[:3])
-            told.append(f"data {each.name}: tokenised again, not read from set {other.digest[:12]} of this cache: {changes}")
+            told.append(f"data {each.name}: tokenised anew, not read from set {other.digest[:12]} of this cache: {changes}")
         return told
 
     def check(self, each: SourceSet) -> None:

@@ -48,4 +48,4 @@ def test_a_damaged_block_is_made_again_by_the_same_command(read, tmp_path):
     data = block.read_bytes()
     block.write_bytes(data[:50] + bytes([data[50] ^ 1]) + data[51:])
     again, told = read()
-    assert again == pairs and "made again now" in told and block.read_bytes() == data
+    assert again == pairs and "This command does so now" in told and block.read_bytes() == data

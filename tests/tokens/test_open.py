@@ -30,4 +30,4 @@ def test_a_damaged_set_is_not_explained_by_the_settings_of_another(tmp_path, tin
     _, sets = opened(4)
     (each,) = sets.missing()
     (line,) = sets.why(each)
-    assert "tokenised again, not read from set" in line and "limit: 4 here" in line
+    assert "tokenised anew, not read from set" in line and "limit of the source: 4 here" in line

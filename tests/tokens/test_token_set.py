@@ -274,7 +274,7 @@ def test_the_nearest_set_of_the_same_path_tells_what_changed(tmp_path):
     make(tmp_path, identity=another(limit=6))
     make(tmp_path, identity=another(limit=None, path="/data/b.jsonl", numbers={"pair_weight": "w"}))
     nearest = TokenSet.nearest(Storage(str(tmp_path)), IDENTITY)
-    assert nearest == another(limit=6) and IDENTITY.differences(nearest) == ["limit: None here, 6 there"]
+    assert nearest == another(limit=6) and IDENTITY.differences(nearest) == ["limit of the source: None here, 6 there"]
     assert TokenSet.nearest(Storage(str(tmp_path)), another(path="/data/c.jsonl")) is None
 
 
