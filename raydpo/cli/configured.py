@@ -85,13 +85,13 @@ def _stored(config: Config, tokeniser: Tokeniser, console: Console) -> FirstPair
     # Without any set in the cache, no source needs to be identified, which reads its files to their ends.
     if not TokenSet.digests(Storage(config.cache_uri)):
         return None
-    found = find_sets(config, tokeniser)
+    found = find_sets(config, lambda: tokeniser)
     if (missing := next(found.missing(), None)) is not None:
         for problem in missing.stored.problems:
             console.warn(f"{problem}; 'raydpo score' makes it")
         return None
     try:
-        return FirstPairs(found.select(tokeniser), {})
+        return FirstPairs(found.select(), {})
     except CacheError as error:  # a damaged file, which the commands that make sets mend
         console.warn(str(error))
         return None

@@ -109,7 +109,7 @@ def pairs_to_evaluate(config: Config, tokeniser: Tokeniser, console: Console) ->
     if on_training_side:  # read in ways of their own, such as by subsets
         sets = load_pairs(data, tokeniser, console.counter("reading", "records"), reading(config.evaluate))
     else:
-        sets, _ = open_pairs(config, tokeniser, console)
+        sets, _ = open_pairs(config, lambda: tokeniser, console)
     for line in sets.report.lines():
         console.say(line)
     return (sets.train, None) if on_training_side else (sets.eval, sets.report.leaked)

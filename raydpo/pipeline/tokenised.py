@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from raydpo.cluster.session import has_ray, owns_ray, session, starts_own_ray
@@ -54,9 +55,11 @@ class Tokenised:
             DataError: if a source cannot be read, or more of it is malformed or dropped than allowed.
             FilesError: if a model has no row for a token id, or no position for a token.
         """
-        tokeniser = open_tokeniser(config)
         started = time.perf_counter()
-        sets, made = open_pairs(config, tokeniser, console)
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            loading = pool.submit(open_tokeniser, config)  # imports transformers for seconds, while stored pairs are opened
+            sets, made = open_pairs(config, loading.result, console)
+        tokeniser = loading.result()
         for line in sets.report.lines():
             console.say(line)
         sets, line = filtered_by_tokens(sets, config.data)
@@ -87,49 +90,57 @@ def wants_ray(config: Config) -> bool:
     return any(worth_ray(each.source) for each in find_sets(config).missing())
 
 
-def find_sets(config: Config, tokeniser: Tokeniser | None = None, storage: Storage | None = None) -> OpenSets:
-    """The tokenised sets of a configuration, in its cache or in ``storage``."""
+def find_sets(config: Config, load: Callable[[], Tokeniser] | None = None, storage: Storage | None = None) -> OpenSets:
+    """The tokenised sets of a configuration, in its cache or in ``storage``.
+
+    Args:
+        load: gives the tokeniser, where one is at hand.
+    """
     return OpenSets(
         config.data,
         storage or Storage(config.cache_uri),
         _tokenizer_directory(config),
-        lambda: tokeniser or open_tokeniser(config),
+        load or (lambda: open_tokeniser(config)),
         trust_remote_code=config.model.trust_remote_code,
     )
 
 
-def open_pairs(config: Config, tokeniser: Tokeniser, console: Console) -> tuple[PairSets, bool]:
+def open_pairs(config: Config, load: Callable[[], Tokeniser], console: Console) -> tuple[PairSets, bool]:
     """The pairs of a configuration, and whether some were tokenised now.
+
+    Args:
+        load: gives the tokeniser. It is called only if something has to be tokenised, or this machine sees it first.
 
     Raises:
         DataError, RaydpoError: as ``make_missing``.
     """
-    found = find_sets(config, tokeniser)
+    found = find_sets(config, load)
     missing = list(found.missing())
     with contextlib.ExitStack() as stack:
         if not has_ray() and any(worth_ray(each.source) for each in missing):  # of a command that needs no Ray otherwise
             stack.enter_context(session(config))
-        found = make_missing(config, tokeniser, console, found)
+        found = make_missing(config, load, console, found)
         try:
-            return found.select(tokeniser), bool(missing)
+            return found.select(), bool(missing)
         except CacheError as error:
             if next(found.missing(), None) is None:
                 raise
             console.warn(f"{error}. This command does so now")
-        return make_missing(config, tokeniser, console, found).select(tokeniser), True
+        return make_missing(config, load, console, found).select(), True
 
 
-def make_missing(config: Config, tokeniser: Tokeniser, console: Console, found: OpenSets | None = None) -> OpenSets:
+def make_missing(config: Config, load: Callable[[], Tokeniser], console: Console, found: OpenSets | None = None) -> OpenSets:
     """The tokenised sets of a configuration. Those that are missing are made.
 
     Args:
+        load: gives the tokeniser.
         found: result of ``find_sets``, which looks at each file of the sources, if that was called before.
 
     Raises:
         DataError: if a source cannot be read, or more of it is malformed or dropped than allowed.
         RaydpoError: if the sets cannot be written.
     """
-    found = writable(found or find_sets(config, tokeniser), config, console)
+    found = writable(found or find_sets(config, load), config, console)
     for each in found.every:
         if each.stored.complete() is None:
             for line in found.why(each):
@@ -137,7 +148,7 @@ def make_missing(config: Config, tokeniser: Tokeniser, console: Console, found: 
             if has_ray() and worth_ray(each.source):
                 _show_on_ray(config, each, console)
             else:
-                make_set(each.stored, each.source, config.data, tokeniser, progress=console.counter("reading", "records"))
+                make_set(each.stored, each.source, config.data, load(), progress=console.counter("reading", "records"))
         if each.stored.identity is not None:
             for line in each.stored.identity.warnings():
                 console.say(line)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import date
 from functools import cached_property
 from pathlib import Path
 
@@ -108,7 +109,14 @@ class OpenSets:
         """
         check_source(self.data, each.rows())
 
-    def select(self, tokeniser: Tokeniser) -> PairSets:
+    @property
+    def _day(self) -> date | None:
+        """The day that the chat template writes; None if it writes none."""
+        identity = self.every[0].stored.identity
+        day = None if identity is None else identity.tokenizer["template_date"]
+        return None if day is None else date.fromisoformat(day)
+
+    def select(self) -> PairSets:
         """Tables of the pairs of all sets, which are whole.
 
         Raises:
@@ -119,5 +127,4 @@ class OpenSets:
             dataclasses.replace(each.rows(), tokens=self.tokens.tables(number)) for number, each in enumerate(self.every)
         ]
         sources, held = rows[: len(self.data.train)], rows[len(self.data.train) :]
-        day = tokeniser.template.day if tokeniser.template.writes_date else None
-        return select(self.data, sources, held[0] if held else None, self.tokens, template_date=day)
+        return select(self.data, sources, held[0] if held else None, self.tokens, template_date=self._day)

@@ -146,7 +146,7 @@ def test_stored_sets_are_read_in_place_of_the_source(place, tiny_llama, monkeypa
     assert entry.main(["plan", str(path)]) == 0
     printed = capsys.readouterr().out
     assert printed.startswith("from the first 50 of about ") and "tokenising, once: " in printed
-    make_missing(config, open_tokeniser(config), Console())
+    make_missing(config, lambda: open_tokeniser(config), Console())
     whole = configured.load_first_pairs(config, 50)[0]
     assert whole.whole and whole.sets.train.num_rows == loaded(config).train.num_rows
     capsys.readouterr()
