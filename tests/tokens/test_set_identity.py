@@ -97,11 +97,11 @@ def test_changed_files_are_another_set(what, place):
 SETTINGS = {
     "template": ({"chat_template": "{{ messages }}{{ eos_token }}"}, {}, "tokenizer template"),
     "columns": ({}, {"columns": {"chosen": "good"}}, "columns chosen"),
-    "limit": ({}, {"limit": 3}, "limit"),
-    "weight_column": ({"weight_column": "w"}, {}, "numbers pair_weight"),
-    "margin_column": ({"margin_column": "m"}, {}, "numbers pair_margin"),
-    "special_tokens": ({"special_tokens": "refuse"}, {}, "special_tokens"),
-    "very long pairs": ({"max_length": 10_001}, {}, "most_characters"),
+    "limit": ({}, {"limit": 3}, "limit of the source"),
+    "weight_column": ({"weight_column": "w"}, {}, "data.weight_column"),
+    "margin_column": ({"margin_column": "m"}, {}, "data.margin_column"),
+    "special_tokens": ({"special_tokens": "refuse"}, {}, "data.special_tokens"),
+    "very long pairs": ({"max_length": 10_001}, {}, "most characters of a pair, by data.max_length"),
 }
 
 
