@@ -126,10 +126,10 @@ def test_the_time_of_tokenising_by_hand(place, tiny_llama):
 def test_show_reads_on_until_it_has_enough(place, tiny_llama, monkeypatch):
     monkeypatch.setattr("raydpo.tokens.build.worth_ray", lambda source: True)
     config, read = configure(place, tiny_llama, "a", **{"data.filter": "chosen_tokens > 20"}), []
-    found = configured.load_first_pairs(config, 20)[0]
+    found = configured.load_first_pairs(config, 20, Console())[0]
     assert 0 < found.sets.train.num_rows < 15 and found.read["a"].records == 200, "none of the first 20 records has such"
     real = configured.load_first_pairs
-    monkeypatch.setattr(entry, "load_first_pairs", lambda config, most: read.append(most) or real(config, most))
+    monkeypatch.setattr(entry, "load_first_pairs", lambda config, most, told: read.append(most) or real(config, most, told))
     monkeypatch.setattr(entry, "_SHOWN_RECORDS", 20)
     path = place / "show.yaml"
     path.write_text(json.dumps(config.model_dump(mode="json", exclude_unset=True)))
@@ -147,7 +147,7 @@ def test_stored_sets_are_read_in_place_of_the_source(place, tiny_llama, monkeypa
     printed = capsys.readouterr().out
     assert printed.startswith("from the first 50 of about ") and "tokenising, once: " in printed
     make_missing(config, lambda: open_tokeniser(config), Console())
-    whole = configured.load_first_pairs(config, 50)[0]
+    whole = configured.load_first_pairs(config, 50, Console())[0]
     assert whole.whole and whole.sets.train.num_rows == loaded(config).train.num_rows
     capsys.readouterr()
     assert entry.main(["plan", str(path), "--json"]) == 0
