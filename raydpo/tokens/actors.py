@@ -104,11 +104,14 @@ class Makers:
         self._workers: list[_Worker] = []
         self._failed_starts = 0
         self._cpus = list(cpus)
-        for each in self._cpus:
-            self._start(each)
+        self._start_all()
 
     def __len__(self) -> int:
         return len(self._cpus)
+
+    def _start_all(self) -> None:
+        for each in self._cpus:
+            self._start(each)
 
     def _start(self, cpus: int) -> None:
         import ray
@@ -118,7 +121,7 @@ class Makers:
         self._starting[actor.where.remote()] = _Worker(actor)
 
     def close(self) -> None:
-        """End the actors. What they were making is not stored, or stored whole."""
+        """End the actors. What they were making is not stored, or stored whole. Another ``run`` starts new ones."""
         import ray
 
         for worker in (*self._starting.values(), *self._workers):
@@ -143,6 +146,8 @@ class Makers:
         """
         import ray
 
+        if not (self._workers or self._starting):
+            self._start_all()
         again: deque[Job] = deque()
         began = told = time.monotonic()
         try:
