@@ -95,14 +95,8 @@ class Stream:
             whole = self._whole[number]
         if whole or stop is None:
             return each.rows()
-        blocks, last, pairs = [], (0, 0), 0
-        for block in each.stored.blocks():
-            # Later blocks may be there before earlier ones.
-            if pairs >= stop or block.span.start != (last[1] if block.span.file == last[0] else 0):
-                break
-            last = block.span.file, block.span.stop
-            pairs += block.pairs
-            blocks.append(block)
+        blocks = each.stored.first_blocks(stop)
+        pairs = sum(block.pairs for block in blocks)
         if pairs < stop:
             raise RaydpoError(
                 f"set {each.stored.digest} holds {pairs:,} pairs in order, but {stop:,} were made; run the command again"

@@ -127,14 +127,7 @@ class StoredTokens:
             if not small:
                 self._make_room(known, whole.tokens)
             return known
-        # Blocks are finished in any order, so what a later one holds has no certain place yet.
-        blocks, pairs, stop = [], 0, (0, 0)
-        for block in tokens.blocks(check=False):
-            if pairs > last or block.span.start != (stop[1] if block.span.file == stop[0] else 0):
-                break
-            stop = (block.span.file, block.span.stop)
-            pairs += block.pairs
-            blocks += [block] if block.pairs else []
+        blocks = [block for block in tokens.first_blocks(last + 1, check=False) if block.pairs]
         known = _Known(tokens, blocks, False)
         self._make_room(known, 0)
         return known

@@ -233,6 +233,23 @@ class TokenSet:
         listed = self._listed()
         return _without_overlaps(self._counting(listed) if check else listed)
 
+    def first_blocks(self, pairs: int, *, check: bool = True) -> list[BlockInfo]:
+        """The first blocks of a set that may still be being made, up to the one with which they hold ``pairs`` pairs, or to
+        the first gap: blocks are finished in any order, so what lies behind a gap has no certain place yet.
+
+        Args:
+            check: as of ``blocks``.
+        """
+        found: list[BlockInfo] = []
+        held, end = 0, (0, 0)  # end: file and line
+        for block in self.blocks(check=check):
+            if held >= pairs or block.span.start != (end[1] if block.span.file == end[0] else 0):
+                break
+            end = block.span.file, block.span.stop
+            held += block.pairs
+            found.append(block)
+        return found
+
     def complete(self, *, check: bool = True) -> Complete | None:
         """The set if it is whole, else None; ``problems`` then says what is missing of one that was. ``check``: as of
         ``blocks``."""
