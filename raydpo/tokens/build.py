@@ -38,8 +38,8 @@ from raydpo.tokens.store import Complete, TokenSet
 __all__ = ["Made", "Progress", "Recipe", "make_set", "make_set_on_ray", "worth_ray"]
 
 WORTH_BYTES = 48 << 20
-"""JSON lines from which actors pay. One core tokenises 1 MB/s (1,090 pairs of HH-RLHF). On two busy cores a Ray of our own
-took 12 s to start and the first block of an actor was there 6 s after it, so that two actors are level at 36 MB."""
+"""JSON lines from which actors pay. One core tokenises 3 to 4 MB/s of HH-RLHF here. A Ray of our own takes 4 s to start on
+two quiet cores, 12 s on busy ones, and the first block of an actor is there 6 s after it."""
 PACKED = 4
 """Bytes of JSON lines that one byte of a compressed or Parquet file stands for, roughly."""
 

@@ -15,7 +15,7 @@ from raydpo.tokens.block import Span
 __all__ = ["PIECE_BYTES", "PIECE_SIZES", "Piece", "Reader", "Reading", "pieces", "records_of", "span_of"]
 
 PIECE_BYTES = 2 << 20
-"""Bytes of a piece, but for a longer line. It takes one core 1 to 2 s."""
+"""Bytes of a piece, but for a longer line. It takes one core about half a second."""
 PIECE_SIZES = Sizes(first=PIECE_BYTES // 8, most=PIECE_BYTES, lines=4096, first_lines=FIRST_RECORDS)
 """The first pieces are smaller, so that the first pairs are there soon and small files keep several cores busy."""
 Reader = Callable[[SourceConfig], Iterator[Record]]
