@@ -82,6 +82,7 @@ class PairFolder:
     def __init__(self, storage: Storage, *, one_machine: bool) -> None:
         self._storage, self._upload = storage, not storage.is_local and not one_machine
         self._stack = contextlib.ExitStack()
+        self._written: set[str] = set()
 
     def __enter__(self) -> PairFolder:
         return self
@@ -110,7 +111,7 @@ class PairFolder:
         *,
         prompts: bool = False,
     ) -> PairFiles:
-        """Write the files of ``table``. Equal pairs share their files, also with a command that was killed.
+        """Write the files of ``table``. Equal pairs share their files.
 
         Args:
             table: rows of ``data.pairs.PAIR_SCHEMA``, and the columns that ``reference.pairs.place_reference`` adds.
@@ -139,9 +140,11 @@ class PairFolder:
             checksum = _checksum(_mapped(whole / _PAIRS, sizes[_PAIRS]))
             name = _name(checksum, table)
             kept = self._place / name
-            if {path.name: path.stat().st_size for path in kept.glob("*")} != sizes:
+            # What another command left may be damaged at its full length.
+            if name not in self._written or {path.name: path.stat().st_size for path in kept.glob("*")} != sizes:
                 shutil.rmtree(kept, ignore_errors=True)
                 whole.rename(kept)
+                self._written.add(name)
         if not self._upload:
             return PairFiles(str(kept), sizes, checksum, tokens)
         remote = f"{_FOLDER}/{name}"
