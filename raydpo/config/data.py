@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from raydpo.config.counting import TrainOn
 from raydpo.config.section import Float, Int, PathOrUri, Section
 from raydpo.storage.uri import is_uri
 
@@ -49,6 +50,8 @@ class SourceConfig(Section):
     """Maps our column names to the file's, for example {chosen: good_answer, rejected: bad_answer}."""
     limit: Int | None = Field(default=None, ge=1)
     """Number of records to read; null = all."""
+    train_on: TrainOn | None = None
+    """Which tokens of this source's completions count, as data.train_on; null = as set there."""
 
 
 class EvalConfig(Section):
@@ -64,6 +67,9 @@ class EvalConfig(Section):
     """Configuration of a hub data set, or a directory below ``path``; null = the only one."""
     columns: dict[str, str] | None = None
     """Column map of the held-out file; null = that of the training sources, if they all have the same."""
+    train_on: TrainOn | None = None
+    """Which tokens of held-out completions count, as data.train_on; null = those that count in training. Set it where
+    trials of a sweep train on different tokens, so that all are measured on the same ones."""
 
     @model_validator(mode="after")
     def _check(self) -> EvalConfig:
@@ -111,6 +117,17 @@ class DataConfig(Section):
     """Column with the weight of each pair in the loss, a number of at least 0; null = equal weights."""
     margin_column: str | None = None
     """Column with a margin of each pair, in units of the reward, that the loss requires between chosen and rejected."""
+    train_on: TrainOn = "completion"
+    """Which tokens of a completion count in the loss: completion (all of them), assistant (what the assistant writes, not
+    tool results and user turns between), last_turn (its last turn alone), answer (without the reasoning), reasoning, or a
+    list with weights such as [{answer: 1.0}, {reasoning: 0.1}]. It never needs another score: the cache holds every
+    token."""
+    spans_column: str | None = None
+    """Column with spans of the completions that count, and their weights; null = none. Tokens outside of them do not
+    count."""
+    ranked: Literal["pairs", "lists"] = "pairs"
+    """What a record with several ranked completions becomes: all pairs of them, or one list for a loss over lists, such as
+    plackett_luce."""
     chat_template: str | None = None
     """Jinja chat template, or path of a file with one; null = the tokenizer's."""
     template_date: date = PINNED_DATE

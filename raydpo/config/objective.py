@@ -33,12 +33,16 @@ class LossTraits:
         reference: whether it needs log-probs of the reference.
         whole_step: whether the loss of a pair depends on the other pairs of the step.
         per_token: whether it compares means over tokens instead of sums.
+        unpaired: whether it takes a completion with a label, without another to compare it with.
+        lists: whether it takes ranked lists of completions (``data.ranked: lists``) in place of pairs.
     """
 
     heeds: frozenset[str]
     reference: bool = True
     whole_step: bool = False
     per_token: bool = False
+    unpaired: bool = False
+    lists: bool = False
 
 
 LOSSES: dict[str, LossTraits] = {

@@ -24,12 +24,24 @@ from raydpo.data.tally import SourceReport
 from raydpo.data.tokenise import TokenisedPair, Tokeniser
 
 __all__ = [
+    "ANSWER",
+    "ASSISTANT",
+    "DESIRABLE",
     "FIRST_RECORDS",
     "HEAD_TOKENS",
+    "LAST_TURN",
     "LIGHT_SCHEMA",
+    "MARK_BITS",
+    "MARK_COLUMNS",
     "PAIR_MARGIN",
     "PAIR_WEIGHT",
+    "RANK_COLUMNS",
+    "REASONING",
+    "REASONING_NOT_FOUND",
+    "SEVERAL_TURNS",
     "TOKEN_SCHEMA",
+    "TURNS_NOT_FOUND",
+    "UNDESIRABLE",
     "RowMaker",
     "Rows",
     "TokenSource",
@@ -72,7 +84,7 @@ LIGHT_SCHEMA = pa.schema(
         ("chosen_hash", pa.uint64()),
         ("rejected_hash", pa.uint64()),  # facts.digests of the ids before truncation
         ("characters", pa.int64()),  # of the pair's text
-        ("flags", pa.uint8()),  # bit 0: several turns
+        ("flags", pa.uint8()),  # SEVERAL_TURNS, DESIRABLE, ...
         ("head", pa.binary(64)),  # the prompt's first tokens after those that all prompts share; see ``head_of``
     ]
 )
@@ -118,6 +130,36 @@ MOST_CHARACTERS, CHARACTERS_A_TOKEN = 1_000_000, 100
 ``max_length``. Tokenising 10 MB takes a byte-level tokenizer a minute, and of such a text hardly 1 % would be used."""
 SEVERAL_TURNS = 1
 """Bit of column ``flags``: a completion continues beyond the assistant's turn."""
+DESIRABLE = 2
+"""Bit of column ``flags``: the row is one completion with a good label, in place of chosen. ``rejected`` has no tokens, and
+zeros as its key and hash."""
+UNDESIRABLE = 4
+"""Bit of column ``flags``: the row is one completion with a bad label, in place of rejected, as ``DESIRABLE``."""
+TURNS_NOT_FOUND = 8
+"""Bit of column ``flags``, in a set with marks: where the assistant's turns begin and end could not be told for certain."""
+REASONING_NOT_FOUND = 16
+"""Bit of column ``flags``, in a set with marks: where the reasoning ends could not be told for certain."""
+ASSISTANT = 1
+"""Bit of a mark: a token that the assistant writes, in any of its turns. See ``config.counting.PARTS`` for all parts."""
+LAST_TURN = 2
+"""Bit of a mark: a token of the assistant's last turn."""
+ANSWER = 4
+"""Bit of a mark: a token that the assistant writes, and not reasoning."""
+REASONING = 8
+"""Bit of a mark: a token of the reasoning."""
+MARK_BITS = 4
+"""A mark is ``first token * 2 ** MARK_BITS + parts``."""
+MARK_COLUMNS = (
+    ("chosen_marks", pa.list_(pa.int32())),
+    ("rejected_marks", pa.list_(pa.int32())),
+    ("chosen_factors", pa.list_(pa.float32())),
+    ("rejected_factors", pa.list_(pa.float32())),
+)
+"""Further light columns of a set with marks: runs of each completion's tokens before truncation, and the factor of each
+run, which is 1 unless a column of spans or a message says otherwise. The first run begins at token 0. A completion of which
+nothing is known has no runs."""
+RANK_COLUMNS = (("chosen_rank", pa.int32()), ("rejected_rank", pa.int32()))
+"""Further light columns of a set of ranked lists: place of each completion in its list from 0, equal for ties."""
 NULLS_ABSENT = (
     "warning: null fields inside {!r} read as absent, since Parquet and Arrow give each entry the fields of all others; if "
     "a null is meant, write that column as JSON text"

@@ -31,6 +31,9 @@ from raydpo.errors import DataError
 from raydpo.storage.uri import redact
 
 __all__ = [
+    "COUNT_COLUMNS",
+    "LABEL",
+    "LIST_COLUMNS",
     "PAIR_SCHEMA",
     "SAME",
     "PairSets",
@@ -69,6 +72,14 @@ PLACE_SCHEMA = pa.schema(
     ]
 )
 """Further columns of the tables that ``select`` returns. Those of a table from elsewhere may lack them."""
+COUNT_COLUMNS = ("chosen_starts", "chosen_weights", "rejected_starts", "rejected_weights")
+"""Further columns of a table of which not every token counts alike: runs of tokens in use, the first of each (list<int32>)
+and the weight of its tokens (list<float32>). Neighbours have different weights."""
+LABEL = "label"
+"""Further column, int8, of a table with completions without a pair: as ``losses.PairLogps.labels``."""
+LIST_COLUMNS = ("list", "chosen_rank", "rejected_rank")
+"""Further columns of a table of ranked lists: number of the row's list (int64; the rows of a list are neighbours), and the
+place of each completion in it (int32)."""
 SAME = "identical after truncation"
 """Reason for which a pair is dropped whose completions are the same as far as they are used."""
 NO_ROOM, TOO_LONG = "prompt leaves no room", "longer than max_length"

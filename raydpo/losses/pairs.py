@@ -13,7 +13,8 @@ __all__ = ["PairLogps", "PreferenceLoss"]
 class PairLogps:
     """Summed log-probs of B pairs in nats, and their completions' lengths in tokens. Each field is [B].
 
-    Fields with a default are set if an objective needs them.
+    Sums and lengths are over the tokens that count, each with its weight (``data.train_on``). Fields with a default are set
+    if an objective needs them.
 
     Attributes:
         chosen, rejected: of the policy; only these and their tails have a gradient.
@@ -24,6 +25,12 @@ class PairLogps:
         margins: how much better the chosen completion is, in units of reward.
         mean_chosen_tokens: mean number of tokens of the step's chosen completions.
         reward_mean: running mean of the rewards of all completions so far.
+        labels: int8; 0 = a pair, 1 = a desirable completion alone, in ``chosen``; -1 = an undesirable one alone, in
+            ``rejected``. Its other side has no tokens, or is the mismatched completion by which KTO estimates the drift.
+            None = all are pairs.
+        lists: int64, number of the ranked list that a row belongs to; a list of N completions is (N + 1) // 2 rows, best
+            first. The last row of an odd list has a rejected side without tokens. None = no lists.
+        chosen_ranks, rejected_ranks: int32, place of each completion in its list, equal for ties.
     """
 
     chosen: Tensor
@@ -40,6 +47,10 @@ class PairLogps:
     margins: Tensor | None = None
     mean_chosen_tokens: float | None = None
     reward_mean: float = 0.0
+    labels: Tensor | None = None
+    lists: Tensor | None = None
+    chosen_ranks: Tensor | None = None
+    rejected_ranks: Tensor | None = None
 
     @property
     def chosen_logratio(self) -> Tensor:

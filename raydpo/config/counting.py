@@ -1,0 +1,64 @@
+"""Which tokens of a completion count: the parts that ``train_on`` names, and their weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator
+
+__all__ = ["PARTS", "TrainOn", "part_weights", "train_on_text"]
+
+PARTS = {
+    "completion": "all tokens of the completion",
+    "assistant": "what the assistant writes in all its turns, with the token that ends each of them",
+    "last_turn": "the same of the assistant's last turn alone",
+    "answer": "the assistant's turns without their reasoning",
+    "reasoning": "the reasoning of the assistant's turns, with the tags around it",
+}
+"""Parts of a completion that can count, and what they are."""
+
+
+def _as_train_on(value: Any) -> str | tuple[dict[str, float], ...]:
+    """Check a value of ``train_on``: the name of a part, or a list of parts with weights, which becomes a tuple."""
+    if not isinstance(value, (list, tuple)):
+        return _known(value)
+    weights: dict[str, float] = {}
+    for term in value:
+        if not isinstance(term, Mapping) or len(term) != 1:
+            raise ValueError(f"{term!r} is not a part with its weight; write {{part: weight}}, such as {{answer: 1.0}}")
+        ((name, weight),) = term.items()
+        if _known(name) in weights:
+            raise ValueError(f"{name!r} is in the list twice; give the sum of its weights")
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < math.inf:
+            raise ValueError(f"the weight of {name!r} is {weight!r}; expected a number above 0")
+        weights[name] = float(weight)
+    if not weights:
+        raise ValueError("the list is empty; give it parts, such as [{answer: 1.0}, {reasoning: 0.1}]")
+    return tuple({name: weight} for name, weight in weights.items())
+
+
+def _known(name: Any) -> str:
+    if not isinstance(name, str) or name not in PARTS:
+        raise ValueError(
+            f"{name!r} is no part of a completion; expected one of {', '.join(PARTS)}, or a list with weights such as "
+            "[{answer: 1.0}, {reasoning: 0.1}]"
+        )
+    return name
+
+
+TrainOn = Annotated[str | tuple[dict[str, float], ...], BeforeValidator(_as_train_on)]
+"""A value of ``train_on``."""
+
+
+def part_weights(train_on: str | tuple[dict[str, float], ...]) -> dict[str, float]:
+    """Weight of each part that counts, by name. A token counts with the sum of the weights of its parts."""
+    if isinstance(train_on, str):
+        return {train_on: 1.0}
+    return {name: weight for term in train_on for name, weight in term.items()}
+
+
+def train_on_text(train_on: str | tuple[dict[str, float], ...]) -> str:
+    """A value of ``train_on`` in words, such as ``answer + 0.1 reasoning``."""
+    return " + ".join(f"{'' if weight == 1 else f'{weight:g} '}{name}" for name, weight in part_weights(train_on).items())
