@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from itertools import islice
 
-import pyarrow as pa
-
 from raydpo.config import DataConfig, SourceConfig, source_name
 from raydpo.data.messages import Malformed
 from raydpo.data.records import Record, read_records
 from raydpo.data.rows import (
     FIRST_RECORDS,
-    LIGHT_SCHEMA,
     PAIR_MARGIN,
     PAIR_WEIGHT,
     TOKEN_SCHEMA,
     RowMaker,
+    light_schema,
     most_characters_of,
     preferences_of,
     renumbered,
@@ -89,7 +87,7 @@ def check_first_records(source: SourceConfig, name: str, config: DataConfig, rea
     for record in islice(reader(source), FIRST_RECORDS):
         account.records += 1
         try:
-            preferences_of(record, account, numbers)
+            preferences_of(record, account, numbers, lists=config.ranked == "lists")
         except Malformed as error:
             account.malformed.add(str(error), record.where)
             account.malformed_records += 1
@@ -126,13 +124,15 @@ def _load_source(
 ) -> SourceRows:
     """All well-formed pairs of one source, in memory-mapped files."""
     numbers, account = number_columns(config), SourceReport(name, redact(source.path))
+    lists = config.ranked == "lists"
     maker = RowMaker(
         tokeniser,
         numbers=numbers,
         special_tokens=config.special_tokens,
         most_characters=most_characters_of(config.max_length),
+        lists=lists,
     )
-    light = Spool(pa.schema([*LIGHT_SCHEMA, *((each, pa.float64()) for each in numbers)]))
+    light = Spool(light_schema(numbers, lists=lists))
     tokens, labels, sources = Spool(TOKEN_SCHEMA), dict[str, int](), dict[str, int]()
     records = reader(source)
     while chunk := list(islice(records, CHUNK)):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -12,6 +13,7 @@ import pyarrow as pa
 
 from raydpo.data.facts import digests
 from raydpo.data.keys import completion_key
+from raydpo.data.lists import NO_RANK, aligned, most_agreed
 from raydpo.data.messages import Malformed
 from raydpo.data.preference import Preference, normalise
 from raydpo.data.records import Record
@@ -47,6 +49,7 @@ __all__ = [
     "TokenSource",
     "head_of",
     "heads_of",
+    "light_schema",
     "most_characters_of",
     "preferences_of",
     "renumbered",
@@ -74,7 +77,7 @@ LIGHT_SCHEMA = pa.schema(
         ("prompt_tokens", pa.int32()),
         ("chosen_tokens", pa.int32()),
         ("rejected_tokens", pa.int32()),  # before truncation; all three are 0 if the text was too long to be tokenised
-        ("agree", pa.int32()),  # tokens that chosen and rejected have in common at their start
+        ("agree", pa.int32()),  # tokens that chosen and rejected, or two of a list, have in common at their start
         ("highest", pa.int32()),  # highest token id of the three, -1 without tokens
         ("chosen_key", _KEY),
         ("rejected_key", _KEY),  # keys.completion_key of the completions before truncation
@@ -96,7 +99,7 @@ class Rows:
     """Pairs of successive records of one source.
 
     Attributes:
-        light: columns of ``LIGHT_SCHEMA``, and the numbers of weight and margin columns.
+        light: columns of ``light_schema``.
         tokens: columns of ``TOKEN_SCHEMA`` of the same pairs.
         labels: files of the records, as messages name them.
         sources: names that ``light["source"]`` refers to.
@@ -220,6 +223,10 @@ class _Entry(NamedTuple):
     giant: bool
 
 
+_Found = tuple[_Entry, TokenisedPair | None, Sequence[Remark]]
+"""A pair, its tokens (None of giants), and what is odd about it."""
+
+
 @dataclass
 class _Read:
     """Records as far as they depend on nothing but the tokenizer.
@@ -251,6 +258,7 @@ class RowMaker:
         most_characters: pairs with a longer text are not tokenised.
         take_off: whether prompts are taken off answers that repeat them, see ``Repeats``.
         head: tokens at the beginning of prompts that column ``head`` leaves out. ``decide`` finds both.
+        lists: whether several ranked completions of a record become one list, with columns ``RANK_COLUMNS``.
     """
 
     def __init__(
@@ -262,8 +270,9 @@ class RowMaker:
         most_characters: int,
         take_off: bool | None = None,
         head: int | None = None,
+        lists: bool = False,
     ) -> None:
-        self.tokeniser = tokeniser
+        self.tokeniser, self.lists = tokeniser, lists
         self.numbers, self.special_tokens, self.most_characters = dict(numbers), special_tokens, most_characters
         self.take_off, self.head = take_off, head
         self._first: tuple[Sequence[Record], bool, _Encoded] | None = None
@@ -315,7 +324,7 @@ class RowMaker:
         for index, record in enumerate(records):
             found: list[Preference] = []
             try:
-                found = preferences_of(record, account, self.numbers)
+                found = preferences_of(record, account, self.numbers, lists=self.lists)
             except Malformed as error:
                 faults.append((index, str(error)))
             _note_options(record, options, account)
@@ -340,21 +349,24 @@ class RowMaker:
         account.repeats = Repeats(take_off if repeating(read)[0] else None, first=repeating(early))
         tokenised = iter(self.tokeniser.encode_noted(account.repeats.taken_off(read)))
         pairs: list[tuple[_Entry, TokenisedPair | None]] = []
+        found_of: list[_Found] = []
         for entry in entries:
             if entry.giant:
-                account.pairs += 1
-                pairs.append((entry, None))
+                found_of.append((entry, None, ()))
                 continue
             ids, remarks = next(tokenised)
             reason = self._refused(entry.preference, ids, remarks)
             if reason is not None:
                 faults.append((entry.record, reason))
-                continue
+            else:
+                found_of.append((entry, ids, remarks))  # type: ignore[arg-type]
+        for entry, ids, remarks in _whole_lists(found_of, faults) if self.lists else found_of:
             where = records[entry.record].where
-            account.pairs += 1
-            account.remarks.add(remarks, where)
-            account.scores.add(entry.scores, where)
-            pairs.append((entry, ids))  # type: ignore[arg-type]
+            account.pairs += not self.lists or entry.number == 0
+            if ids is not None:
+                account.remarks.add(remarks, where)
+                account.scores.add(entry.scores, where)
+            pairs.append((entry, ids))
         for index, reason in sorted(faults, key=lambda fault: fault[0]):
             account.malformed.add(reason, records[index].where)
         account.malformed_records = len({index for index, _ in faults})
@@ -369,6 +381,16 @@ class RowMaker:
             empty = preference.prompt == "" and str(ids) == "prompt has no tokens"
             return "prompt is empty" if empty else str(ids)
         return None
+
+    def _agree(self, pairs: Sequence[tuple[_Entry, TokenisedPair | None]]) -> np.ndarray:
+        """Column ``agree``."""
+        if not self.lists:
+            return np.array([0 if ids is None else common_prefix(ids.chosen, ids.rejected) for _, ids in pairs], np.int32)
+        found: list[int] = []
+        for _, rows in groupby(pairs, key=lambda each: each[0].record):
+            tokens = [ids for _, ids in rows]
+            found += [0 if None in tokens else most_agreed(tokens)] * len(tokens)
+        return np.array(found, np.int32)
 
     def _rows(self, records: Sequence[Record], encoded: _Encoded) -> Rows:
         pairs = encoded.pairs
@@ -404,7 +426,7 @@ class RowMaker:
                 (-1 if name is None else sources.setdefault(name, len(sources)) for name in counted), np.int32, len(pairs)
             ),
             *lengths,
-            np.fromiter(map(common_prefix, *sides[1:]), np.int32, len(pairs)),
+            self._agree(pairs),
             highest,
             *(_fixed(b"".join(values), 16) for values in (*keys, *prompts)),
             *(np.where(lengths[0] > 0, digests(values), np.uint64(0)) for values in lists),
@@ -415,18 +437,31 @@ class RowMaker:
                 np.fromiter((entry.preference.numbers[number] for entry, _ in pairs), np.float64, len(pairs))
                 for number in range(len(self.numbers))
             ),
+            *(
+                np.array(
+                    [NO_RANK if (rank := entry.preference.ranks[side]) is None else rank for entry, _ in pairs], np.int32
+                )
+                for side in range(2 * self.lists)
+            ),
         ]
-        schema = pa.schema([*LIGHT_SCHEMA, *((name, pa.float64()) for name in self.numbers)])
+        schema = light_schema(self.numbers, lists=self.lists)
         light = pa.Table.from_arrays(list(map(pa.array, columns)), schema=schema)
         tokens = pa.Table.from_arrays(lists, schema=TOKEN_SCHEMA)
         return Rows(light, tokens, tuple(labels), tuple(sources), encoded.account)
 
 
-def preferences_of(record: Record, account: SourceReport, numbers: Mapping[str, str]) -> list[Preference]:
+def light_schema(numbers: Iterable[str], *, lists: bool = False) -> pa.Schema:
+    """Columns of light rows; arguments as of ``RowMaker``."""
+    return pa.schema([*LIGHT_SCHEMA, *((name, pa.float64()) for name in numbers), *(RANK_COLUMNS if lists else ())])
+
+
+def preferences_of(
+    record: Record, account: SourceReport, numbers: Mapping[str, str], *, lists: bool = False
+) -> list[Preference]:
     """The preferences in a record. Adds to ``account`` how it was understood.
 
     Args:
-        numbers: as of ``RowMaker``.
+        numbers, lists: as of ``RowMaker``.
 
     Raises:
         Malformed: if there are none, or one of them is wrong.
@@ -435,7 +470,7 @@ def preferences_of(record: Record, account: SourceReport, numbers: Mapping[str, 
         account.files.append(record.note)
     if record.value is None:
         raise Malformed(record.problem or "unreadable")
-    found = normalise(record.value, tuple(numbers.values()))
+    found = normalise(record.value, tuple(numbers.values()), lists=lists)
     if PAIR_WEIGHT in numbers and found[0].numbers[0] < 0:
         raise Malformed(f"{numbers[PAIR_WEIGHT]!r} is below 0")
     if record.absent:
@@ -448,6 +483,27 @@ def preferences_of(record: Record, account: SourceReport, numbers: Mapping[str, 
         if (note := _odd_number(name, value)) is not None:
             account.understood[note.format(numbers[name])] += 1
     return found
+
+
+def _whole_lists(found: Sequence[_Found], faults: list[tuple[int, str]]) -> list[_Found]:
+    """``found`` without rows of records that ``faults`` names, and each list with one prompt. Adds to ``faults``."""
+    kept: list[_Found] = []
+    wrong = {record for record, _ in faults}
+    for record, rows in groupby(found, key=lambda each: each[0].record):
+        if record in wrong:
+            continue
+        entries, tokens, remarks = zip(*rows, strict=True)
+        if all(ids is not None for ids in tokens):
+            one = aligned(tokens)
+            if isinstance(one, Malformed):
+                faults.append((record, str(one)))
+                continue
+            tokens = one
+        # What is odd about a list counts once.
+        kept += zip(
+            entries, tokens, [[each for of_row in remarks for each in of_row], *[()] * (len(entries) - 1)], strict=True
+        )
+    return kept
 
 
 def renumbered(table: pa.Table, column: str, names: Sequence[str], known: dict[str, int]) -> pa.Table:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
 from typing import Any
@@ -14,12 +14,14 @@ import pyarrow.compute as pc
 
 from raydpo.config import DataConfig
 from raydpo.data.index import KeyIndex, as_bytes
+from raydpo.data.lists import all_or_none, begins
 from raydpo.data.ragged import Ragged
 from raydpo.data.rows import (
     CHARACTERS_A_TOKEN,
     MOST_CHARACTERS,
     PAIR_MARGIN,
     PAIR_WEIGHT,
+    RANK_COLUMNS,
     SEVERAL_TURNS,
     TOKEN_SCHEMA,
     TokenSource,
@@ -85,6 +87,8 @@ SAME = "identical after truncation"
 NO_ROOM, TOO_LONG = "prompt leaves no room", "longer than max_length"
 _SIDES = ("chosen", "rejected")
 _BLOCK_ROWS = 1 << 20
+_LISTS_OF_A_SET = 1 << 40
+"""More than a source has records, so that lists of different sources have different numbers."""
 _VIEW_ROWS = 10_000
 
 
@@ -93,7 +97,7 @@ class SourceRows:
     """All pairs of one source, as ``rows.Rows`` of its blocks, one after another.
 
     Attributes:
-        light: columns of ``rows.LIGHT_SCHEMA``, and the numbers of weight and margin columns.
+        light: columns of ``rows.light_schema``.
         tokens: tables of ``rows.TOKEN_SCHEMA`` with the tokens of the same pairs; None if only lengths are needed.
         labels: files of the records, to which ``light["file"]`` refers.
         sources: names that ``light["source"]`` refers to.
@@ -250,12 +254,12 @@ def select(
         mask = held_out(_digests(sources, trained, "prompt_digest"), config.eval.fraction)
         trained, measured = _divided(trained, ~mask), _divided(trained, mask)
     if measured is not None:
-        report.leaked = _leaked(every, trained, measured)
+        report.leaked = _leaked(every, trained, _units(every, measured))
     if config.fraction != 1:
-        before = sum(int(use.sum()) for use in trained)
+        before = sum(int(use.sum()) for use in _units(every, trained))
         mask = kept(_digests(every, trained, "prompt_digest"), config.fraction, config.fraction_seed)
         trained = _divided(trained, mask)
-        report.thinned = int(mask.sum()), before
+        report.thinned = sum(int(use.sum()) for use in _units(every, trained)), before
     train = _table(every, decided, trained)
     evaluated = None if measured is None else _table(every, decided, measured)
     for name, pairs, use in (("training", train, "learned"), ("held-out", evaluated, "measured")):
@@ -289,17 +293,40 @@ def _decided(config: DataConfig, source: SourceRows) -> _Decided:
     if config.truncation == "drop":
         faults[TOO_LONG] = beyond
     else:
-        faults[SAME] = beyond & (used[0] == used[1]) & (agree >= used[0])
+        faults[SAME] = beyond & (agree >= room)
+    if (begin := _begins(light)) is not None:
+        faults, dropped, report.unit = _of_lists(faults, begin), ~all_or_none(~np.any([*faults.values()], 0), begin), "lists"
     found = [(reason, np.flatnonzero(mask)) for reason, mask in faults.items() if mask.any()]
     for reason, rows in sorted(found, key=lambda fault: int(fault[1][0])):
         dropped[rows] = True
         report.dropped.counts[reason] = len(rows)
         report.dropped.places[reason] = _first_places(source, rows)
     keep = ~dropped
-    report.kept = int(keep.sum())
+    report.kept = int(keep.sum() if begin is None else (keep & begin).sum())
     report.truncated = sum(int((keep & (short < full)).sum()) for short, full in zip(used, (chosen, rejected), strict=True))
-    report.several_turns = int((keep & ((light["flags"].to_numpy() & SEVERAL_TURNS) > 0)).sum())
+    several = keep & ((light["flags"].to_numpy() & SEVERAL_TURNS) > 0)
+    report.several_turns = int((several if begin is None else begin & ~all_or_none(~several, begin)).sum())
     return _Decided(keep, (prompt, *used), report)
+
+
+def _begins(light: pa.Table) -> np.ndarray | None:
+    """Which rows begin a ranked list, bool [rows]; None if rows are pairs."""
+    return begins(light["row"]) if RANK_COLUMNS[0][0] in light.column_names else None
+
+
+def _units(sources: Sequence[SourceRows], uses: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """``uses`` without the further rows of ranked lists, to count lists."""
+    found = ((use, _begins(source.light)) for source, use in zip(sources, uses, strict=True))
+    return [use if begin is None else use & begin for use, begin in found]
+
+
+def _of_lists(faults: Mapping[str, np.ndarray], begin: np.ndarray) -> dict[str, np.ndarray]:
+    """Faults of rows as faults of lists, at the first row of each, for the first reason only."""
+    found, clean = {}, begin.copy()
+    for reason, mask in faults.items():
+        whole = clean & ~all_or_none(~mask, begin)
+        found[reason], clean = whole, clean & ~whole
+    return found
 
 
 def _first_places(source: SourceRows, rows: np.ndarray) -> list[str]:
@@ -354,7 +381,7 @@ def _leaked(sources: Sequence[SourceRows], trained: Sequence[np.ndarray], measur
 
 
 def _duplicates(sources: Sequence[SourceRows], uses: Sequence[np.ndarray]) -> list[int]:
-    """Number of pairs in use, of each source, with both keys of an earlier one."""
+    """Number of pairs in use, of each source, with both keys of an earlier one; of lists all of whose rows have."""
     names = [f"{side}_key" for side in _SIDES]
     mixed = np.concatenate(
         [
@@ -387,6 +414,11 @@ def _duplicates(sources: Sequence[SourceRows], uses: Sequence[np.ndarray]) -> li
             seen.add(content)
         later = np.concatenate([later, np.array(more, later.dtype)])
     ends = np.cumsum([int(use.sum()) for use in uses])
+    if _begins(sources[0].light) is not None:
+        begin = np.concatenate([_begins(source.light)[use] for source, use in zip(sources, uses, strict=True)])
+        again = np.zeros(len(begin), bool)
+        again[later] = True
+        later = np.flatnonzero(all_or_none(again, begin) & begin)
     return np.bincount(np.searchsorted(ends, later, side="right"), minlength=len(sources)).tolist()
 
 
@@ -409,7 +441,8 @@ def _part(number: int, source: SourceRows, decided: _Decided, use: np.ndarray) -
     """The pairs of one source that are in use."""
     numbers = [name for name in (PAIR_WEIGHT, PAIR_MARGIN) if name in source.light.column_names]
     names = ["row", "number", "source", *(f"{side}_key" for side in _SIDES), *(f"{side}_tokens" for side in _SIDES)]
-    names += [*PLACE_SCHEMA.names[2:], *numbers]
+    ranks = [name for name, _ in RANK_COLUMNS if name in source.light.column_names]
+    names += [*PLACE_SCHEMA.names[2:], *numbers, *ranks]
     whole = bool(use.all())
     light = source.light.select(names)
     light = light if whole else light.filter(pa.array(use))
@@ -427,6 +460,9 @@ def _part(number: int, source: SourceRows, decided: _Decided, use: np.ndarray) -
     columns["set"] = _constant(light, pa.scalar(number, pa.int16()))
     columns["place"] = pa.array(np.flatnonzero(use))
     columns |= {name: light[name] for name in PLACE_SCHEMA.names[2:]}
+    if ranks:
+        columns[LIST_COLUMNS[0]] = pa.array(number * _LISTS_OF_A_SET + light["row"].to_numpy())
+        columns |= {name: light[name] for name in ranks}
     return pa.table(columns)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 from datetime import date
-from typing import Any
+from typing import Any, Literal
 
 from raydpo.config import DataConfig
 from raydpo.data.choices import always_above
@@ -79,6 +79,7 @@ class SourceReport:
     Attributes:
         records: lines or rows read.
         malformed_records: records that gave no pair or a faulty one, because of ``malformed``.
+        unit: what is counted: pairs, or ranked lists. Where the others say pairs, lists are counted then.
         pairs: well-formed pairs; more than records if records rank several completions.
         kept: pairs that are left.
         truncated: completions (not pairs) that max_length shortened.
@@ -111,6 +112,7 @@ class SourceReport:
     understood: Counter[str] = field(default_factory=Counter)
     unused: Counter[str] = field(default_factory=Counter)
     repeats: Repeats = field(default_factory=Repeats)
+    unit: Literal["pairs", "lists"] = "pairs"
 
     def merge(self, other: SourceReport) -> None:
         """Add the account of later records of the same source. Name and path stay."""
@@ -148,7 +150,7 @@ class SourceReport:
         )
 
     def lines(self) -> list[str]:
-        parts = [f"{self.records:,} records", f"{self.kept:,} pairs kept"]
+        parts = [f"{self.records:,} records", f"{self.kept:,} {self.unit} kept"]
         parts += [
             f"{count:,} {what}"
             for count, what in ((self.truncated, "completions truncated"), (self.duplicates, "exact duplicates kept"))
@@ -156,7 +158,7 @@ class SourceReport:
         ]
         lines = [f"data {self.name}: {', '.join(parts)}", *self._readings()]
         if self.dropped.total:
-            lines.append(f"data {self.name}: {self.dropped.total:,} pairs dropped: {self.dropped}")
+            lines.append(f"data {self.name}: {self.dropped.total:,} {self.unit} dropped: {self.dropped}")
         if self.malformed.total:
             lines.append(f"warning: data {self.name}: {self.malformed_records:,} malformed records: {self.malformed}")
         if (merged := self.merged - self.remarks.pairs[PROMPT_END]) > 0:
@@ -167,7 +169,7 @@ class SourceReport:
             )
         if self.several_turns:
             lines.append(
-                f"warning: data {self.name}: in {self.several_turns:,} pairs a completion continues with user or "
+                f"warning: data {self.name}: in {self.several_turns:,} {self.unit} a completion continues with user or "
                 "tool messages, and their tokens also count in the loss"
             )
         lines += (f"warning: data {self.name}: {line}" for line in self.scores.lines(self.records))
@@ -218,7 +220,7 @@ class SourceReport:
             )
         if self.dropped.total > config.max_dropped * self.pairs:
             raise DataError(
-                f"data {self.name}: {self.dropped.total:,} of {self.pairs:,} pairs would be dropped at "
+                f"data {self.name}: {self.dropped.total:,} of {self.pairs:,} {self.unit} would be dropped at "
                 f"data.max_length {config.max_length}, more than data.max_dropped ({config.max_dropped:g}) "
                 f"allows: {self.dropped}; raise data.max_length, or data.max_dropped if that is intended"
             )
@@ -265,16 +267,21 @@ class DataReport:
     thinned: tuple[int, int] | None = None
     template_date: date | None = None
 
+    @property
+    def unit(self) -> str:
+        """What is counted, as of ``SourceReport``."""
+        return self.sources[0].unit
+
     def lines(self) -> list[str]:
         """A summary for people; lines that begin with ``warning:`` need attention."""
         lines = [line for source in self.sources for line in source.lines()]
         if self.leaked:
             lines.append(
-                f"warning: the prompts of {self.leaked:,} held-out pairs are also in the training data; held-out "
+                f"warning: the prompts of {self.leaked:,} held-out {self.unit} are also in the training data; held-out "
                 "figures look better than they are"
             )
         if self.thinned is not None:
-            lines.append(f"data.fraction: {self.thinned[0]:,} of {self.thinned[1]:,} training pairs are used")
+            lines.append(f"data.fraction: {self.thinned[0]:,} of {self.thinned[1]:,} training {self.unit} are used")
         if self.template_date is not None:
             lines.append(
                 f"the chat template writes today's date; it is told {self.template_date} on every day (data.template_date)"

@@ -119,6 +119,7 @@ class Recipe:
             numbers=identity.numbers,
             special_tokens=identity.special_tokens,
             most_characters=identity.most_characters,
+            lists=identity.ranked == "lists",
         )
 
 

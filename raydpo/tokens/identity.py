@@ -131,6 +131,8 @@ class SetIdentity:
     """``rows.most_characters_of(data.max_length)``: pairs with longer text are not tokenised."""
     tokenizer: dict[str, Any]
     """See ``tokenizer_facts``."""
+    ranked: str = "pairs"
+    """``data.ranked``."""
     recipe: int = RECIPE
     path: str = field(default="", compare=False)
     """The source's path, for people. It is not part of the identity: a copy of the files gives the same set."""
@@ -166,6 +168,7 @@ class SetIdentity:
             special_tokens=data.special_tokens,
             most_characters=most_characters_of(data.max_length),
             tokenizer=tokenizer_facts(directory, data, load, trust_remote_code=trust_remote_code),
+            ranked=data.ranked,
             path=redact(source.path),
         )
 
@@ -175,8 +178,9 @@ class SetIdentity:
         return hashlib.blake2b(_canonical(self.to_dict()).encode(), digest_size=16).hexdigest()
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields by name, for JSON, without ``path``."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if name != "path"}
+        """The fields by name, for JSON, without ``path``; without ``ranked`` unless that changes anything."""
+        fields = dataclasses.asdict(self)
+        return {name: value for name, value in fields.items() if name != "path" and (name, value) != ("ranked", "pairs")}
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any], path: str = "") -> SetIdentity:
@@ -219,6 +223,7 @@ _SETTINGS = {
     "limit": "limit of the source",
     "most_characters": "most characters of a pair, by data.max_length",
     "special_tokens": "data.special_tokens",
+    "ranked": "data.ranked",
     PAIR_WEIGHT: "data.weight_column",
     PAIR_MARGIN: "data.margin_column",
 }

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from raydpo.data.interval import effective_count
 from raydpo.losses import PairLogps, PreferenceLoss
+from raydpo.losses.listwise import comparisons
 from raydpo.losses.pairs import TIE
 
 __all__ = ["PairSums"]
@@ -25,6 +26,7 @@ _MEANS = (
 _LENGTHS = ("length/chosen", "length/rejected")
 _FIELDS = (
     "pairs",
+    "both",
     *_MEANS,
     *_LENGTHS,
     "logratio/chosen",
@@ -34,9 +36,10 @@ _FIELDS = (
     "margin_sq",
     "product",
 )
-"""Names of the sums; ``product`` is margin times difference of lengths."""
+"""Names of the sums; ``pairs`` counts pairs or ranked lists, ``both`` the two completions that are compared, ``product`` is
+margin times difference of lengths."""
 _AGAINST_REFERENCE = ("logps/chosen_fell", "logratio/chosen_per_token", "logratio/rejected_per_token")
-_SOURCE_FIELDS = ("pairs", "loss", "rewards/margins", "rewards/accuracies")
+_SOURCE_FIELDS = ("pairs", "both", "loss", "rewards/margins", "rewards/accuracies")
 
 
 class PairSums:
@@ -58,7 +61,12 @@ class PairSums:
         self.values = torch.zeros(self._end + 2 * prompts, dtype=torch.float64, device=device)
 
     def add(self, loss: PreferenceLoss, logps: PairLogps, sources: Tensor, prompts: Tensor | None = None) -> None:
-        """Add a micro-batch of B pairs; ``sources`` and ``prompts`` are int [B]. Copies nothing to the host."""
+        """Add a micro-batch of B pairs; ``sources`` and ``prompts`` are int [B]. Copies nothing to the host.
+
+        Of ranked lists, all pairs of a list are added of which one is ranked above the other, and the list's loss.
+        """
+        if logps.lists is not None:
+            return self._add_lists(loss, logps, sources, prompts)
         margins = (loss.chosen_rewards - loss.rejected_rewards).double()
         difference = (logps.chosen_tokens - logps.rejected_tokens).double()
         chosen, rejected = logps.chosen.detach().double(), logps.rejected.detach().double()
@@ -67,6 +75,7 @@ class PairSums:
         wins = torch.where(alike, 0.5, _wins(margins))
         columns = {
             "pairs": torch.ones_like(margins),
+            "both": torch.ones_like(margins),
             "loss": loss.losses.detach().double(),
             "rewards/chosen": loss.chosen_rewards.double(),
             "rewards/rejected": loss.rejected_rewards.double(),
@@ -94,6 +103,34 @@ class PairSums:
             by_prompt[0].index_add_(0, prompts, columns["pairs"])
             by_prompt[1].index_add_(0, prompts, wins)
 
+    def _add_lists(self, loss: PreferenceLoss, logps: PairLogps, sources: Tensor, prompts: Tensor | None) -> None:
+        better, worse = comparisons(logps)
+        rows = better // 2
+
+        def compared(chosen: Tensor, rejected: Tensor) -> tuple[Tensor, Tensor]:
+            both = torch.stack([chosen, rejected], 1).flatten()
+            return both[better], both[worse]
+
+        rewards = compared(loss.chosen_rewards, loss.rejected_rewards)
+        pairs = PairLogps(
+            *compared(logps.chosen.detach(), logps.rejected.detach()),
+            *compared(logps.ref_chosen, logps.ref_rejected),
+            *compared(logps.chosen_tokens, logps.rejected_tokens),
+        )
+        of_pairs = None if prompts is None else prompts[rows]
+        self.add(PreferenceLoss(torch.zeros_like(rewards[0]), *rewards), pairs, sources[rows], of_pairs)
+        # The loss is of lists, not of the pairs in them.
+        begin = torch.cat([torch.ones(1, dtype=torch.bool), logps.lists[1:] != logps.lists[:-1]])
+        self._count("pairs", -torch.ones_like(rewards[0], dtype=torch.float64), sources[rows])
+        self._count("pairs", begin.double().to(self.values.device), sources)
+        self._count("loss", loss.losses.detach().double(), sources)
+
+    def _count(self, name: str, values: Tensor, sources: Tensor) -> None:
+        """Add ``values`` to a sum that each source has, too; both are [B]."""
+        self.values[_FIELDS.index(name)] += values.sum()
+        by_source = self.values[len(_FIELDS) : self._end].view(len(_SOURCE_FIELDS), -1)
+        by_source[_SOURCE_FIELDS.index(name)].index_add_(0, sources, values)
+
     def metrics(self) -> dict[str, float]:
         """Means over all pairs added; after an all-reduce, over all ranks.
 
@@ -107,20 +144,21 @@ class PairSums:
         would measure the accuracy as precisely (``data.interval.effective_count``).
         """
         total = dict(zip(_FIELDS, self.values[: len(_FIELDS)].tolist(), strict=True))
-        pairs = total["pairs"]
-        row = {name: total[name] / pairs for name in _MEANS}
+        pairs, both = total["pairs"], total["both"]
+        row = {name: total[name] / both for name in _MEANS} | {"loss": total["loss"] / pairs}
         for side in ("chosen", "rejected"):
             row[f"logratio/{side}_per_token"] = total[f"logratio/{side}"] / total[f"length/{side}"]
-        row |= {name: total[name] / pairs for name in _LENGTHS}
+        row |= {name: total[name] / both for name in _LENGTHS}
         row["length/margin_correlation"] = _correlation(total)
         if not self.reference:
             row = {name: value for name, value in row.items() if name not in _AGAINST_REFERENCE}
         if len(self.source_names) > 1:
             by_source = self.values[len(_FIELDS) : self._end].view(len(_SOURCE_FIELDS), -1).tolist()
             for index, name in enumerate(self.source_names):
-                count, *sums = (column[index] for column in by_source)
+                count, both, loss, *sums = (column[index] for column in by_source)
                 if count:
-                    row |= {f"{name}/{metric}": each / count for metric, each in zip(_SOURCE_FIELDS[1:], sums, strict=True)}
+                    row[f"{name}/loss"] = loss / count
+                    row |= {f"{name}/{metric}": each / both for metric, each in zip(_SOURCE_FIELDS[3:], sums, strict=True)}
         if self.prompts:
             sizes, wins = self.values[self._end :].view(2, -1).cpu().numpy()
             seen = sizes > 0
@@ -136,7 +174,7 @@ def _wins(margins: Tensor) -> Tensor:
 
 def _correlation(total: dict[str, float]) -> float:
     """Pearson's correlation of margin and length difference; 0 if one of them varies by no more than rounding."""
-    n, margins = total["pairs"], total["rewards/margins"]
+    n, margins = total["both"], total["rewards/margins"]
     covariance = total["product"] - margins * total["difference"] / n
     margin_variance = total["margin_sq"] - margins**2 / n
     difference_variance = total["difference_sq"] - total["difference"] ** 2 / n
