@@ -393,10 +393,11 @@ def _gc(args: argparse.Namespace, console: Console) -> Any:
 
 def _export(args: argparse.Namespace, console: Console) -> Any:
     prepared = _prepare(args.config, args.overrides, console)
+    from raydpo.data.lists import all_pairs
     from raydpo.reference.exchange import export_pairs
     from raydpo.reference.pairs import join_reference
 
-    joined = join_reference(prepared.sets.train, prepared.cache, "training")
+    joined = all_pairs(join_reference(prepared.sets.train, prepared.cache, "training"))
     decode = prepared.tokeniser.tokenizer.batch_decode
     pairs = export_pairs(joined, lambda ids: decode(ids, skip_special_tokens=False), Path(args.out))
     console.say(f"{pairs:,} pairs with reference log-probs of {prepared.reference.identity.digest}: {args.out}")

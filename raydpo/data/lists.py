@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from raydpo.data.messages import Malformed
 from raydpo.data.shapes import common_prefix
@@ -18,8 +19,10 @@ from raydpo.data.shapes import common_prefix
 if TYPE_CHECKING:
     from raydpo.data.tokenise import TokenisedPair
 
-__all__ = ["NO_RANK", "aligned", "all_or_none", "begins", "most_agreed", "rows_of", "starts_of"]
+__all__ = ["NO_RANK", "aligned", "all_or_none", "all_pairs", "begins", "compared", "most_agreed", "rows_of", "starts_of"]
 
+_LIST = "list"
+"""The first of ``select.LIST_COLUMNS``."""
 NO_RANK = -1
 """Rank of a side without a completion."""
 
@@ -51,6 +54,61 @@ def all_or_none(keep: np.ndarray, begin: np.ndarray) -> np.ndarray:
     """``keep``, bool [rows], without the lists of which it leaves out a row."""
     starts = starts_of(begin)
     return np.repeat(np.logical_and.reduceat(keep, starts[:-1]), np.diff(starts)) if len(keep) else keep
+
+
+def compared(lists: np.ndarray, chosen_ranks: np.ndarray, rejected_ranks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Each better completion of a list with each worse one, in order: int64 [comparisons] each. They are places among the
+    completions, which are chosen and rejected of each row in turn. Completions of equal rank are not compared.
+
+    Args:
+        lists: number of the list of each row; the rows of a list are neighbours.
+        chosen_ranks, rejected_ranks: of each row; ``NO_RANK`` = no completion.
+    """
+    ranks = np.stack([chosen_ranks, rejected_ranks], 1)
+    found = [np.empty((0, 2), np.int64)]
+    apart = 0
+    # All rows are compared with those one, two, ... rows further on in their lists.
+    while len(rows := np.flatnonzero(lists[: len(lists) - apart] == lists[apart:])):
+        for one, other in ((0, 0), (0, 1), (1, 0), (1, 1)) if apart else ((0, 1),):
+            mine, theirs = ranks[rows, one], ranks[rows + apart, other]
+            places = np.stack([2 * rows + one, 2 * (rows + apart) + other], 1)
+            there = (mine != NO_RANK) & (theirs != NO_RANK)
+            found += [places[there & (mine < theirs)], places[there & (mine > theirs)][:, ::-1]]
+        apart += 1
+    better, worse = np.concatenate(found).T
+    order = np.lexsort((worse, better))
+    return better[order], worse[order]
+
+
+def all_pairs(table: pa.Table) -> pa.Table:
+    """The pairs of completions of which one is ranked above the other, in place of rows of lists: as ``data.ranked: pairs``
+    has them. A table of pairs is returned as it is. Columns that name a row's place are left out."""
+    if _LIST not in table.column_names:
+        return table
+    better, worse = compared(*(table[name].to_numpy() for name in (_LIST, "chosen_rank", "rejected_rank")))
+    rows = pa.array(better // 2)
+
+    def of_side(name: str, places: np.ndarray) -> pa.ChunkedArray:
+        both = [table[name.replace(*sides)] for sides in (("rejected", "chosen"), ("chosen", "rejected"))]
+        side_by_side = pa.chunked_array([chunk for column in both for chunk in column.chunks], both[0].type)
+        return side_by_side.take(pa.array(places // 2 + places % 2 * table.num_rows))
+
+    begin = begins(table[_LIST])
+    first = np.maximum.accumulate(np.where(begin, np.arange(len(begin)), 0))[better // 2]
+    number = pa.array(np.arange(len(first)) - np.searchsorted(first, first))
+    names = table["pair_id"].take(pa.array(first))
+    further = pc.binary_join_element_wise(names, number.cast(pa.string()), "#")
+    columns = {"pair_id": pc.if_else(pc.equal(number, 0), names, further)}
+    for name in table.column_names:
+        if name in columns or name in ("set", "place", _LIST):
+            continue
+        if "chosen" in name or "rejected" in name:
+            columns[name] = of_side(name, better if "chosen" in name else worse)
+        else:
+            columns[name] = table[name].take(rows)
+    if "highest" in columns:
+        columns["highest"] = pc.max_element_wise(columns["highest"], table["highest"].take(pa.array(worse // 2)))
+    return pa.table(columns)
 
 
 def aligned(rows: Sequence[TokenisedPair]) -> list[TokenisedPair] | Malformed:

@@ -26,6 +26,7 @@ from raydpo.cluster.session import session, starts_own_ray
 from raydpo.cluster.work import BlockTask, do_work
 from raydpo.config import Config, ObjectiveConfig, load_config
 from raydpo.data.facts import prompt_numbers
+from raydpo.data.lists import all_pairs
 from raydpo.data.pairs import load_pairs
 from raydpo.data.tokenise import Tokeniser
 from raydpo.errors import CacheMissError, ConfigError, RaydpoError
@@ -97,7 +98,8 @@ def evaluate(config: Config, console: Console | None = None) -> dict[str, Any]:
 
 
 def pairs_to_evaluate(config: Config, tokeniser: Tokeniser, console: Console) -> tuple[pa.Table, int | None]:
-    """Load the pairs to measure, and count those of data.eval that have a prompt of the training data.
+    """Load the pairs to measure, of ranked lists all pairs of a better and a worse completion, and count those of data.eval
+    that have a prompt of the training data.
 
     The count is None for evaluate.data.
 
@@ -112,7 +114,7 @@ def pairs_to_evaluate(config: Config, tokeniser: Tokeniser, console: Console) ->
         sets, _ = open_pairs(config, lambda: tokeniser, console)
     for line in sets.report.lines():
         console.say(line)
-    return (sets.train, None) if on_training_side else (sets.eval, sets.report.leaked)
+    return (all_pairs(sets.train), None) if on_training_side else (all_pairs(sets.eval), sets.report.leaked)
 
 
 def _read_pairs(config: Config, console: Console) -> tuple[Tokeniser, pa.Table, int | None]:

@@ -19,8 +19,9 @@ from raydpo.cluster.waiting import wait_for
 from raydpo.config import Config, Verb, is_hub_name
 from raydpo.config.filter import PairFilter
 from raydpo.data.index import as_bytes
+from raydpo.data.lists import all_pairs, begins
 from raydpo.data.rows import PAIR_MARGIN, PAIR_WEIGHT
-from raydpo.data.select import PairSets
+from raydpo.data.select import LIST_COLUMNS, PairSets
 from raydpo.data.tokenise import Tokeniser
 from raydpo.losses import own_sources
 from raydpo.model.rotary import ROTARY, rope_line
@@ -210,6 +211,7 @@ def measured_pairs(table: pa.Table | None) -> str | None:
     """Digest of the keys and truncated lengths of held-out pairs, in any order; None without pairs."""
     if table is None:
         return None
+    table = all_pairs(table)  # as they are compared
     pairs = np.empty((table.num_rows, 2), _KEY_AND_TOKENS)
     for column, side in enumerate(("chosen", "rejected")):
         pairs[:, column] = np.concatenate([pairs[:0, column], *_keys_and_tokens(table, side)])
@@ -229,14 +231,16 @@ def _keys_and_tokens(table: pa.Table, side: str) -> Iterator[np.ndarray]:
 
 
 def _digest(table: pa.Table) -> str:
-    """Digest of the pairs in their order: keys, truncated lengths, sources and weights."""
+    """Digest of the pairs in their order: keys, truncated lengths, ranks, sources and weights."""
     digest = hashlib.sha256()
     for side in ("chosen", "rejected"):
         for rows in _keys_and_tokens(table, side):
             digest.update(rows.tobytes())
-    for column in (PAIR_WEIGHT, PAIR_MARGIN):
+    for column in (PAIR_WEIGHT, PAIR_MARGIN, *LIST_COLUMNS[1:]):
         if column in table.column_names:
             digest.update(f"{column}\0".encode() + np.ascontiguousarray(table[column].to_numpy()).tobytes())
+    if LIST_COLUMNS[0] in table.column_names:
+        digest.update(begins(table[LIST_COLUMNS[0]]).tobytes())
     for batch in table.select(["source", "weight"]).to_batches():
         names, weights = batch[0].dictionary_encode(), batch[1].to_numpy()
         numbers = names.indices.to_numpy()

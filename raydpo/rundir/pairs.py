@@ -63,7 +63,9 @@ def changed_pairs(storage: Storage, pairs: pa.Table) -> str:
         differ = pl.any_horizontal(
             pl.col(name).ne_missing(pl.col(f"{name} now")) for name in before.columns if f"{name} now" in both.columns
         )
-        told.append(_told(both.filter(differ)["pair_id"], now.height, *["differ in length in use, source or weight"] * 2))
+        told.append(
+            _told(both.filter(differ)["pair_id"], now.height, *["differ in length in use, source, weight or rank"] * 2)
+        )
     if not any(told):
         told = [f"{before.height:,} pairs then and {now.height:,} now, in another order or with other weights"]
     return ", ".join(filter(None, told))
@@ -92,7 +94,7 @@ def _facts(pairs: pa.Table) -> pa.Table:
 
 
 def _numbers(pairs: pa.Table) -> Sequence[str]:
-    return [name for name in ("pair_weight", "pair_margin") if name in pairs.column_names]
+    return [name for name in ("pair_weight", "pair_margin", "chosen_rank", "rejected_rank") if name in pairs.column_names]
 
 
 def _digests(pairs: pa.Table) -> pa.Array:

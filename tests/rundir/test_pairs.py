@@ -52,8 +52,8 @@ def run(tmp_path):
         (table(9, 1, 2, 3, 4), "1 of 5 pairs is new (first: a:1)"),
         (table(2, 1, 3, 4), "another order"),
         (table(1, 2, 3, 4, 4), "4 pairs then and 5 now"),
-        (table(1, 2, 3, 4, tokens=2), "4 of 4 pairs differ in length in use, source or weight"),
-        (table(1, 2, 3, 4, weight=0.5), "4 of 4 pairs differ in length in use, source or weight"),
+        (table(1, 2, 3, 4, tokens=2), "4 of 4 pairs differ in length in use, source, weight or rank"),
+        (table(1, 2, 3, 4, weight=0.5), "4 of 4 pairs differ in length in use, source, weight or rank"),
         (table(1, 2, 3, 4, swap=True), "4 of 4 pairs are other ones (first: a:1, a:2, a:3, ...), the chat template or"),
     ],
 )
