@@ -172,6 +172,7 @@ _FEWEST_WITH_MORE = 3
 """Fewest columns of a record that can hold more than its pair."""
 _A_VALUE, _BITS = 3, 21
 """Tokens in a 64-bit value of column ``head``, and bits of each."""
+_SIDES = ("chosen", "rejected")
 _NO_IDS, _NO_KEY = np.empty(0, np.int32), bytes(16)
 
 
@@ -407,12 +408,13 @@ class RowMaker:
         counted = [records[entry.record].source for entry, _ in pairs]
         lengths = [np.diff(ends).astype(np.int32) for ends in offsets]
         highest = np.full(len(pairs), -1, np.int32)
-        filled = np.flatnonzero(lengths[0])  # no part of a tokenised pair is empty
-        if len(filled):
-            highest[filled] = np.max(
-                [np.maximum.reduceat(flat, ends[filled]) for flat, ends in zip(flats, offsets, strict=True)], 0
-            )
-        keys = [[_NO_KEY if ids is None else completion_key(ids.prompt, ids[side]) for _, ids in pairs] for side in (1, 2)]
+        for flat, ends, counts in zip(flats, offsets, lengths, strict=True):
+            if len(filled := np.flatnonzero(counts)):
+                highest[filled] = np.maximum(highest[filled], np.maximum.reduceat(flat, ends[filled]))
+        keys = [
+            [completion_key(ids.prompt, ids[side]) if ids is not None and len(ids[side]) else _NO_KEY for _, ids in pairs]
+            for side in (1, 2)
+        ]
         prompts = [
             [_NO_KEY if ids is None else digest(entry.preference.prompt) for entry, ids in pairs]
             for digest in (prompt_digest, question_digest)
@@ -431,7 +433,7 @@ class RowMaker:
             *(_fixed(b"".join(values), 16) for values in (*keys, *prompts)),
             *(np.where(lengths[0] > 0, digests(values), np.uint64(0)) for values in lists),
             np.fromiter((entry.characters for entry, _ in pairs), np.int64, len(pairs)),
-            np.fromiter((entry.preference.several_turns * SEVERAL_TURNS for entry, _ in pairs), np.uint8, len(pairs)),
+            np.fromiter((_flags(entry.preference) for entry, _ in pairs), np.uint8, len(pairs)),
             _fixed(heads_of(flats[0], offsets[0], self.head or 0).tobytes(), 64),
             *(
                 np.fromiter((entry.preference.numbers[number] for entry, _ in pairs), np.float64, len(pairs))
@@ -453,6 +455,20 @@ class RowMaker:
 def light_schema(numbers: Iterable[str], *, lists: bool = False) -> pa.Schema:
     """Columns of light rows; arguments as of ``RowMaker``."""
     return pa.schema([*LIGHT_SCHEMA, *((name, pa.float64()) for name in numbers), *(RANK_COLUMNS if lists else ())])
+
+
+def _flags(preference: Preference) -> int:
+    """Value of column ``flags``."""
+    labelled = preference.alone is not None and preference.ranks[1] is not None  # not the last of an odd list
+    label = 0 if not labelled else DESIRABLE if preference.alone == "chosen" else UNDESIRABLE
+    return label | preference.several_turns * SEVERAL_TURNS
+
+
+def _rank(preference: Preference, side: str) -> int:
+    """Value of column ``chosen_rank`` or ``rejected_rank``."""
+    if preference.alone not in (None, side):
+        return NO_RANK
+    return preference.ranks[side == "rejected"]  # type: ignore[return-value]
 
 
 def preferences_of(

@@ -18,12 +18,14 @@ from raydpo.data.lists import all_or_none, begins
 from raydpo.data.ragged import Ragged
 from raydpo.data.rows import (
     CHARACTERS_A_TOKEN,
+    DESIRABLE,
     MOST_CHARACTERS,
     PAIR_MARGIN,
     PAIR_WEIGHT,
     RANK_COLUMNS,
     SEVERAL_TURNS,
     TOKEN_SCHEMA,
+    UNDESIRABLE,
     TokenSource,
 )
 from raydpo.data.split import held_out, kept
@@ -181,11 +183,13 @@ class _Decided:
         keep: which are not dropped, bool [pairs].
         tokens: of prompt, chosen and rejected in use, int32 [pairs] each; means nothing for dropped ones.
         report: on the source, without duplicates.
+        labels: column ``LABEL``, int8 [pairs]; None if all are pairs.
     """
 
     keep: np.ndarray
     tokens: tuple[np.ndarray, np.ndarray, np.ndarray]
     report: SourceReport
+    labels: np.ndarray | None = None
 
 
 def check_source(config: DataConfig, source: SourceRows) -> None:
@@ -207,7 +211,7 @@ def window(config: DataConfig, source: SourceRows, number: int, start: int, stop
     length = None if stop is None else stop - start
     part = replace(source, light=source.light.slice(start, length), tokens=None)
     decided = _decided(config, part)
-    table = _part(number, part, decided, decided.keep)
+    table = _part(number, part, decided, decided.keep, decided.labels is not None)
     place = table.column_names.index("place")
     return table.set_column(place, "place", pc.add(table["place"], start))
 
@@ -295,7 +299,8 @@ def _decided(config: DataConfig, source: SourceRows) -> _Decided:
     else:
         faults[SAME] = beyond & (agree >= room)
     if (begin := _begins(light)) is not None:
-        faults, dropped, report.unit = _of_lists(faults, begin), ~all_or_none(~np.any([*faults.values()], 0), begin), "lists"
+        dropped, report.ranked = ~all_or_none(~np.any([*faults.values()], 0), begin), True
+        faults = _of_lists(faults, begin)
     found = [(reason, np.flatnonzero(mask)) for reason, mask in faults.items() if mask.any()]
     for reason, rows in sorted(found, key=lambda fault: int(fault[1][0])):
         dropped[rows] = True
@@ -304,9 +309,12 @@ def _decided(config: DataConfig, source: SourceRows) -> _Decided:
     keep = ~dropped
     report.kept = int(keep.sum() if begin is None else (keep & begin).sum())
     report.truncated = sum(int((keep & (short < full)).sum()) for short, full in zip(used, (chosen, rejected), strict=True))
-    several = keep & ((light["flags"].to_numpy() & SEVERAL_TURNS) > 0)
+    flags = light["flags"].to_numpy()
+    several = keep & ((flags & SEVERAL_TURNS) > 0)
     report.several_turns = int((several if begin is None else begin & ~all_or_none(~several, begin)).sum())
-    return _Decided(keep, (prompt, *used), report)
+    labels = ((flags & DESIRABLE) > 0).astype(np.int8) - ((flags & UNDESIRABLE) > 0).astype(np.int8)
+    report.desirable, report.undesirable = (int((keep & (labels == label)).sum()) for label in (1, -1))
+    return _Decided(keep, (prompt, *used), report, labels if labels.any() else None)
 
 
 def _begins(light: pa.Table) -> np.ndarray | None:
@@ -429,16 +437,17 @@ def _halves(keys: Sequence[np.ndarray]) -> list[np.ndarray]:
 
 def _table(sources: Sequence[SourceRows], decided: Sequence[_Decided], uses: Sequence[np.ndarray]) -> pa.Table:
     """The pairs in use of all sources."""
+    labelled = any(one.labels is not None and one.labels[use].any() for one, use in zip(decided, uses, strict=True))
     parts = [
-        _part(number, source, one, use)
+        _part(number, source, one, use, labelled)
         for number, (source, one, use) in enumerate(zip(sources, decided, uses, strict=True))
         if use.any()
-    ] or [_part(0, sources[0], decided[0], uses[0])]
+    ] or [_part(0, sources[0], decided[0], uses[0], labelled)]
     return pa.concat_tables(parts)
 
 
-def _part(number: int, source: SourceRows, decided: _Decided, use: np.ndarray) -> pa.Table:
-    """The pairs of one source that are in use."""
+def _part(number: int, source: SourceRows, decided: _Decided, use: np.ndarray, labelled: bool) -> pa.Table:
+    """The pairs of one source that are in use; with column ``LABEL`` if ``labelled``."""
     numbers = [name for name in (PAIR_WEIGHT, PAIR_MARGIN) if name in source.light.column_names]
     names = ["row", "number", "source", *(f"{side}_key" for side in _SIDES), *(f"{side}_tokens" for side in _SIDES)]
     ranks = [name for name, _ in RANK_COLUMNS if name in source.light.column_names]
@@ -463,6 +472,9 @@ def _part(number: int, source: SourceRows, decided: _Decided, use: np.ndarray) -
     if ranks:
         columns[LIST_COLUMNS[0]] = pa.array(number * _LISTS_OF_A_SET + light["row"].to_numpy())
         columns |= {name: light[name] for name in ranks}
+    if labelled:
+        pairs_alone = decided.labels is None
+        columns[LABEL] = _constant(light, pa.scalar(0, pa.int8())) if pairs_alone else pa.array(decided.labels[use])
     return pa.table(columns)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 from datetime import date
-from typing import Any, Literal
+from typing import Any
 
 from raydpo.config import DataConfig
 from raydpo.data.choices import always_above
@@ -79,9 +79,10 @@ class SourceReport:
     Attributes:
         records: lines or rows read.
         malformed_records: records that gave no pair or a faulty one, because of ``malformed``.
-        unit: what is counted: pairs, or ranked lists. Where the others say pairs, lists are counted then.
+        ranked: whether ranked lists are counted where this says pairs.
         pairs: well-formed pairs; more than records if records rank several completions.
         kept: pairs that are left.
+        desirable, undesirable: of these, completions alone with a good and with a bad label.
         truncated: completions (not pairs) that max_length shortened.
         dropped: well-formed pairs that were dropped, by reason.
         duplicates: kept pairs with the same tokens as an earlier one, of any source.
@@ -104,6 +105,8 @@ class SourceReport:
     duplicates: int = 0
     merged: int = 0
     several_turns: int = 0
+    desirable: int = 0
+    undesirable: int = 0
     malformed: Faults = field(default_factory=Faults)
     dropped: Faults = field(default_factory=Faults)
     scores: Contradictions = field(default_factory=Contradictions)
@@ -112,7 +115,7 @@ class SourceReport:
     understood: Counter[str] = field(default_factory=Counter)
     unused: Counter[str] = field(default_factory=Counter)
     repeats: Repeats = field(default_factory=Repeats)
-    unit: Literal["pairs", "lists"] = "pairs"
+    ranked: bool = False
 
     def merge(self, other: SourceReport) -> None:
         """Add the account of later records of the same source. Name and path stay."""
@@ -150,7 +153,8 @@ class SourceReport:
         )
 
     def lines(self) -> list[str]:
-        parts = [f"{self.records:,} records", f"{self.kept:,} {self.unit} kept"]
+        unit = self.unit
+        parts = [f"{self.records:,} records", f"{self._kept()} kept"]
         parts += [
             f"{count:,} {what}"
             for count, what in ((self.truncated, "completions truncated"), (self.duplicates, "exact duplicates kept"))
@@ -158,22 +162,36 @@ class SourceReport:
         ]
         lines = [f"data {self.name}: {', '.join(parts)}", *self._readings()]
         if self.dropped.total:
-            lines.append(f"data {self.name}: {self.dropped.total:,} {self.unit} dropped: {self.dropped}")
+            lines.append(f"data {self.name}: {self.dropped.total:,} {unit} dropped: {self.dropped}")
         if self.malformed.total:
             lines.append(f"warning: data {self.name}: {self.malformed_records:,} malformed records: {self.malformed}")
         if (merged := self.merged - self.remarks.pairs[PROMPT_END]) > 0:
             lines.append(
-                f"warning: data {self.name}: in {merged:,} pairs the prompt is tokenised differently alone "
+                f"warning: data {self.name}: in {merged:,} {unit} the prompt is tokenised differently alone "
                 "and with its completion (tokens merge across the boundary, but no text is left out); "
                 "the completion starts where they differ"
             )
         if self.several_turns:
             lines.append(
-                f"warning: data {self.name}: in {self.several_turns:,} {self.unit} a completion continues with user or "
+                f"warning: data {self.name}: in {self.several_turns:,} {unit} a completion continues with user or "
                 "tool messages, and their tokens also count in the loss"
             )
         lines += (f"warning: data {self.name}: {line}" for line in self.scores.lines(self.records))
-        return lines + self.remarks.lines(self.name, self.pairs)
+        return lines + self.remarks.lines(self.name, self.pairs, unit)
+
+    @property
+    def unit(self) -> str:
+        """What messages call the rows of this source: pairs, lists, or rows if some are completions alone."""
+        return "lists" if self.ranked else "rows" if self.desirable or self.undesirable else "pairs"
+
+    def _kept(self) -> str:
+        """``3 pairs``, ``3 lists``, ``3 completions with labels (2 desirable, 1 undesirable)``, or both."""
+        if self.ranked:
+            return f"{self.kept:,} lists"
+        alone = self.desirable + self.undesirable
+        labels = f"{alone:,} completions with labels ({self.desirable:,} desirable, {self.undesirable:,} undesirable)"
+        pairs = f"{self.kept - alone:,} pairs"
+        return pairs if not alone else labels if alone == self.kept else f"{pairs} and {labels}"
 
     def _readings(self) -> list[str]:
         """How files and records were understood, and what was not read."""
@@ -199,7 +217,7 @@ class SourceReport:
             names = [f"{name[:40]!r} ({count:,})" for name, count in self.unused.most_common(MOST_LISTED)]
             rest = len(self.unused) - MOST_LISTED
             told.append(f"columns not read (records): {', '.join(names)}{f' and {rest:,} more' if rest > 0 else ''}")
-        told += self.repeats.lines()
+        told += self.repeats.lines(self.unit)
         return [
             f"{sign}data {self.name}: {each.removeprefix(sign)}"
             for each in told
@@ -226,8 +244,8 @@ class SourceReport:
             )
         if self.remarks.lost > config.max_lost * self.pairs:
             raise DataError(
-                f"data {self.name}: {self.remarks.loss(self.pairs)}; data.max_lost ({config.max_lost:g}) allows fewer; "
-                f"{self.remarks.remedy()}, or raise data.max_lost if that is intended"
+                f"data {self.name}: {self.remarks.loss(self.pairs, self.unit)}; data.max_lost ({config.max_lost:g}) "
+                f"allows fewer; {self.remarks.remedy()}, or raise data.max_lost if that is intended"
             )
         if not self.kept:
             raise DataError(
@@ -269,8 +287,8 @@ class DataReport:
 
     @property
     def unit(self) -> str:
-        """What is counted, as of ``SourceReport``."""
-        return self.sources[0].unit
+        """What is counted: pairs, or ranked lists."""
+        return "lists" if any(source.ranked for source in self.sources) else "pairs"
 
     def lines(self) -> list[str]:
         """A summary for people; lines that begin with ``warning:`` need attention."""

@@ -50,7 +50,7 @@ def pair_groups(table: pa.Table, items: Iterable[int] | None = None) -> tuple[li
     groups = [
         PromptGroup(
             prompts[int(starts[item])],
-            tuple(ids for row in range(starts[item], starts[item + 1]) for side in sides if len(ids := side[row])),
+            tuple(side[row] for row in range(starts[item], starts[item + 1]) for side in sides),
         )
         for item in items
     ]

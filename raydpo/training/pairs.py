@@ -96,9 +96,7 @@ class TrainingPairs:
         if self.starts is None:
             return Shapes.of([prompt for prompt, _, _ in self._ids(rows)], completions)
         ends = np.cumsum(self.starts[items + 1] - self.starts[items]).tolist()
-        lists = [
-            [tokens for row in completions[start:stop] for tokens in row if tokens] for start, stop in pairwise([0, *ends])
-        ]
+        lists = [sum(completions[start:stop], []) for start, stop in pairwise([0, *ends])]
         return Shapes.of([prompt for prompt, _, _ in self._ids(self.starts[items])], lists)
 
     def items_of(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -210,12 +208,19 @@ def _placed(table: pa.Table) -> tuple[pa.Table, np.ndarray | None]:
         return table, None
     sides = [Ragged.of(table[name]) for name in names]
     (chosen, starts), (rejected, more) = (side.gather(np.arange(len(side))) for side in sides)
-    known = ~(np.isnan(chosen[starts[:-1]]) | np.isnan(rejected[more[:-1]]))
-    columns = dict(zip(REFERENCE_COLUMNS, (starts[:-1], more[:-1] + len(chosen), known.astype(np.uint8)), strict=False))
+    known = (_known(chosen, starts) & _known(rejected, more)).astype(np.uint8)
+    columns = dict(zip(REFERENCE_COLUMNS, (starts[:-1], more[:-1] + len(chosen), known), strict=False))
     columns |= {name: side.sums() for name, side in zip(REFERENCE_COLUMNS[-2:], sides, strict=True)}
     for name, column in columns.items():
         table = table if name in table.column_names else table.append_column(name, pa.array(column))
     return table, np.concatenate([chosen, rejected])
+
+
+def _known(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """Whether the values of each completion are known, and not only their sum: bool [completions]. Of no tokens they are."""
+    known, filled = np.ones(len(offsets) - 1, bool), np.flatnonzero(np.diff(offsets))
+    known[filled] = ~np.isnan(values[offsets[:-1][filled]])
+    return known
 
 
 def _one_array(column: pa.ChunkedArray | np.ndarray) -> pa.Array:
