@@ -2,16 +2,24 @@
 
 import json
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
 from distributed import run_distributed
 from kernel import exact, train_here, with_reference
+from test_equalities import with_live_reference
 from tiny import make_tokenizer, preferences
 
-from raydpo.config import DataConfig
+from raydpo.config import DataConfig, ObjectiveConfig
+from raydpo.data.lists import rows_of
 from raydpo.data.pairs import load_pairs
 from raydpo.data.tokenise import Tokeniser
+from raydpo.losses import Objective
+from raydpo.model.layout import Method, lay_out
+from raydpo.training.evaluate import reference_logps
+from raydpo.training.gate import expected_first_loss, gate_rows
+from raydpo.training.pairs import TrainingPairs
 
 STEPS = 5
 LISTS = dict(loss="plackett_luce", pairs_per_step=4)
@@ -35,12 +43,44 @@ def lists_of(directory, sizes, **data):
     return load_pairs(config, Tokeniser(make_tokenizer())).train
 
 
-SIZES = [2, 4, 6, 2, 4, 6, 2, 8, 4, 2, 6, 4, 4]  # 13 lists in steps of 4: the fourth step has one, fewer than two ranks
+SIZES = [2, 3, 6, 2, 4, 5, 2, 7, 4, 2, 5, 4, 3]  # 13 lists in steps of 4: the fourth step has one, fewer than two ranks
 
 
 @pytest.fixture(scope="module")
 def table(tiny_llama, tmp_path_factory):
     return with_reference(lists_of(tmp_path_factory.mktemp("lists"), SIZES), tiny_llama)
+
+
+def test_a_list_is_one_tree(table):
+    """Its prompt is computed once, whatever the number of its completions."""
+    pairs = TrainingPairs.of(table)
+    starts = pairs.starts.tolist()
+    for number, (start, stop) in enumerate(pairwise(starts)):
+        tokens = sum(pairs.chosen_tokens[start:stop]) + sum(pairs.rejected_tokens[start:stop])
+        layout = lay_out(pairs.groups(range(start, stop)), Method("tree", "sdpa"))
+        assert layout.input_ids.numel() <= pairs.prompt_tokens[start] + tokens
+        (planned,) = pairs.shapes_of(np.array([number])).positions("tree")
+        assert planned == pairs.prompt_tokens[start] + tokens
+        # Completions may share their first tokens.
+        assert layout.input_ids.numel() > planned - 5
+    assert starts[-1] == len(pairs) == len(table)
+
+
+def test_which_lists_are_compared_at_the_gate(table):
+    """Whole ones only."""
+    pairs = TrainingPairs.of(table)
+    first = rows_of(pairs.starts, [0, 3])
+    rows = gate_rows(pairs, first, count=9, seed=0)
+    assert set(rows) | set(first) == set(rows_of(pairs.starts, np.unique(pairs.items_of(sorted([*rows, *first])))))
+    assert not set(rows) & set(first) and len(rows) >= 3
+
+
+def test_a_list_that_occurs_twice_is_two_lists(table):
+    pairs, objective = TrainingPairs.of(table), Objective(ObjectiveConfig(loss="plackett_luce"))
+    once, twice = (reference_logps(pairs, rows_of(pairs.starts, lists), objective.config) for lists in ([2], [2, 2]))
+    assert (once.count, twice.count) == (1, 2) and len(twice.lists) == 2 * len(once.lists) == 6
+    assert objective(twice, 0.1).losses.tolist() == 2 * objective(once, 0.1).losses.tolist()
+    assert expected_first_loss(objective, pairs, rows_of(pairs.starts, [2, 2]), 0.1) == pytest.approx(math.log(720))
 
 
 def runs(jobs):
@@ -50,7 +90,7 @@ def runs(jobs):
     ]
 
 
-def test_one_worker_equals_two_in_every_layout(table, tiny_llama, tmp_path):
+def test_one_worker_equals_two_in_every_layout_and_a_live_reference(table, tiny_llama, tmp_path):
     settings = [
         dict(held_out=table),
         dict(tokens_per_batch=150),
@@ -59,7 +99,8 @@ def test_one_worker_equals_two_in_every_layout(table, tiny_llama, tmp_path):
         dict(gradient_checkpointing=True, zero=2),
     ]
     jobs = [((table, tiny_llama, tmp_path / "scratch"), one) for one in settings]
-    (alone,) = run_distributed(runs, 1, tmp_path / "one", jobs)
+    live = with_live_reference(table, tiny_llama), tiny_llama, tmp_path / "scratch"
+    (alone,) = run_distributed(runs, 1, tmp_path / "one", [*jobs, (live, {})])
     two, other = run_distributed(runs, 2, tmp_path / "two", jobs)
     wanted = [row["loss"] for row in alone[0][0]]
     assert min(wanted) < wanted[0] - 1e-3  # it learns
