@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -11,12 +11,13 @@ import numpy as np
 import pyarrow as pa
 
 from raydpo.data import remarks
-from raydpo.data.messages import Malformed, Message
-from raydpo.data.places import TokenPlaces
+from raydpo.data.messages import Malformed, Message, Text
+from raydpo.data.places import Place, TokenPlaces
 from raydpo.data.preference import Preference
 from raydpo.data.remarks import Remark
 from raydpo.data.rendering import MARKS, TAGS, thoughts_of
 from raydpo.data.segments import any_of
+from raydpo.data.spans import Span, Spans, Written
 from raydpo.data.template import ChatTemplate
 from raydpo.errors import RaydpoError
 
@@ -146,27 +147,31 @@ class Marker:
         return MarkedPair(*sides, flags)
 
     def _runs(self, preference: Preference, side: str, prompt: str, whole: str, ids: np.ndarray) -> tuple[Runs, int]:
-        messages: list[Message] = getattr(preference, side) if preference.conversational else []
+        said: Text = getattr(preference, side)
+        messages = [] if isinstance(said, str) else said
         factors = [_factor(message, side) for message in messages] or [1.0]
-        turns: Sequence[_Turn] | None = [_Turn(len(prompt), len(whole), 0)]
-        if preference.conversational:
-            turns = self._turns(preference, messages, prompt, whole)
-        if not turns:
-            return NO_RUNS, TURNS_NOT_FOUND
-        place = self._places.of(whole, ids, special=not preference.conversational)
+        spans = None if preference.spans is None else getattr(preference.spans, side)
+        talk = _Talk(self._template, preference, messages) if messages else None
+        turns = [_Turn(len(prompt), len(whole), 0)] if talk is None else self._turns(talk, prompt, whole)
+        place = self._places.of(whole, ids, special=talk is None)
+        bounds = [(place(turn.start), place(turn.end)) for turn in turns or ()]
         parts, weights, missing = np.zeros(len(ids), np.int32), np.ones(len(ids), np.float32), 0
-        last = 0
-        for turn in turns:
-            start, end = place(turn.start), place(turn.end)
-            if start is None or end is None:
+        if not turns or any(bound is None for pair in bounds for bound in pair):
+            if any(factor != 1 for factor in factors):
+                raise Malformed(
+                    f"{side} has messages with weights, and where its turns begin and end cannot be told for certain"
+                )
+            if spans is None:
                 return NO_RUNS, TURNS_NOT_FOUND
+            turns, missing = [], TURNS_NOT_FOUND
+        last = 0
+        for turn, (start, end) in zip(turns, bounds, strict=False):
             bits = ASSISTANT | (LAST_TURN if turn is turns[-1] else 0)
             parts[start:end] = bits
             weights[last:start] = _between(factors, turns, turn)
             weights[start:end] = factors[turn.place]
             last = end
-            own = messages[turn.place] if messages else {"content": getattr(preference, side)}
-            thoughts = self._thoughts(whole, turn, own)
+            thoughts = self._thoughts(whole, turn, messages[turn.place] if messages else {"content": said})
             if thoughts is None:
                 missing |= REASONING_NOT_FOUND
                 continue
@@ -177,27 +182,70 @@ class Marker:
                     missing |= REASONING_NOT_FOUND
                 else:
                     parts[first:after] = bits | bit
-        weights[last:] = _between(factors, turns, None)
+        if turns:
+            weights[last:] = _between(factors, turns, None)
         if missing & REASONING_NOT_FOUND:
             parts &= ASSISTANT | LAST_TURN
+        if spans is not None:
+            regions = self._regions(preference, side, talk, turns, prompt, whole)
+            counted = np.zeros(len(ids), np.float32)
+            for span in spans:
+                counted[_tokens(span, side, regions, place, len(ids))] = span.weight
+            weights *= counted
         changes = np.flatnonzero((parts[1:] != parts[:-1]) | (weights[1:] != weights[:-1])) + 1
         firsts = np.concatenate([[0], changes])
         return Runs((firsts << MARK_BITS | parts[firsts]).astype(np.int32), weights[firsts]), missing
 
+    def _regions(
+        self, preference: Preference, side: str, talk: _Talk | None, turns: Sequence[_Turn], prompt: str, whole: str
+    ) -> dict[int, Written]:
+        """Where the texts of those messages stand in which spans are, as far as that can be told."""
+        spans: Spans = preference.spans  # type: ignore[assignment]
+        texts = spans.texts[("chosen", "rejected").index(side)]
+        found: dict[int, Written | None] = {}
+        for message in {span.message for span in getattr(spans, side)} - {None}:
+            text = texts[message]
+            if talk is None:
+                said = getattr(preference, side)
+                cut = len(text) - len(said)  # an answer that repeated its prompt has lost it, see ``Repeats``
+                found[message] = Written.of(text, whole, len(prompt), len(whole), _TAG)
+                if text.endswith(said):
+                    found[message] = Written(text, [(cut, len(text), len(prompt))], whole)
+                continue
+            start = max((turn.end for turn in turns if turn.place < message), default=len(prompt))
+            end = min((turn.start for turn in turns if turn.place > message), default=len(whole))
+            start, end = next(((turn.start, turn.end) for turn in turns if turn.place == message), (start, end))
+            written = Written.of(text, whole, start, end, _TAG)
+            around = talk.around(message, keep=True) if written is None else None
+            if around and whole.startswith(around[0]) and whole.endswith(around[1]):
+                start, end = max(start, len(around[0])), min(end, len(whole) - len(around[1]))
+                written = Written.of(text, whole, start, end, _TAG)
+            found[message] = written
+        return {message: written for message, written in found.items() if written is not None}
+
     # -- turns --------------------------------------------------------------------------------------------------------------
 
-    def _turns(self, preference: Preference, messages: list[Message], prompt: str, whole: str) -> list[_Turn] | None:
-        talk = _Talk(self._template, preference, messages)
+    def _turns(self, talk: _Talk, prompt: str, whole: str) -> list[_Turn] | None:
         found: list[_Turn] = []
-        for place, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
+        places = [place for place, message in enumerate(talk.messages) if message["role"] == "assistant"]
+        parts = talk.generated(whole)[-len(places) :]
+        parts = parts if len(parts) == len(places) else [(0, len(whole))] * len(places)
+        for place, (first, last) in zip(places, parts, strict=True):
             start = self._start(talk, place, prompt, whole)
+            if first and (start is None or not start > last):
+                start = max(first, start or 0)
             end = None if start is None else self._end(talk, place, start, whole)
+            if first and end is None:
+                end = self._end_of_part(whole, last)
             if start is None or end is None or start < (found[-1].end if found else 0) or end <= start:
                 return None
             found.append(_Turn(start, end, place))
         return found
+
+    def _end_of_part(self, whole: str, last: int) -> int:
+        """Where a turn ends whose ``{% generation %}`` ends at ``last``: with the token that ends that, or follows it."""
+        end = self._last_token.search(whole, max(0, last - _LAST), last)
+        return end.end(1) if end else last + self._length(whole[last : last + _LAST])
 
     def _start(self, talk: _Talk, place: int, prompt: str, whole: str) -> int | None:
         """Where the model begins to write in the turn of message ``place``."""
@@ -303,30 +351,43 @@ class _Talk:
         self.tools, self._arguments = preference.tools, preference.template_kwargs
         self._prompt, self.messages = list(preference.prompt), messages
         self._fitted = template.fits(self._prompt) and template.fits(messages)  # type: ignore[arg-type]
-        self._around: dict[int, tuple[str, str] | None] = {}
+        self._around: dict[tuple[int, bool], tuple[str, str] | None] = {}
 
     def rendered(self, count: int, generate: bool = False) -> str | None:
         """The rendering with the first messages of the completion; None if the template refuses it."""
         return self._render(self.messages[:count], generate)
 
-    def around(self, place: int) -> tuple[str, str] | None:
-        """What stands before and after the content of message ``place``, if that is text alone; None if it is not found."""
-        if place not in self._around:
-            probe = [*self.messages[:place], _answer(_PROBE), *self.messages[place + 1 :]]
-            parts = (self._render(probe, False) or "").split(_PROBE)
-            self._around[place] = (parts[0], parts[1]) if len(parts) == 2 else None
-        return self._around[place]
+    def around(self, place: int, keep: bool = False) -> tuple[str, str] | None:
+        """What stands before and after the content of message ``place``; None if it is not found.
+
+        Args:
+            keep: whether the message keeps its role and other fields. Otherwise it is the assistant's, and text alone.
+        """
+        if (place, keep) not in self._around:
+            probe = {**self.messages[place], "content": _PROBE} if keep else _answer(_PROBE)
+            parts = (self._render([*self.messages[:place], probe, *self.messages[place + 1 :]], False) or "").split(_PROBE)
+            self._around[place, keep] = (parts[0], parts[1]) if len(parts) == 2 else None
+        return self._around[place, keep]
+
+    def generated(self, whole: str) -> list[tuple[int, int]]:
+        """The parts of ``whole`` that the template itself marks as the assistant's; none if it does not."""
+        try:
+            found = self._template.generated(self._said(self.messages), self.tools, **self._arguments)
+        except Exception:  # templates raise what their authors wrote, and transformers refuses some of these blocks
+            return []
+        return found[1] if found is not None and found[0] == whole else []
 
     def _render(self, messages: list[Message], generate: bool) -> str | None:
-        said = [*self._prompt, *messages]
         try:
-            if not self._fitted or not self._template.fits(messages):
-                said = self._template.fitted(said, set())  # type: ignore[arg-type]
-            return self._template.render(said, self.tools, generate=generate, **self._arguments)
+            return self._template.render(self._said(messages), self.tools, generate=generate, **self._arguments)
         except RaydpoError:
             raise
         except Exception:  # templates raise what their authors wrote
             return None
+
+    def _said(self, messages: list[Message]) -> list[Message]:
+        said = [*self._prompt, *messages]
+        return said if self._fitted and self._template.fits(messages) else self._template.fitted(said, set())  # type: ignore[arg-type]
 
 
 def _answer(content: str) -> Message:
@@ -363,6 +424,22 @@ def _factor(message: Message, side: str) -> float:
             raise Malformed(f"{side} has a message whose {name!r} is no number of at least 0 and no truth value")
         factor *= number
     return factor
+
+
+def _tokens(span: Span, side: str, regions: Mapping[int, Written], place: Place, count: int) -> slice:
+    """The tokens of a span."""
+    if span.message is None:
+        if span.end > count:
+            raise Malformed(f"spans of {side} end after its last token")
+        return slice(span.start, span.end)
+    written = regions.get(span.message)
+    start, end = (None, None) if written is None else (place(written.start(span.start)), place(written.end(span.end)))
+    if start is None or end is None:
+        raise Malformed(
+            f"spans of {side} cannot be placed for certain, since the chat template changes the text or writes it twice; "
+            "give them in tokens"
+        )
+    return slice(start, end)
 
 
 def _between(factors: Sequence[float], turns: Sequence[_Turn], turn: _Turn | None) -> float:

@@ -88,7 +88,7 @@ def check_first_records(source: SourceConfig, name: str, config: DataConfig, rea
     for record in islice(reader(source), FIRST_RECORDS):
         account.records += 1
         try:
-            preferences_of(record, account, numbers)
+            preferences_of(record, account, numbers, config.spans_column)
         except Malformed as error:
             account.malformed.add(str(error), record.where)
             account.malformed_records += 1

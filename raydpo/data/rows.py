@@ -31,6 +31,7 @@ from raydpo.data.remarks import SPELLED, Remark
 from raydpo.data.repeats import Repeats, repeating
 from raydpo.data.scores import Compared, compared
 from raydpo.data.shapes import common_prefix
+from raydpo.data.spans import spans_of
 from raydpo.data.split import prompt_digest, question_digest
 from raydpo.data.tally import SourceReport
 from raydpo.data.tokenise import TokenisedPair, Tokeniser
@@ -311,7 +312,7 @@ class RowMaker:
         for index, record in enumerate(records):
             found: list[Preference] = []
             try:
-                found = preferences_of(record, account, self.numbers)
+                found = preferences_of(record, account, self.numbers, self.spans)
             except Malformed as error:
                 faults.append((index, str(error)))
             _note_options(record, options, account)
@@ -438,11 +439,13 @@ def light_schema(numbers: Iterable[str], *, marks: bool) -> pa.Schema:
     return pa.schema([*LIGHT_SCHEMA, *((name, pa.float64()) for name in numbers), *(MARK_COLUMNS if marks else ())])
 
 
-def preferences_of(record: Record, account: SourceReport, numbers: Mapping[str, str]) -> list[Preference]:
+def preferences_of(
+    record: Record, account: SourceReport, numbers: Mapping[str, str], spans: str | None = None
+) -> list[Preference]:
     """The preferences in a record. Adds to ``account`` how it was understood.
 
     Args:
-        numbers: as of ``RowMaker``.
+        numbers, spans: as of ``RowMaker``.
 
     Raises:
         Malformed: if there are none, or one of them is wrong.
@@ -451,7 +454,12 @@ def preferences_of(record: Record, account: SourceReport, numbers: Mapping[str, 
         account.files.append(record.note)
     if record.value is None:
         raise Malformed(record.problem or "unreadable")
-    found = normalise(record.value, tuple(numbers.values()))
+    found = normalise(record.value, tuple(numbers.values()), () if spans is None else (spans,))
+    if spans is not None and record.value.get(spans) is not None:
+        if len(found) > 1:
+            raise Malformed(f"{spans!r} stands beside more completions than those of one pair")
+        given = spans_of(record.value[spans], spans, found[0].chosen, found[0].rejected)
+        found = [replace(found[0], spans=given)]
     if PAIR_WEIGHT in numbers and found[0].numbers[0] < 0:
         raise Malformed(f"{numbers[PAIR_WEIGHT]!r} is below 0")
     if record.absent:
