@@ -59,6 +59,7 @@ class ChatTemplate:
         self._reads_text: set[str] = set()
         self._arguments: str | None = None
         self._pinned: dict[str, str] = {}
+        self._generating: dict[str, bool] = {}
         self._names: dict[str, frozenset[str]] = {}
         self._forms = Forms(tokenizer)
         self._written: dict[tuple[Any, ...], bool] = {}
@@ -119,7 +120,9 @@ class ChatTemplate:
             Exception: whatever the template raises.
         """
         template = self.tokenizer.get_chat_template(None, tools)
-        if _GENERATION.search(template) is None:
+        if template not in self._generating:
+            self._generating[template] = _GENERATION.search(template) is not None
+        if not self._generating[template]:
             return None
         from transformers.utils.chat_template_utils import render_jinja_template
 
