@@ -134,7 +134,8 @@ CASES = {
     "Mistral, tools and a question after them": (
         templates.MISTRAL, [*CALL, say("tool", "12:00"), bot("noon"), user("sure?"), bot("yes")],
         {"tools": [templates.tool("clock")]},
-        '[TOOL_CALLS][{"name": "clock", "arguments": {"zone": "UTC"}}]</s>[TOOL_RESULTS]{"content": "12:00"}[/TOOL_RESULTS]'
+        # The prompt alone has the tools before this question, so the completion begins there.
+        '[INST]sky?[/INST][TOOL_CALLS][{"name": "clock", "arguments": {"zone": "UTC"}}]</s>[TOOL_RESULTS]{"content": "12:00"}[/TOOL_RESULTS]'
         ' noon</s>[AVAILABLE_TOOLS][{"type": "function", "function": {"name": "clock", "description": "Asks for clock.", '
         '"parameters": {"type": "object", "properties": {"zone": {"type": "string", "description": "Zone of clock."}}}}}]'
         "[/AVAILABLE_TOOLS][INST]sure?[/INST] yes</s>",
