@@ -255,11 +255,11 @@ class Marker:
             return len(asked)
         around = talk.around(place)
         head = _ADDED_THOUGHT.sub("", around[0]) if around else ""
-        if not whole.startswith(head):
-            head = head.rstrip(" ")  # which some templates write before an answer and not before a call
+        if not self._asks or not whole.startswith(head):
+            head = head.rstrip(" ")  # Mistral's writes it before an answer and not before a call
         if not head or not whole.startswith(head):
             return None
-        # Without words of the template before an answer, as in Mistral's, at most white space is the model's.
+        # Where the template does not ask for an answer, white space before it is the model's, and words are not.
         return len(asked) if asked is not None and not head[len(asked) :].strip() else len(head)
 
     def _end(self, talk: _Talk, place: int, start: int, whole: str) -> int | None:
