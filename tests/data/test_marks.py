@@ -136,7 +136,8 @@ CASES = {
         {"tools": [templates.tool("clock")]},
         # The prompt alone has the tools before this question, so the completion begins there.
         '[INST]sky?[/INST][TOOL_CALLS][{"name": "clock", "arguments": {"zone": "UTC"}}]</s>'
-        '[TOOL_RESULTS]{"content": "12:00"}[/TOOL_RESULTS] noon</s>[AVAILABLE_TOOLS][{"type": "function", "function": {"name": "clock", "description": "Asks for clock.", '
+        '[TOOL_RESULTS]{"content": "12:00"}[/TOOL_RESULTS] noon</s>'
+        '[AVAILABLE_TOOLS][{"type": "function", "function": {"name": "clock", "description": "Asks for clock.", '
         '"parameters": {"type": "object", "properties": {"zone": {"type": "string", "description": "Zone of clock."}}}}}]'
         "[/AVAILABLE_TOOLS][INST]sure?[/INST] yes</s>",
         ['[TOOL_CALLS][{"name": "clock", "arguments": {"zone": "UTC"}}]</s>', " noon</s>", " yes</s>"], [" yes</s>"],
