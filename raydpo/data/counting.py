@@ -30,6 +30,7 @@ __all__ = [
     "Counted",
     "RunColumns",
     "Runs",
+    "all_count",
     "counted_of",
     "counted_tokens",
     "counts",
@@ -160,6 +161,14 @@ class RunColumns:
     def every(self) -> Runs:
         """The runs of all rows."""
         return self.at(np.arange(len(self)))
+
+
+def all_count(table: pa.Table | pa.RecordBatch) -> bool:
+    """Whether every token in use counts with weight 1."""
+    if f"{_SIDES[0]}_starts" not in table.schema.names:
+        return True
+    runs = (RunColumns(table, side).every() for side in _SIDES)
+    return all(bool((each.weights == 1).all()) for each in runs)
 
 
 def token_weights(table: pa.Table, side: str, row: int) -> np.ndarray:
