@@ -261,7 +261,7 @@ def test_lists_of_pairs_worth_reading():
 
 
 def test_the_audit_is_of_the_tokens_that_count(tmp_path):
-    """Of a chosen answer its last two tokens count, of a rejected one its last three."""
+    """The last two tokens of a chosen answer count, and the last three of a rejected one."""
     pairs, last = records(30, 15), {"chosen": 2, "rejected": 3}
 
     def weigh(side, row, tokens):

@@ -38,7 +38,7 @@ def test_facts_by_hand(facts):
 
 
 def test_facts_are_of_the_tokens_that_count():
-    """Of the first chosen completion every token but the last counts a half, of all others the last alone."""
+    """In the first chosen completion every token but the last counts a half, in all others the last one alone."""
     table = tokenised(RECORDS)
     known = np.full(5, -3.0), np.full(5, -4.0)
     plain = pair_facts(table, *known)
