@@ -84,7 +84,7 @@ def gate_rows(pairs: TrainingPairs, first_step: np.ndarray, *, count: int, seed:
         return [row for row in range(total) if row not in known]
     wanted = max(count // 3, count - len(known))
     half = -(-wanted // 2)
-    chosen, rejected = pairs.ref_chosen / pairs.chosen_tokens, pairs.ref_rejected / pairs.rejected_tokens
+    chosen, rejected = pairs.ref_chosen / pairs.chosen_counted, pairs.ref_rejected / pairs.rejected_counted
     lowest = _lowest(np.minimum(chosen, rejected), half + len(known))
     highest = _lowest(-np.maximum(chosen, rejected), half + len(known))
     extremes = np.stack([lowest, highest], axis=1).ravel()

@@ -154,7 +154,7 @@ class Stepper:
         pairs, engine, clock = self.pairs, self.engine, self.clock
         sums = PairSums(pairs.source_names, engine.device, reference=pairs.has_reference)
         losses: list[tuple[MicroBatch, Tensor]] = []
-        mean_chosen_tokens = float(pairs.chosen_tokens[step.rows].mean())
+        mean_chosen_tokens = float(pairs.chosen_counted[step.rows].mean())
         for index, (batch, layout) in enumerate(step.batches):
             last = index == len(step.batches) - 1
             with clock.phase("forward"):
