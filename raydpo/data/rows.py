@@ -10,7 +10,6 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import pyarrow as pa
 
-from raydpo.data.facts import digests
 from raydpo.data.keys import completion_key
 from raydpo.data.marks import (
     ANSWER,
@@ -26,6 +25,7 @@ from raydpo.data.marks import (
 )
 from raydpo.data.messages import Malformed
 from raydpo.data.preference import Preference, normalise
+from raydpo.data.ragged import digests
 from raydpo.data.records import Record
 from raydpo.data.remarks import SPELLED, Remark
 from raydpo.data.repeats import Repeats, repeating
@@ -96,7 +96,7 @@ LIGHT_SCHEMA = pa.schema(
         ("question_digest", _KEY),  # split.prompt_digest and split.question_digest
         ("prompt_hash", pa.uint64()),
         ("chosen_hash", pa.uint64()),
-        ("rejected_hash", pa.uint64()),  # facts.digests of the ids before truncation
+        ("rejected_hash", pa.uint64()),  # ragged.digests of the ids before truncation
         ("characters", pa.int64()),  # of the pair's text
         ("flags", pa.uint8()),  # SEVERAL_TURNS, DESIRABLE, ...
         ("head", pa.binary(64)),  # the prompt's first tokens after those that all prompts share; see ``head_of``
