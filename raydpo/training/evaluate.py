@@ -57,7 +57,8 @@ def reference_logps(
         *tails,
         weights=at(pairs.pair_weights),
         margins=at(pairs.pair_margins),
-        mean_chosen_tokens=float(pairs.chosen_tokens[index].mean()) if mean_chosen_tokens is None else mean_chosen_tokens,
+        mean_chosen_tokens=pairs.mean_chosen_tokens(index) if mean_chosen_tokens is None else mean_chosen_tokens,
+        labels=None if pairs.labels is None else send(pairs.labels[index], device),
     )
 
 
@@ -96,14 +97,20 @@ def pair_logps(
     logps = dataclasses.replace(logps, chosen=chosen, rejected=rejected)
     if config.ld_alpha is not None:
         place_N = torch.arange(len(logps_N), device=device) - (lengths.cumsum(0) - lengths)[owner_N]
-        shared = lengths.view(-1, 2).amin(1).repeat_interleave(2)
+        shared = lengths.view(-1, 2).amin(1)
+        if logps.labels is not None:  # a completion alone has no tail
+            shared = torch.where(logps.labels == 0, shared, lengths.max())
+        shared = shared.repeat_interleave(2)
         chosen, rejected = sums(logps_N * (place_N >= shared[owner_N]))
         logps = dataclasses.replace(logps, chosen_tail=chosen, rejected_tail=rejected)
     if more:
         # WPO (Zhou et al., arXiv 2406.11827, eq. 2): mean probability of a token under the policy, divided by the
         # probability that two draws from the policy agree at that token.
         chosen, rejected = sums((logps_N - more[0]).detach())
-        weights = torch.exp(chosen / logps.chosen_tokens + rejected / logps.rejected_tokens)
+        means = chosen / logps.chosen_tokens, rejected / logps.rejected_tokens
+        if logps.sides is not None:
+            means = tuple(torch.where(there, mean, 0) for there, mean in zip(logps.sides, means, strict=True))
+        weights = torch.exp(means[0] + means[1])
         logps = dataclasses.replace(logps, weights=weights if logps.weights is None else weights * logps.weights)
     return logps
 
@@ -161,8 +168,14 @@ def evaluate(
         as_reference: the policy is the reference, so its log-probs are the stored ones, and nothing is computed. WPO, which
             needs more than log-probs, computes them all the same.
     """
-    sums = PairSums(pairs.source_names, engine.device, reference=pairs.has_reference, prompts=int(pairs.prompts.max()) + 1)
     config, rows = objective.config, np.arange(len(pairs))
+    sums = PairSums(
+        pairs.source_names,
+        engine.device,
+        reference=pairs.has_reference,
+        drift=config.estimates_drift,
+        prompts=int(pairs.prompts.max()) + 1,
+    )
     batches = _my_batches(engine, pairs, rows.tolist(), tokens_per_batch)
 
     def add(logps: PairLogps, of: Sequence[int] | np.ndarray) -> None:
@@ -176,7 +189,7 @@ def evaluate(
         everything.compute(batches)
         add(everything.join(), rows)
     else:
-        mean_chosen_tokens = float(pairs.chosen_tokens.mean())
+        mean_chosen_tokens = pairs.mean_chosen_tokens(rows)
         with engine.evaluating():
             for batch, layout in batches:
                 logps = pair_logps(engine, layout, pairs, batch.pairs, config, mean_chosen_tokens)
@@ -241,11 +254,12 @@ class Gaps:
             gap_chosen, gap_rejected = (ours - stored for ours, stored in zip(live, pairs.reference(row), strict=True))
             if not pairs.has_tokens(row):  # only sums were imported: spread their difference evenly over the tokens
                 gap_chosen, gap_rejected = (
-                    np.full(len(ours), (ours.sum() - total) / len(ours))
+                    np.full(len(ours), (ours.sum() - total) / max(1, len(ours)))
                     for ours, total in zip(live, (pairs.ref_chosen[row], pairs.ref_rejected[row]), strict=True)
                 )
             every = np.abs(np.concatenate([gap_chosen, gap_rejected]))
-            shared = min(len(gap_chosen), len(gap_rejected))
+            pair = pairs.labels is None or not pairs.labels[row]
+            shared = min(len(gap_chosen), len(gap_rejected)) if pair else len(every)
             sums = [each.sum() for each in (gap_chosen, gap_rejected, gap_chosen[shared:], gap_rejected[shared:])]
             self._found[:, self._place[row]] += torch.tensor([every.max(), every.mean(), *sums, 1.0]).to(self._found)
 

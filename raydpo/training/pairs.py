@@ -13,7 +13,7 @@ from raydpo.data.facts import prompt_numbers
 from raydpo.data.pairs import PAIR_MARGIN, PAIR_WEIGHT
 from raydpo.data.ragged import Ragged, tokens_in_use
 from raydpo.data.rows import TokenSource
-from raydpo.data.select import TokenTables
+from raydpo.data.select import LABEL, TokenTables
 from raydpo.data.shapes import Shapes
 from raydpo.data.spool import MOST_SMALL
 from raydpo.errors import RaydpoError
@@ -25,7 +25,7 @@ __all__ = ["TrainingPairs", "pair_columns", "send"]
 _SOURCES = b"raydpo.sources"
 """Key in the metadata of ``pair_columns``: JSON list of (name, weight) of each source."""
 _PARTS = ("prompt", *SIDES)
-_NUMBERS = ("set", "place", PAIR_WEIGHT, PAIR_MARGIN)
+_NUMBERS = ("set", "place", PAIR_WEIGHT, PAIR_MARGIN, LABEL)
 
 
 class TrainingPairs:
@@ -45,6 +45,7 @@ class TrainingPairs:
         prompt_tokens, chosen_tokens, rejected_tokens: lengths in use, int [pairs].
         ref_chosen, ref_rejected: sums of the reference's log-probs, nats, float64 [pairs].
         pair_weights, pair_margins: float [pairs], from ``data.weight_column`` and ``data.margin_column``; None if not set.
+        labels: int8 [pairs], as ``losses.PairLogps.labels``; None if all are pairs.
         prompts: number of the prompt of each pair among the distinct ones, int [pairs]; None if it was not wanted.
     """
 
@@ -64,7 +65,7 @@ class TrainingPairs:
         self.prompt_tokens, self.chosen_tokens, self.rejected_tokens = (numbers(f"{part}_tokens") for part in _PARTS)
         self._sets, self._places = numbers_if_there("set"), numbers_if_there("place")
         self.pair_weights, self.pair_margins = numbers_if_there(PAIR_WEIGHT), numbers_if_there(PAIR_MARGIN)
-        self.prompts = numbers_if_there("prompt")
+        self.labels, self.prompts = numbers_if_there(LABEL), numbers_if_there("prompt")
         self.has_reference = logps is not None
         if self.has_reference:
             *self._logp_places, self._known, self.ref_chosen, self.ref_rejected = map(numbers, REFERENCE_COLUMNS)
@@ -114,6 +115,11 @@ class TrainingPairs:
         """Source numbers of ``rows``, int64 [rows]."""
         return send(self.sources[np.asarray(rows)].astype(np.int64), device)
 
+    def mean_chosen_tokens(self, rows: np.ndarray) -> float:
+        """Mean over ``rows`` of the tokens of their chosen completion, of which an undesirable completion alone has 0."""
+        tokens = self.chosen_tokens[rows]
+        return float((tokens if self.labels is None else tokens * (self.labels[rows] >= 0)).mean())
+
     def reference(self, row: int) -> tuple[np.ndarray, np.ndarray]:
         """Reference log-probs of the tokens of a pair's chosen and rejected completion; NaN if only their sum is known."""
         chosen, rejected = (int(places[row]) for places in self._logp_places)
@@ -121,10 +127,13 @@ class TrainingPairs:
         return values[chosen : chosen + self.chosen_tokens[row]], values[rejected : rejected + self.rejected_tokens[row]]
 
     def reference_tails(self, rows: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """Sums of the reference log-probs of tokens beyond the length of the shorter completion, float64 [rows]."""
+        """Sums of the reference log-probs of tokens beyond the length of the shorter completion, float64 [rows]. A completion
+        alone has no such tokens."""
         tails = np.array(
             [[side[min(map(len, sides)) :].sum(dtype=np.float64) for side in sides] for sides in map(self.reference, rows)]
         )
+        if self.labels is not None:
+            tails[self.labels[np.asarray(rows)] != 0] = 0
         return tails[:, 0], tails[:, 1]
 
     def sums_only(self) -> np.ndarray:
