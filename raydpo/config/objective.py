@@ -71,6 +71,7 @@ LOSSES: dict[str, LossTraits] = {
     "cpo": LossTraits(SMOOTH | {"beta", "use_weighting", "weight_column", "margin_column", "cpo_alpha"}, reference=False),
     "orpo": LossTraits(frozenset({"beta", "use_weighting", "weight_column"}), reference=False, per_token=True),
     "sft": LossTraits(frozenset({"use_weighting", "weight_column"}), reference=False, unpaired=True),
+    "plackett_luce": LossTraits(frozenset({"beta", "weight_column"}), lists=True),
 }
 """Properties of each loss, by its name in ``train.loss``."""
 SETTINGS = (

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from raydpo.config import LOSSES, ObjectiveConfig
 from raydpo.errors import ConfigError
-from raydpo.losses import margin, pointwise, reference_free, transport
+from raydpo.losses import listwise, margin, pointwise, reference_free, transport
 from raydpo.losses.pairs import PairLogps, PreferenceLoss, mean_over
 
 __all__ = ["FUNCTIONS", "LossFunction", "Objective", "ObjectiveState", "implicit_rewards", "own_sources", "preference_loss"]
@@ -26,7 +26,9 @@ __all__ = ["FUNCTIONS", "LossFunction", "Objective", "ObjectiveState", "implicit
 LossFunction = Callable[[PairLogps, ObjectiveConfig, float], Tensor]
 """Function from log-probs of B pairs, settings and beta to losses, [B]. A loss by import path is such a function, too."""
 FUNCTIONS: dict[str, LossFunction] = {
-    name: next(getattr(module, name) for module in (margin, pointwise, transport, reference_free) if hasattr(module, name))
+    name: next(
+        getattr(module, name) for module in (margin, pointwise, transport, reference_free, listwise) if hasattr(module, name)
+    )
     for name in LOSSES
 }
 """The function of each loss in ``config.LOSSES``, by name."""
