@@ -46,7 +46,9 @@ def with_mismatched(sets: PairSets, run: int, max_length: int) -> PairSets:
     tables = {name: table for name in ("train", "eval") if (table := getattr(sets, name)) is not None}
     # The tables of one set of pairs hold different rows, so that one source can serve all.
     inner = sets.tokens or TokenTables([[table.select(TOKEN_SCHEMA.names)] for table in tables.values()])
-    codes = {name: _codes(table, number, stored=sets.tokens is not None) for number, (name, table) in enumerate(tables.items())}
+    codes = {
+        name: _codes(table, number, stored=sets.tokens is not None) for number, (name, table) in enumerate(tables.items())
+    }
     alone = [codes[name][_alone(table)] for name, table in tables.items()]
     tokens = MismatchedTokens(inner, alone, run)
     filled = {name: _filled(table, codes[name], tokens, run, max_length) for name, table in tables.items()}
@@ -121,9 +123,7 @@ def _filled(table: pa.Table, codes: np.ndarray, tokens: MismatchedTokens, run: i
     desirable = table[LABEL].to_numpy() > 0
     room = max_length - tokens_in_use(table, "prompt")
     used = {side: tokens_in_use(table, side).copy() for side in _SIDES}
-    own = {
-        name: np.where(desirable, *(table[f"{side}_{name}"].to_numpy() for side in _SIDES)) for name in _numbers(table)
-    }
+    own = {name: np.where(desirable, *(table[f"{side}_{name}"].to_numpy() for side in _SIDES)) for name in _numbers(table)}
     # Which tokens of a completion count is known only as far as it is in use.
     most = np.where(desirable, used["chosen"], used["rejected"]) if COUNT_COLUMNS[0] in table.column_names else own["full"]
     keys = {side: np.array(as_bytes(table[f"{side}_key"])) for side in _SIDES}
@@ -170,12 +170,12 @@ def _numbers(table: pa.Table) -> list[str]:
     return [name for name in ("full", "hash") if f"chosen_{name}" in table.column_names]
 
 
-def _cut(
-    read: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], used: Sequence[np.ndarray]
-) -> Iterator[pa.ListArray]:
+def _cut(read: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], used: Sequence[np.ndarray]) -> Iterator[pa.ListArray]:
     """The first ``used`` tokens of chosen and rejected completions, as columns."""
     for side, lengths in enumerate(used, 1):
-        flat = np.concatenate([np.empty(0, np.int32), *(row[side][:length] for row, length in zip(read, lengths, strict=True))])
+        flat = np.concatenate(
+            [np.empty(0, np.int32), *(row[side][:length] for row, length in zip(read, lengths, strict=True))]
+        )
         yield pa.ListArray.from_arrays(pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32()), pa.array(flat))
 
 

@@ -164,9 +164,7 @@ class PairSums:
         return row
 
 
-def _of_own_sides(
-    columns: Mapping[str, Tensor], logps: PairLogps, threshold: Tensor | float | None
-) -> dict[str, Tensor]:
+def _of_own_sides(columns: Mapping[str, Tensor], logps: PairLogps, threshold: Tensor | float | None) -> dict[str, Tensor]:
     """The columns of rows of which some lack a side: 0 where a metric is not of that row."""
     (chosen, rejected), labels = logps.sides, logps.labels
     both = chosen & rejected
@@ -179,7 +177,9 @@ def _of_own_sides(
     masks["judged"] = both | alone
     wins = torch.where(alone, sides, columns["rewards/accuracies"])
     found = {name: torch.where(masks[of], columns[name], 0.0) for name, of in _OF.items() if name != "rewards/accuracies"}
-    found |= {f"logratio/{side}": torch.where(masks[side], columns[f"logratio/{side}"], 0.0) for side in ("chosen", "rejected")}
+    found |= {
+        f"logratio/{side}": torch.where(masks[side], columns[f"logratio/{side}"], 0.0) for side in ("chosen", "rejected")
+    }
     of_pairs = ("difference", "difference_sq", "margin_sq", "product")
     found |= {name: torch.where(both, columns[name], 0.0) for name in of_pairs}
     found |= {name: mask.double() for name, mask in masks.items()}
@@ -187,7 +187,8 @@ def _of_own_sides(
     samples = logps.drift_samples
     found["samples"] = samples[0].double() + samples[1].double()
     found["drift"] = sum(
-        torch.where(there, columns[f"logratio/{side}"], 0.0) for there, side in zip(samples, ("chosen", "rejected"), strict=True)
+        torch.where(there, columns[f"logratio/{side}"], 0.0)
+        for there, side in zip(samples, ("chosen", "rejected"), strict=True)
     )
     return found
 

@@ -86,13 +86,14 @@ class TrainingPairs:
     def shapes_of(self, rows: np.ndarray) -> Shapes:
         """Lengths and shared tokens of the pairs in ``rows``, for the batch plan."""
         completions = np.stack([self.chosen_tokens[rows], self.rejected_tokens[rows]], axis=1).tolist()
-        return Shapes.of([prompt for prompt, _, _ in self._ids(rows)], completions)
+        return Shapes.of([prompt for prompt, _, _ in self._ids(rows)], [list(filter(None, each)) for each in completions])
 
     def groups(self, rows: Sequence[int]) -> list[PromptGroup]:
-        """The pairs in ``rows``, each as a group (chosen, rejected)."""
+        """The pairs in ``rows``, each as a group (chosen, rejected), or of one of both, where the other has no tokens."""
         rows = np.asarray(rows, np.int64)
         used = zip(self._ids(rows), self.chosen_tokens[rows].tolist(), self.rejected_tokens[rows].tolist(), strict=True)
-        return [PromptGroup(prompt, (chosen[:most], rejected[:more])) for (prompt, chosen, rejected), most, more in used]
+        sides = ((prompt, chosen[:most], rejected[:more]) for (prompt, chosen, rejected), most, more in used)
+        return [PromptGroup(prompt, tuple(side for side in both if len(side))) for prompt, *both in sides]
 
     def _ids(self, rows: np.ndarray) -> Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """Token ids of prompt, chosen and rejected before truncation."""
@@ -187,12 +188,17 @@ def _placed(table: pa.Table) -> tuple[pa.Table, np.ndarray | None]:
         return table, None
     sides = [Ragged.of(table[name]) for name in names]
     (chosen, starts), (rejected, more) = (side.gather(np.arange(len(side))) for side in sides)
-    known = ~(np.isnan(chosen[starts[:-1]]) | np.isnan(rejected[more[:-1]]))
+    known = _known(chosen, starts) & _known(rejected, more)
     columns = dict(zip(REFERENCE_COLUMNS, (starts[:-1], more[:-1] + len(chosen), known.astype(np.uint8)), strict=False))
     columns |= {name: side.sums() for name, side in zip(REFERENCE_COLUMNS[-2:], sides, strict=True)}
     for name, column in columns.items():
         table = table if name in table.column_names else table.append_column(name, pa.array(column))
     return table, np.concatenate([chosen, rejected])
+
+
+def _known(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """Whether the first value of each list is known; an empty list has nothing that is unknown."""
+    return ~(np.isnan(np.append(values, 0)[offsets[:-1]]) & (np.diff(offsets) > 0))
 
 
 def _one_array(column: pa.ChunkedArray | np.ndarray) -> pa.Array:
