@@ -128,8 +128,8 @@ class TrainingPairs:
         return values[chosen : chosen + self.chosen_tokens[row]], values[rejected : rejected + self.rejected_tokens[row]]
 
     def reference_tails(self, rows: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """Sums of the reference log-probs of tokens beyond the length of the shorter completion, float64 [rows]. A completion
-        alone has no such tokens."""
+        """Sums of the reference log-probs of tokens beyond the length of the shorter completion, float64 [rows]; 0
+        for a completion alone."""
         tails = np.array(
             [[side[min(map(len, sides)) :].sum(dtype=np.float64) for side in sides] for sides in map(self.reference, rows)]
         )
