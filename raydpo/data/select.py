@@ -17,11 +17,13 @@ from raydpo.data.index import KeyIndex, as_bytes
 from raydpo.data.ragged import Ragged
 from raydpo.data.rows import (
     CHARACTERS_A_TOKEN,
+    DESIRABLE,
     MOST_CHARACTERS,
     PAIR_MARGIN,
     PAIR_WEIGHT,
     SEVERAL_TURNS,
     TOKEN_SCHEMA,
+    UNDESIRABLE,
     TokenSource,
 )
 from raydpo.data.split import held_out, kept
@@ -177,11 +179,13 @@ class _Decided:
         keep: which are not dropped, bool [pairs].
         tokens: of prompt, chosen and rejected in use, int32 [pairs] each; means nothing for dropped ones.
         report: on the source, without duplicates.
+        labels: column ``LABEL``, int8 [pairs]; None if all are pairs.
     """
 
     keep: np.ndarray
     tokens: tuple[np.ndarray, np.ndarray, np.ndarray]
     report: SourceReport
+    labels: np.ndarray | None = None
 
 
 def check_source(config: DataConfig, source: SourceRows) -> None:
@@ -203,7 +207,7 @@ def window(config: DataConfig, source: SourceRows, number: int, start: int, stop
     length = None if stop is None else stop - start
     part = replace(source, light=source.light.slice(start, length), tokens=None)
     decided = _decided(config, part)
-    table = _part(number, part, decided, decided.keep)
+    table = _part(number, part, decided, decided.keep, decided.labels is not None)
     place = table.column_names.index("place")
     return table.set_column(place, "place", pc.add(table["place"], start))
 
@@ -298,8 +302,11 @@ def _decided(config: DataConfig, source: SourceRows) -> _Decided:
     keep = ~dropped
     report.kept = int(keep.sum())
     report.truncated = sum(int((keep & (short < full)).sum()) for short, full in zip(used, (chosen, rejected), strict=True))
-    report.several_turns = int((keep & ((light["flags"].to_numpy() & SEVERAL_TURNS) > 0)).sum())
-    return _Decided(keep, (prompt, *used), report)
+    flags = light["flags"].to_numpy()
+    report.several_turns = int((keep & ((flags & SEVERAL_TURNS) > 0)).sum())
+    labels = ((flags & DESIRABLE) > 0).astype(np.int8) - ((flags & UNDESIRABLE) > 0).astype(np.int8)
+    report.desirable, report.undesirable = (int((keep & (labels == label)).sum()) for label in (1, -1))
+    return _Decided(keep, (prompt, *used), report, labels if labels.any() else None)
 
 
 def _first_places(source: SourceRows, rows: np.ndarray) -> list[str]:
@@ -397,16 +404,17 @@ def _halves(keys: Sequence[np.ndarray]) -> list[np.ndarray]:
 
 def _table(sources: Sequence[SourceRows], decided: Sequence[_Decided], uses: Sequence[np.ndarray]) -> pa.Table:
     """The pairs in use of all sources."""
+    labelled = any(one.labels is not None and one.labels[use].any() for one, use in zip(decided, uses, strict=True))
     parts = [
-        _part(number, source, one, use)
+        _part(number, source, one, use, labelled)
         for number, (source, one, use) in enumerate(zip(sources, decided, uses, strict=True))
         if use.any()
-    ] or [_part(0, sources[0], decided[0], uses[0])]
+    ] or [_part(0, sources[0], decided[0], uses[0], labelled)]
     return pa.concat_tables(parts)
 
 
-def _part(number: int, source: SourceRows, decided: _Decided, use: np.ndarray) -> pa.Table:
-    """The pairs of one source that are in use."""
+def _part(number: int, source: SourceRows, decided: _Decided, use: np.ndarray, labelled: bool) -> pa.Table:
+    """The pairs of one source that are in use; with column ``LABEL`` if ``labelled``."""
     numbers = [name for name in (PAIR_WEIGHT, PAIR_MARGIN) if name in source.light.column_names]
     names = ["row", "number", "source", *(f"{side}_key" for side in _SIDES), *(f"{side}_tokens" for side in _SIDES)]
     names += [*PLACE_SCHEMA.names[2:], *numbers]
@@ -427,6 +435,9 @@ def _part(number: int, source: SourceRows, decided: _Decided, use: np.ndarray) -
     columns["set"] = _constant(light, pa.scalar(number, pa.int16()))
     columns["place"] = pa.array(np.flatnonzero(use))
     columns |= {name: light[name] for name in PLACE_SCHEMA.names[2:]}
+    if labelled:
+        pairs_alone = decided.labels is None
+        columns[LABEL] = _constant(light, pa.scalar(0, pa.int8())) if pairs_alone else pa.array(decided.labels[use])
     return pa.table(columns)
 
 

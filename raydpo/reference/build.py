@@ -18,8 +18,8 @@ import pyarrow as pa
 from raydpo.cluster.actors import over_actors
 from raydpo.cluster.resources import Resources
 from raydpo.data.index import KeyIndex
-from raydpo.data.rows import TokenSource
 from raydpo.data.mismatch import MismatchedTokens
+from raydpo.data.rows import TokenSource
 from raydpo.data.select import TokenTables
 from raydpo.errors import CacheError, ModelError
 from raydpo.model.layout import PromptGroup

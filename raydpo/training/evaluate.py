@@ -248,9 +248,7 @@ class Gaps:
         if not (batch.counts and self._engine.is_leader):
             return
         pairs = self._pairs
-        rows = list(batch.pairs)
-        lengths = np.stack([pairs.chosen_tokens[rows], pairs.rejected_tokens[rows]], 1).ravel()
-        completions = iter(np.split(logps_N.detach().double().cpu().numpy(), np.cumsum(lengths)[:-1]))
+        completions = iter(np.split(logps_N.detach().double().cpu().numpy(), np.cumsum(layout.lengths)[:-1]))
         for row in batch.pairs:
             live = next(completions), next(completions)
             gap_chosen, gap_rejected = (ours - stored for ours, stored in zip(live, pairs.reference(row), strict=True))

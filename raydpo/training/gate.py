@@ -84,7 +84,7 @@ def gate_rows(pairs: TrainingPairs, first_step: np.ndarray, *, count: int, seed:
         return [row for row in range(total) if row not in known]
     wanted = max(count // 3, count - len(known))
     half = -(-wanted // 2)
-    with np.errstate(invalid="ignore"):  # 0 / 0, of a side without tokens
+    with np.errstate(invalid="ignore"):  # NaN for the missing side of a completion alone, which fmin and fmax pass over
         chosen, rejected = pairs.ref_chosen / pairs.chosen_tokens, pairs.ref_rejected / pairs.rejected_tokens
     lowest = _lowest(np.fmin(chosen, rejected), half + len(known))
     highest = _lowest(-np.fmax(chosen, rejected), half + len(known))

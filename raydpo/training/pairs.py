@@ -86,14 +86,13 @@ class TrainingPairs:
     def shapes_of(self, rows: np.ndarray) -> Shapes:
         """Lengths and shared tokens of the pairs in ``rows``, for the batch plan."""
         completions = np.stack([self.chosen_tokens[rows], self.rejected_tokens[rows]], axis=1).tolist()
-        return Shapes.of([prompt for prompt, _, _ in self._ids(rows)], [list(filter(None, each)) for each in completions])
+        return Shapes.of([prompt for prompt, _, _ in self._ids(rows)], completions)
 
     def groups(self, rows: Sequence[int]) -> list[PromptGroup]:
-        """The pairs in ``rows``, each as a group (chosen, rejected), or of one of both, where the other has no tokens."""
+        """The pairs in ``rows``, each as a group (chosen, rejected)."""
         rows = np.asarray(rows, np.int64)
         used = zip(self._ids(rows), self.chosen_tokens[rows].tolist(), self.rejected_tokens[rows].tolist(), strict=True)
-        sides = ((prompt, chosen[:most], rejected[:more]) for (prompt, chosen, rejected), most, more in used)
-        return [PromptGroup(prompt, tuple(side for side in both if len(side))) for prompt, *both in sides]
+        return [PromptGroup(prompt, (chosen[:most], rejected[:more])) for (prompt, chosen, rejected), most, more in used]
 
     def _ids(self, rows: np.ndarray) -> Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """Token ids of prompt, chosen and rejected before truncation."""
@@ -188,8 +187,8 @@ def _placed(table: pa.Table) -> tuple[pa.Table, np.ndarray | None]:
         return table, None
     sides = [Ragged.of(table[name]) for name in names]
     (chosen, starts), (rejected, more) = (side.gather(np.arange(len(side))) for side in sides)
-    known = _known(chosen, starts) & _known(rejected, more)
-    columns = dict(zip(REFERENCE_COLUMNS, (starts[:-1], more[:-1] + len(chosen), known.astype(np.uint8)), strict=False))
+    known = (_known(chosen, starts) & _known(rejected, more)).astype(np.uint8)
+    columns = dict(zip(REFERENCE_COLUMNS, (starts[:-1], more[:-1] + len(chosen), known), strict=False))
     columns |= {name: side.sums() for name, side in zip(REFERENCE_COLUMNS[-2:], sides, strict=True)}
     for name, column in columns.items():
         table = table if name in table.column_names else table.append_column(name, pa.array(column))
@@ -197,8 +196,10 @@ def _placed(table: pa.Table) -> tuple[pa.Table, np.ndarray | None]:
 
 
 def _known(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """Whether the first value of each list is known; an empty list has nothing that is unknown."""
-    return ~(np.isnan(np.append(values, 0)[offsets[:-1]]) & (np.diff(offsets) > 0))
+    """Whether the values of each completion are known, and not only their sum: bool [completions]. Of no tokens they are."""
+    known, filled = np.ones(len(offsets) - 1, bool), np.flatnonzero(np.diff(offsets))
+    known[filled] = ~np.isnan(values[offsets[:-1][filled]])
+    return known
 
 
 def _one_array(column: pa.ChunkedArray | np.ndarray) -> pa.Array:
