@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 from kernel import MAX_LENGTH, tiny_pairs, tokenised, with_reference
 
-__all__ = ["labelled", "labelled_records", "mismatched", "scored"]
+__all__ = ["labelled", "labelled_records", "mismatched", "scored", "sets_of"]
 
 
 def labelled(labels: Sequence[int], seed: int = 0, records=None, max_length: int = MAX_LENGTH) -> pa.Table:
@@ -25,13 +25,22 @@ def labelled(labels: Sequence[int], seed: int = 0, records=None, max_length: int
     return table.append_column("label", pa.array(np.array(labels, np.int8)))
 
 
-def mismatched(table: pa.Table, run: int, max_length: int = MAX_LENGTH) -> pa.Table:
-    """``table`` with the mismatched completions of its rows that are alone."""
-    from raydpo.data.mismatch import with_mismatched
-    from raydpo.data.select import PairSets
+def sets_of(table: pa.Table):
+    """``table``, whose tokens are not cut, as ``select`` gives it."""
+    from raydpo.data.select import PairSets, TokenTables
     from raydpo.data.tally import DataReport
 
-    return with_mismatched(PairSets(table, None, DataReport([])), run, max_length).train
+    names = ("prompt_ids", "chosen_ids", "rejected_ids")
+    tokens = TokenTables([[pa.table({name: table[name].combine_chunks() for name in names})]])
+    table = table.append_column("set", pa.array(np.zeros(len(table), np.int16)))
+    return PairSets(table.append_column("place", pa.array(np.arange(len(table)))), None, DataReport([]), tokens)
+
+
+def mismatched(table: pa.Table, run: int, max_length: int = MAX_LENGTH) -> pa.Table:
+    """``table``, whose tokens are not cut, with the mismatched completions of its rows that are alone."""
+    from raydpo.data.mismatch import with_mismatched
+
+    return with_mismatched(sets_of(table), run, max_length).train
 
 
 def scored(table: pa.Table, model, **settings) -> pa.Table:

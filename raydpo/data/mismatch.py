@@ -20,7 +20,7 @@ from raydpo.data.index import as_bytes
 from raydpo.data.keys import completion_key
 from raydpo.data.ragged import Ragged, tokens_in_use
 from raydpo.data.rows import TOKEN_SCHEMA, TokenSource
-from raydpo.data.select import COUNT_COLUMNS, LABEL, PairSets, TokenTables
+from raydpo.data.select import COUNT_COLUMNS, LABEL, PairSets
 from raydpo.data.spool import Spool
 
 __all__ = ["MismatchedTokens", "with_mismatched"]
@@ -43,16 +43,13 @@ def with_mismatched(sets: PairSets, run: int, max_length: int) -> PairSets:
     """
     if not any(table is not None and LABEL in table.column_names for table in (sets.train, sets.eval)):
         return sets
+    if sets.tokens is None:
+        raise ValueError("mismatched completions need the tokens of the pairs")
     tables = {name: table for name in ("train", "eval") if (table := getattr(sets, name)) is not None}
     # The tables of one set of pairs hold different rows, so that one source can serve all.
-    inner = sets.tokens or TokenTables([[table.select(TOKEN_SCHEMA.names)] for table in tables.values()])
-    codes = {
-        name: _codes(table, number, stored=sets.tokens is not None) for number, (name, table) in enumerate(tables.items())
-    }
-    alone = [codes[name][_alone(table)] for name, table in tables.items()]
-    tokens = MismatchedTokens(inner, alone, run)
-    filled = {name: _filled(table, codes[name], tokens, run, max_length) for name, table in tables.items()}
-    return dataclasses.replace(sets, **filled, tokens=None if sets.tokens is None else tokens)
+    tokens = MismatchedTokens(sets.tokens, [_codes(table)[_alone(table)] for table in tables.values()], run)
+    filled = {name: _filled(table, tokens, run, max_length) for name, table in tables.items()}
+    return dataclasses.replace(sets, **filled, tokens=tokens)
 
 
 class MismatchedTokens:
@@ -87,7 +84,7 @@ class MismatchedTokens:
         mine = np.flatnonzero(known[at] == codes) if len(known) else np.empty(0, np.int64)
         wanted = partners[at[mine]] if len(known) else np.empty(0, np.int64)
         every = np.concatenate([codes, wanted])
-        found = list(self.inner.rows((every >> _PLACE_BITS).astype(np.int16), every & ((1 << _PLACE_BITS) - 1)))
+        found = list(self.inner.rows(*_split(every)))
         for row, (_, chosen, rejected) in zip(mine.tolist(), found[len(codes) :], strict=True):
             prompt, own_chosen, own_rejected = found[row]
             other = chosen if len(chosen) else rejected
@@ -107,19 +104,22 @@ def _alone(table: pa.Table) -> np.ndarray:
     return np.flatnonzero(table[LABEL].to_numpy()) if LABEL in table.column_names else np.empty(0, np.int64)
 
 
-def _codes(table: pa.Table, number: int, *, stored: bool) -> np.ndarray:
-    """The place of each row as one number, int64 [rows]."""
-    if not stored:
-        return number << _PLACE_BITS | np.arange(table.num_rows)
+def _codes(table: pa.Table) -> np.ndarray:
+    """Set and place of each row as one number, int64 [rows]."""
     return table["set"].to_numpy().astype(np.int64) << _PLACE_BITS | table["place"].to_numpy()
 
 
-def _filled(table: pa.Table, codes: np.ndarray, tokens: MismatchedTokens, run: int, max_length: int) -> pa.Table:
+def _split(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Sets, int16, and places, int64, of ``_codes``."""
+    return (codes >> _PLACE_BITS).astype(np.int16), codes & ((1 << _PLACE_BITS) - 1)
+
+
+def _filled(table: pa.Table, tokens: MismatchedTokens, run: int, max_length: int) -> pa.Table:
     """``table`` with the columns of its mismatched completions."""
     alone = _alone(table)
     if not len(alone):
         return table
-    partners = alone[_rotated(len(alone), run)]
+    codes, partners = _codes(table), alone[_rotated(len(alone), run)]
     desirable = table[LABEL].to_numpy() > 0
     room = max_length - tokens_in_use(table, "prompt")
     used = {side: tokens_in_use(table, side).copy() for side in _SIDES}
@@ -139,8 +139,7 @@ def _filled(table: pa.Table, codes: np.ndarray, tokens: MismatchedTokens, run: i
     ids = Spool(pa.schema([TOKEN_SCHEMA.field(f"{side}_ids") for side in _SIDES]))
     for start in range(0, table.num_rows, _BLOCK_ROWS):
         stop = min(start + _BLOCK_ROWS, table.num_rows)
-        block = codes[start:stop]
-        read = tokens.rows((block >> _PLACE_BITS).astype(np.int16), block & ((1 << _PLACE_BITS) - 1))
+        read = tokens.rows(*_split(codes[start:stop]))
         for row in alone[np.searchsorted(alone, start) : np.searchsorted(alone, stop)].tolist():
             prompt, *sides = read[row - start]
             missing = 1 if desirable[row] else 0

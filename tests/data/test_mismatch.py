@@ -5,24 +5,15 @@ import pickle
 import numpy as np
 import pyarrow as pa
 import pytest
-from unpaired import labelled
+from unpaired import labelled, sets_of
 
 from raydpo.data.keys import completion_key
 from raydpo.data.mismatch import MismatchedTokens, with_mismatched
-from raydpo.data.select import COUNT_COLUMNS, LABEL, PAIR_SCHEMA, PairSets, TokenTables
+from raydpo.data.select import COUNT_COLUMNS, LABEL, PAIR_SCHEMA, PairSets
 from raydpo.data.tally import DataReport
 
 LABELS = [1, -1, -1, 0, 1, 1, -1]
 PARTNERS = {0: 2, 1: 0, 2: 1, 4: 6, 5: 4, 6: 5}  # runs of three rows that are alone: 0 1 2, then 4 5 6
-
-
-def sets_of(table, held_out=None):
-    """``table`` as ``select`` gives it, with its tokens in full elsewhere."""
-    sides = {name: table[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids")}
-    tokens = TokenTables([[pa.table({name: column.combine_chunks() for name, column in sides.items()})]])
-    table = table.append_column("set", pa.array(np.zeros(len(table), np.int16)))
-    table = table.append_column("place", pa.array(np.arange(len(table))))
-    return PairSets(table, held_out, DataReport([]), tokens)
 
 
 def completion_of(table, row, labels=LABELS):
@@ -68,7 +59,7 @@ def test_a_single_row_gets_its_own_completion_and_pairs_alone_are_left_as_they_a
 
 def test_any_machine_reads_the_same_tokens():
     table = labelled(LABELS)
-    sets = with_mismatched(sets_of(table, held_out=None), 3, 512)
+    sets = with_mismatched(sets_of(table), 3, 512)
     assert isinstance(sets.tokens, MismatchedTokens)
     again = pickle.loads(pickle.dumps(sets.tokens))
     order = np.array([6, 0, 3, 0])
