@@ -19,6 +19,7 @@ from raydpo.cluster.waiting import wait_for
 from raydpo.config import Config, Verb, is_hub_name
 from raydpo.config.filter import PairFilter
 from raydpo.data.index import as_bytes
+from raydpo.data.imbalance import label_doubts
 from raydpo.data.mismatch import with_mismatched
 from raydpo.data.rows import PAIR_MARGIN, PAIR_WEIGHT
 from raydpo.data.select import LABEL, PairSets
@@ -106,6 +107,8 @@ class Prepared:
         policy_dir = resolve_model(model.path)
         tokeniser, own = (both := tokenised or Tokenised.of(config, console)).tokeniser, both.sets
         sets = _as_trained(own, config)
+        for line in label_doubts(own.train, config.train):
+            console.warn(line)
         spec, cache = open_reference(config, native)
         if config.needs_reference:
             console.say(reference_line(config, spec))
