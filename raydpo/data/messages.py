@@ -92,7 +92,7 @@ _NUMPY = re.compile(r"""\s*array\(\s*\[|\s*\[\{'(?:role|from)'""")
 _MAY_BE_LITERAL = frozenset('[{"')
 MAY_BE_MEANT = ("an object or a list", "a text in quotation marks")
 """What ``as_written`` returns for an answer that may be meant so."""
-LITERALS = "chosen and rejected are JSON or Python literals, read as text with all signs"
+LITERALS = "the answers are JSON or Python literals, read as text with all signs"
 """Note of a record whose answers are such literals. One record may mean it, so it is told if half of a source does."""
 _TEXT_FIELDS = {"text", "content", "value", "answer", "response", "output", "completion", "messages", "message"}
 _START = re.compile(r'\s*"?\s*[\[{]')

@@ -54,29 +54,29 @@ _SENTENCES = {
         " template whose prompt ends with that tag"
     ),
     PROMPT_END: (
-        "warning: the end of the prompt is left out of {count} pairs, where the chat template writes the prompt alone "
+        "warning: the end of the prompt is left out of {count} {unit}, where the chat template writes the prompt alone "
         "otherwise than before its completion: {all}; begin the answers with that text, or use a template or "
         "chat_template_kwargs with which the prompt does not end so"
     ),
     NO_END: (
-        "warning: in {count} pairs no special token follows the last text of an answer: {all}; so the model does not learn "
+        "warning: in {count} {unit} no special token follows the last text of an answer: {all}; so the model does not learn "
         "to stop. Use a chat template that ends a turn with a special token of the tokenizer"
     ),
     AFTER_END: (
-        "warning: in {count} pairs the chat template writes more after the end of an answer, and the model learns to write "
+        "warning: in {count} {unit} the chat template writes more after the end of an answer, and the model learns to write "
         "it: {all}; use a template that begins the next turn only where add_generation_prompt is set"
     ),
     REFLOWED: (
-        "warning: the chat template changes white space inside texts of {count} pairs, such as line breaks: {all}; use a "
+        "warning: the chat template changes white space inside texts of {count} {unit}, such as line breaks: {all}; use a "
         "template that writes them as they are"
     ),
     GLUED: (
-        "warning: in {count} pairs of plain text prompt and answer meet without white space: {all}; end the prompts with a "
+        "warning: in {count} {unit} of plain text prompt and answer meet without white space: {all}; end the prompts with a "
         "line break, or begin the answers with a space"
     ),
     EOS_TWICE: (
-        "warning: the answers of {count} pairs end with EOS twice: {all}; take it off the end of the answers, or out of the "
-        "chat template"
+        "warning: the answers of {count} {unit} end with EOS twice: {all}; take it off the end of the answers, or out of "
+        "the chat template"
     ),
     BOS_REMOVED: (
         "warning: {count} prompts of plain text begin with BOS, which the tokenizer adds, too: {all}; the second is taken"
@@ -106,7 +106,7 @@ _SENTENCES = {
         "use a template that reads it"
     ),
     UNTRAINED: (
-        "warning: in {count} pairs messages of the answers are marked as not to be trained or weighted: {all}; but every "
+        "warning: in {count} {unit} messages of the answers are marked as not to be trained or weighted: {all}; but every "
         "message of an answer counts alike. Set data.train_on=assistant, which heeds the marks, or drop the field"
     ),
     UNTRAINED_BEFORE: (
@@ -114,7 +114,8 @@ _SENTENCES = {
         "a pair of its own"
     ),
 }
-"""What is said of each kind but ``LOST``. ``all`` is each case with its count, first places and an example."""
+"""What is said of each kind but ``LOST``. ``unit`` is pairs, or rows if some are completions alone; ``all`` is each case
+with its count, first places and an example."""
 
 
 class Remark(NamedTuple):
@@ -199,21 +200,21 @@ class Remarks:
         """Pairs of which the chat template leaves out a text that counts for ``data.max_lost``."""
         return self.pairs[LOST]
 
-    def lines(self, name: str, pairs: int) -> list[str]:
+    def lines(self, name: str, pairs: int, unit: str = "pairs") -> list[str]:
         """One line for each kind; those that need attention begin with ``warning:``."""
         lines = []
         for kind in dict.fromkeys(kind for kind, _ in self.counts):
             if kind == LOST:
-                text = f"warning: {self.loss(pairs)}; {self.remedy()}"
+                text = f"warning: {self.loss(pairs, unit)}; {self.remedy()}"
             else:
-                text = _SENTENCES[kind].format(count=f"{self.pairs[kind]:,}", all=self.cases(kind))
+                text = _SENTENCES[kind].format(count=f"{self.pairs[kind]:,}", unit=unit, all=self.cases(kind))
             warning, line = ("warning: ", text.removeprefix("warning: ")) if text.startswith("warning: ") else ("", text)
             lines.append(f"{warning}data {name}: {line}")
         return lines
 
-    def loss(self, pairs: int) -> str:
+    def loss(self, pairs: int, unit: str = "pairs") -> str:
         """What the chat template leaves out, in words."""
-        return f"the chat template leaves out or changes texts of {self.lost:,} of {pairs:,} pairs: {self.cases(LOST)}"
+        return f"the chat template leaves out or changes texts of {self.lost:,} of {pairs:,} {unit}: {self.cases(LOST)}"
 
     def remedy(self) -> str:
         """What to do about it, in words."""

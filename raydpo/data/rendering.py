@@ -125,11 +125,11 @@ class RenderingCheck:
                 break
         return found
 
-    def remarks(self, preference: Preference, prompt: str, chosen: str, rejected: str) -> list[Remark]:
+    def remarks(self, preference: Preference, prompt: str, *answers: str) -> list[Remark]:
         """What the renderings of a conversation lack, and what they have that the data do not.
 
         Args:
-            prompt, chosen, rejected: the renderings of the prompt alone, and of the prompt with each answer.
+            prompt, answers: the renderings of the prompt alone, and of the prompt with each answer.
 
         Raises:
             Malformed: if nothing of an answer is left.
@@ -140,7 +140,7 @@ class RenderingCheck:
         if preference.template_kwargs:
             values = _leaves(preference.template_kwargs, [])
             self._check_spelling_of_others("chat_template_kwargs", prompt, values, found)
-        for side, messages, whole in (("chosen", preference.chosen, chosen), ("rejected", preference.rejected, rejected)):
+        for (side, messages), whole in zip(preference.sides, answers, strict=True):
             if whole.startswith(prompt):
                 start = len(prompt)
             else:
