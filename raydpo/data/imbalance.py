@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import numpy as np
 import pyarrow as pa
 
 from raydpo.config import ObjectiveConfig
@@ -13,8 +12,8 @@ from raydpo.data.select import LABEL
 __all__ = ["label_doubts"]
 
 MOST = 1.33
-"""Largest ratio of desirable to undesirable completions, each times its weight, that KTO's paper recommends (arXiv 2402.01306,
-eq. 8); the least is 1. TRL 1.16 warns outside of this range, too (trainer/kto_trainer.py)."""
+"""Largest ratio of desirable to undesirable completions, each times its weight, that KTO's paper recommends (arXiv
+2402.01306, eq. 8); the least is 1. TRL 1.16 warns outside of this range, too (trainer/kto_trainer.py)."""
 
 
 def label_doubts(pairs: pa.Table, objective: ObjectiveConfig) -> Iterator[str]:
@@ -42,9 +41,9 @@ def label_doubts(pairs: pa.Table, objective: ObjectiveConfig) -> Iterator[str]:
         return
     least, bound = bad * undesirable / desirable, good * desirable / undesirable
     yield (
-        f"{desirable:,.10g} desirable and {undesirable:,.10g} undesirable completions with train.desirable_weight {good:g} and "
-        f"train.undesirable_weight {bad:g} are out of balance; set desirable_weight within [{least:.2f}, {MOST * least:.2f}], "
-        f"or undesirable_weight within [{bound / MOST:.2f}, {bound:.2f}], not both"
+        f"{desirable:,.10g} desirable and {undesirable:,.10g} undesirable completions with train.desirable_weight {good:g} "
+        f"and train.undesirable_weight {bad:g} are out of balance; set desirable_weight within "
+        f"[{least:.2f}, {MOST * least:.2f}], or undesirable_weight within [{bound / MOST:.2f}, {bound:.2f}], not both"
     )
 
 

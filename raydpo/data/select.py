@@ -486,7 +486,7 @@ def _part(
     light = light if whole else light.filter(pa.array(use))
     columns: dict[str, Any] = {"pair_id": _pair_ids(light, source.name), "source": _source_names(light, source)}
     columns["weight"] = _constant(light, pa.scalar(float(source.weight)))
-    sizes = tokens if whole else tuple(each[use] for each in tokens)
+    sizes = decided.tokens if whole else tuple(each[use] for each in decided.tokens)
     for name, used in zip(("prompt", *_SIDES), sizes, strict=True):
         if source.tokens is None:
             columns[f"{name}_tokens"] = pa.array(used)

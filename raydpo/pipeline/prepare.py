@@ -18,8 +18,8 @@ from raydpo.cluster.resources import Resources, bfloat16_is_faster
 from raydpo.cluster.waiting import wait_for
 from raydpo.config import Config, Verb, is_hub_name
 from raydpo.config.filter import PairFilter
-from raydpo.data.index import as_bytes
 from raydpo.data.imbalance import label_doubts
+from raydpo.data.index import as_bytes
 from raydpo.data.mismatch import with_mismatched
 from raydpo.data.rows import PAIR_MARGIN, PAIR_WEIGHT
 from raydpo.data.select import LABEL, PairSets

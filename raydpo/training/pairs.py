@@ -125,7 +125,7 @@ class TrainingPairs:
         return send(self.sources[np.asarray(rows)].astype(np.int64), device)
 
     def mean_chosen_tokens(self, rows: np.ndarray) -> float:
-        """Mean over ``rows`` of the counted tokens of their chosen completion, of which an undesirable completion alone has 0."""
+        """Mean over ``rows`` of the counted tokens of their chosen completion. An undesirable completion alone has none."""
         tokens = self.chosen_counted[rows]
         return float((tokens if self.labels is None else tokens * (self.labels[rows] >= 0)).mean())
 
@@ -150,10 +150,7 @@ class TrainingPairs:
     def reference_tails(self, rows: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """Sums of the reference log-probs of tokens beyond the length of the shorter completion, float64 [rows]. As
         elsewhere, lengths and sums are of the tokens that count. 0 for a completion alone."""
-        if self.masked:
-            values = [self._weighted(row) for row in rows]
-        else:
-            values = map(self.reference, rows)
+        values = map(self._weighted if self.masked else self.reference, rows)
         tails = np.array([[side[min(map(len, sides)) :].sum(dtype=np.float64) for side in sides] for sides in values])
         if self.labels is not None:
             tails[self.labels[np.asarray(rows)] != 0] = 0

@@ -69,7 +69,7 @@ def test_same_numbers_as_trl(name, results, tiny_llama):
 
     recorded = RECORDED[name]
     assert identify(tiny_llama, "float32").weights == recorded["weights"], (
-        "this torch initialises the tiny models otherwise than the recorded run: python tests/training/trl_unpaired_reference.py"
+        "this torch initialises the tiny models otherwise than the recorded run: run trl_unpaired_reference.py"
     )
     steps, changes = results[name]
     for number, (ours, theirs) in enumerate(zip(steps, recorded["steps"], strict=True)):

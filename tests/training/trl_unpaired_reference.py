@@ -2,10 +2,10 @@
 
     python tests/training/trl_unpaired_reference.py
 
-KTO and apo_zero_unpaired are those of TRL 1.16's ``KTOTrainer``. BCO is not in TRL 1.16: it is ``trl.experimental.bco`` of TRL
-1.13, whose wheel must be unpacked in a directory that the environment variable TRL_WITH_BCO names. Records for each case the
-digest of the weights it started from and, for each step, loss, gradient norm and the figures that TRL logs; and at the end the
-norm of each weight's change.
+KTO and apo_zero_unpaired are those of TRL 1.16's ``KTOTrainer``. BCO is not in TRL 1.16: it is ``trl.experimental.bco`` of
+TRL 1.13, whose wheel must be unpacked in a directory that the environment variable TRL_WITH_BCO names. Records for each case
+the digest of the weights it started from and, for each step, loss, gradient norm and the figures that TRL logs; and at the
+end the norm of each weight's change.
 """
 
 from __future__ import annotations
