@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import date, datetime
 from functools import cached_property
+from hashlib import blake2b
+from itertools import pairwise
 from typing import Any
 
 from raydpo.config.data import PINNED_DATE
 from raydpo.data.forms import Forms
-from raydpo.data.messages import Malformed, Message
+from raydpo.data.messages import RESULTS, THOUGHT_PARTS, Malformed, Message, is_thought
 
 __all__ = ["ChatTemplate"]
 
@@ -22,6 +24,9 @@ ARGUMENTS_AS_OBJECT, ARGUMENTS_AS_TEXT = (
     "arguments of calls, given as JSON text",
 )
 CALL_AS_TOOL_CALL, FUNCTION_AS_TOOL = "function_call, given as tool_calls", "role 'function', given as 'tool'"
+RESULT_AS_TEXT = "results of tools that are objects, given as JSON text"
+CALL_WRAPPED, TOOL_WRAPPED = "calls without 'function', given with it", "tools without 'function', given with it"
+NO_ARGUMENTS, IDS = "calls without arguments, given with none", "calls and results of tools, given with the ids and names that it asks for"
 TEXT_PARTS = (None, "text", "input_text", "output_text")
 """Types of content parts that are text."""
 
@@ -38,7 +43,14 @@ _GIVEN = {
 """Variables that transformers sets, that a column of a record is read into, or that loops of templates set."""
 _ONE, _TWO = "raydpoOne", "raydpoTwo"
 """Texts of probes, found in no template."""
+_BOTH = f"{_ONE} {_TWO}"
 _USER: Message = {"role": "user", "content": "x"}
+_ALIKE = {"developer": "system", "ipython": "tool", "environment": "tool"}
+"""Roles that few templates write, and those as which the others write the same."""
+_THOUGHT_FIELDS = ("reasoning_content", "thinking", "reasoning", "thought")
+"""Fields of thoughts that templates read."""
+_SHORT_ID = re.compile("[a-zA-Z0-9]{9}")
+"""Ids that Mistral's templates take."""
 
 
 class ChatTemplate:
@@ -57,6 +69,8 @@ class ChatTemplate:
         self.day = day
         self._content: dict[str, str | None] = {}
         self._reads_text: set[str] = set()
+        self._roles: dict[str, str] = {}
+        self._objects: dict[tuple[str, bool], bool] = {}
         self._arguments: str | None = None
         self._pinned: dict[str, str] = {}
         self._names: dict[str, frozenset[str]] = {}
@@ -135,24 +149,50 @@ class ChatTemplate:
     def fits(self, messages: list[Message]) -> bool:
         """Whether the template reads ``messages`` as they are, as far as a quick look tells."""
         for message in messages:
-            if type(message.get("content")) is not str or message["role"] not in self._reads_text or "tool_calls" in message:
+            if type(message.get("content")) is not str or message["role"] not in self._reads_text:
                 return False
-            if "function_call" in message:
+            if len(message) > 2 and any(
+                key in ("tool_calls", "function_call", "tool_call_id") or is_thought(key) for key in message
+            ):
                 return False
         return True
 
-    def fitted(self, messages: list[Message], changes: set[str]) -> list[Message]:
+    def fitted(self, messages: list[Message], changes: set[str], start: int = 0) -> list[Message]:
         """``messages`` as the template reads them. Adds what was changed to ``changes``.
+
+        Args:
+            start: number of messages of the conversation before them.
 
         Raises:
             Malformed: if content is parts that are not all text, and the template takes text only.
         """
-        return [self._fitted(message, changes) for message in messages]
+        fitted = [self._fitted(message, changes) for message in messages]
+        if any(message.get("tool_calls") or message["role"] in RESULTS for message in fitted):
+            if self._wants_short_ids or self._wants_names:
+                fitted = _with_ids(fitted, start, _short_id if self._wants_short_ids else str, changes)
+        return fitted
+
+    def fitted_tools(self, tools: list[Any] | None, changes: set[str]) -> list[Any] | None:
+        """``tools`` as the template reads them. Adds what was changed to ``changes``."""
+        if not tools or all(not _is_bare(tool) for tool in tools) or self._reads_bare_tools:
+            return tools
+        changes.add(TOOL_WRAPPED)
+        return [_wrapped_tool(tool) if _is_bare(tool) else tool for tool in tools]
 
     def _fitted(self, message: Message, changes: set[str]) -> Message:
+        if (role := self._role_for(message["role"])) != message["role"]:
+            changes.add(f"role {message['role']!r}, given as {role!r}")
+            message = message | {"role": role}
         if self._translates_calls:
             message = self._with_tool_calls(message, changes)
+        if message["role"] == "assistant":
+            message = self._with_thought(message, changes)
         content, role = message.get("content"), message["role"]
+        if role in RESULTS and _is_object(content):
+            if self._writes_objects(role, content):
+                return message
+            changes.add(RESULT_AS_TEXT)
+            content = json.dumps(content, ensure_ascii=False)
         form = self._form_of_content(role) if isinstance(content, str) or content else "parts"
         if isinstance(content, list) and form != "parts" and (form != "part" or len(content) > 1):
             content = _joined(content, role)
@@ -170,7 +210,33 @@ class ChatTemplate:
             message = message | {"content": content}
         if isinstance(message.get("tool_calls"), list):
             message = message | {"tool_calls": [self._fitted_call(call, changes) for call in message["tool_calls"]]}
+        if not message.get("content"):
+            if message.get("tool_calls"):
+                rest = {key: entry for key, entry in message.items() if key != "content"}
+                message = rest | (self._beside_calls if "content" not in message else self._beside_calls_empty)
+            elif message.get("function_call"):
+                message = {"content": ""} | message
         return message
+
+    def _with_thought(self, message: Message, changes: set[str]) -> Message:
+        """A message of the assistant with its thought in the field that the template reads, if it is in another field or in
+        content parts, and content has no text but the answer."""
+        content = message.get("content")
+        parts = [part for part in content if _is_thought_part(part)] if isinstance(content, list) else []
+        fields = [key for key in message if is_thought(key) and message[key]]
+        if parts and not fields and not self._reads_thought_parts and self._thought_fields:
+            thought = "\n\n".join(map(_text_of_thought, parts))
+            rest = [part for part in content if not _is_thought_part(part)]  # type: ignore[union-attr]
+            message = message | {"content": rest or ""}
+        elif len(fields) == 1 and isinstance(message[fields[0]], str) and not parts:
+            thought, said = message[fields[0]], content if isinstance(content, str) else json.dumps(content)
+            if not self._thought_fields or fields[0] in self._thought_fields or thought.strip() in said or "</" in said:
+                return message
+            message = {key: entry for key, entry in message.items() if key != fields[0]}
+        else:
+            return message
+        changes.add(f"thoughts, given in the field {self._thought_fields[0]!r}")
+        return message | {self._thought_fields[0]: thought}
 
     def _with_tool_calls(self, message: Message, changes: set[str]) -> Message:
         """A message with the call or the result of a function in OpenAI's older form, as one with those of a tool."""
@@ -186,10 +252,19 @@ class ChatTemplate:
         return message
 
     def _fitted_call(self, call: Any, changes: set[str]) -> Any:
+        if isinstance(call, Mapping) and _is_bare(call) and not self._reads_bare_calls:
+            changes.add(CALL_WRAPPED)
+            function = {key: call[key] for key in ("name", "arguments") if key in call}
+            call = {key: call[key] for key in call if key not in function} | {"type": "function", "function": function}
         function = call.get("function") if isinstance(call, Mapping) else None
-        if not isinstance(function, Mapping) or "arguments" not in function:
+        if not isinstance(function, Mapping):
             return call
-        arguments, form = function["arguments"], self._form_of_arguments()
+        arguments, form = function.get("arguments"), self._form_of_arguments()
+        if arguments is None:
+            if form == "any":
+                return call
+            changes.add(NO_ARGUMENTS)
+            return {**call, "function": {**function, "arguments": {} if form == "object" else "{}"}}
         if form == "object" and isinstance(arguments, str):
             try:
                 arguments = json.loads(arguments) if arguments.strip() else {}
@@ -205,6 +280,35 @@ class ChatTemplate:
             return call
         return {**call, "function": {**function, "arguments": arguments}}
 
+    def hint(self, messages: list[Message]) -> str:
+        """What to change in a conversation that the template refuses, in words; empty if it is not known."""
+        roles = [message["role"] for message in messages]
+        for role in dict.fromkeys(roles):
+            if role in ("user", "assistant") or self._shown(self._role_for(role), _BOTH):
+                continue
+            if role in ("system", "developer"):
+                return "; write the system text into the first user message"
+            return f"; set a data.chat_template that takes role {role!r}"
+        first = next((message for message in messages if message["role"] not in ("system", "developer")), None)
+        if first is not None and first["role"] == "assistant" and not self._tried([_said("assistant"), _USER]):
+            return "; begin with a user message"
+        for role, following in pairwise(roles):
+            if role == following and role in ("user", "assistant"):
+                row = [_USER, _USER] if role == "user" else [_USER, _said(role), _said(role)]
+                if not self._tried(row):
+                    return f"; join messages of role {role!r} that follow one another"
+        if "system" in roles[1:] and not self._tried([_USER, _said("assistant"), _said("system"), _USER]):
+            return "; it takes a system message only as the first"
+        if any(len(message.get("tool_calls") or ()) > 1 for message in messages) and not self._two_calls:
+            return "; it takes one call a message: make each a message of its own"
+        calls = [call for message in messages for call in message.get("tool_calls") or () if isinstance(call, Mapping)]
+        functions = [call["function"] for call in calls if isinstance(call.get("function"), Mapping)]
+        if self._form_of_arguments() == "object" and any(
+            not isinstance(function.get("arguments", {}), Mapping) for function in functions
+        ):
+            return "; write arguments of calls as an object, or as its JSON text"
+        return ""
+
     # -- what the template reads ------------------------------------------------------------------------------------------
 
     def _tried(self, messages: list[Message], **kwargs: Any) -> str:
@@ -213,6 +317,79 @@ class ChatTemplate:
             return self.render(messages, **kwargs)
         except Exception:  # templates raise what their authors wrote
             return ""
+
+    def _role_for(self, role: str) -> str:
+        """The role as which messages of ``role`` are given: another one if the template writes that one only."""
+        if role not in self._roles:
+            other = _ALIKE.get(role, role)
+            self._roles[role] = other if other != role and not self._shown(role, _BOTH) and self._shown(other, _BOTH) else role
+        return self._roles[role]
+
+    def _writes_objects(self, role: str, content: Any) -> bool:
+        """Whether the template writes content that is such an object, or a list of objects, as JSON."""
+        key = role, isinstance(content, list)
+        if key not in self._objects:
+            probe = {"key": _BOTH}
+            self._objects[key] = f'"{_BOTH}"' in self._shown(role, [probe] if key[1] else probe)
+        return self._objects[key]
+
+    @cached_property
+    def _thought_fields(self) -> tuple[str, ...]:
+        """The fields of a message whose thoughts the template writes."""
+        return tuple(
+            name for name in _THOUGHT_FIELDS if _ONE in self._tried([_USER, _said("assistant") | {name: _ONE}])
+        )
+
+    @cached_property
+    def _reads_thought_parts(self) -> bool:
+        parts = [{"type": "thinking", "thinking": _ONE}, {"type": "text", "text": _TWO}]
+        text = self._tried([_USER, {"role": "assistant", "content": parts}])
+        return _ONE in text and _TWO in text and not _printed(text)
+
+    @cached_property
+    def _reads_bare_tools(self) -> bool:
+        tool = {"name": _ONE, "description": _TWO, "parameters": {"type": "object", "properties": {}}}
+        return _ONE in self._tried([_USER], tools=[tool])
+
+    @cached_property
+    def _reads_bare_calls(self) -> bool:
+        return bool(self._call(json.dumps({_ONE: _TWO}), bare=True) or self._call({_ONE: _TWO}, bare=True))
+
+    @cached_property
+    def _two_calls(self) -> bool:
+        return bool(self._call({_ONE: _TWO}, count=2) or self._call(json.dumps({_ONE: _TWO}), count=2))
+
+    @cached_property
+    def _wants_short_ids(self) -> bool:
+        """Whether the template takes calls only with ids of nine letters and digits."""
+        arguments = {_ONE: _TWO}
+        return bool(self._call(arguments)) and not self._call(arguments, name="call_1")
+
+    @cached_property
+    def _wants_names(self) -> bool:
+        """Whether the template takes the result of a tool only with the name of the tool, or with the id of the call."""
+        role = self._role_for("tool")
+        before, _ = _around(role, _USER)
+        return not self._tried([*before, {"role": role, "content": _BOTH}]) and bool(self._shown(role, _BOTH))
+
+    @cached_property
+    def _beside_calls(self) -> Message:
+        """The content to give with calls where the data have none: none, an empty text, or null."""
+        return self._content_beside_calls(({}, {"content": ""}, {"content": []}, {"content": None}))
+
+    @cached_property
+    def _beside_calls_empty(self) -> Message:
+        """The same where the data have an empty text."""
+        return self._content_beside_calls(({"content": ""}, {}, {"content": []}, {"content": None}))
+
+    def _content_beside_calls(self, choices: Sequence[Message]) -> Message:
+        call = {"id": "callprobe", "type": "function", "function": {"name": "probe", "arguments": {_ONE: _TWO}}}
+        call = self._fitted_call(call, set())
+        for choice in choices:
+            text = self._tried([_USER, {"role": "assistant", "tool_calls": [call]} | choice])
+            if _TWO in text and "None" not in text:
+                return choice
+        return next((choice for choice in choices if self._tried([_USER, {"role": "assistant"} | choice])), choices[0])
 
     def _form_of_content(self, role: str) -> str | None:
         """How the template reads content of ``role``.
@@ -236,7 +413,8 @@ class ChatTemplate:
         """A short conversation with this content, as rendered, if it is shown there whole, else empty."""
         for user in (_USER, _USER | {"content": [{"type": "text", "text": _USER["content"]}]}):
             before, after = _around(role, user)
-            text = self._tried([*before, {"role": role, "content": content}, *after])
+            more = {"tool_call_id": "callprobe", "name": "probe"} if role in RESULTS else {}
+            text = self._tried([*before, {"role": role, "content": content} | more, *after])
             if _ONE in text and _TWO in text:
                 return text
         return ""
@@ -254,11 +432,18 @@ class ChatTemplate:
                 self._arguments = "text" if takes_text and not takes_object else "any"
         return self._arguments
 
-    def _call(self, arguments: Any) -> str:
-        """A conversation with one call of these arguments, as rendered, empty if the template refuses all such probes."""
-        call = {"id": "callprobe", "type": "function", "function": {"name": "probe", "arguments": arguments}}
-        said: Message = {"role": "assistant", "tool_calls": [call]}
-        got: Message = {"role": "tool", "tool_call_id": "callprobe", "name": "probe", "content": "y"}
+    def _call(self, arguments: Any, name: str = "callprobe", bare: bool = False, count: int = 1) -> str:
+        """A conversation with a call of these arguments, as rendered, empty if the template refuses all such probes.
+
+        Args:
+            name: id of the call.
+            bare: whether name and arguments stand beside the id, not in ``function``.
+            count: number of calls.
+        """
+        function = {"name": "probe", "arguments": arguments}
+        call = {"id": name, "type": "function"} | (function if bare else {"function": function})
+        said: Message = {"role": "assistant", "tool_calls": [call] * count}
+        got: Message = {"role": "tool", "tool_call_id": name, "name": "probe", "content": "y"}
         tool = {"type": "function", "function": {"name": "probe", "description": "d", "parameters": {"type": "object"}}}
         probes = [[_USER, said], [_USER, said | {"content": ""}], [_USER, said | {"content": ""}, got]]
         for messages in probes:
@@ -302,6 +487,69 @@ def _around(role: str, user: Message) -> tuple[list[Message], list[Message]]:
     return [user, {"role": "assistant", "content": "", "tool_calls": [call]}], []
 
 
+def _said(role: str) -> Message:
+    return {"role": role, "content": "x"}
+
+
+def _is_object(content: Any) -> bool:
+    """Whether the result of a tool is an object or a list of more than texts."""
+    if isinstance(content, list):
+        return not all(isinstance(part, str) or (isinstance(part, Mapping) and "text" in part) for part in content)
+    return isinstance(content, Mapping)
+
+
+def _is_bare(entry: Any) -> bool:
+    """Whether a tool or call has its name beside it, and not in ``function``."""
+    return isinstance(entry, Mapping) and "function" not in entry and isinstance(entry.get("name"), str)
+
+
+def _wrapped_tool(tool: Mapping[str, Any]) -> dict[str, Any]:
+    """A tool with ``function``. Anthropic's ``input_schema`` is what others call ``parameters``."""
+    function = {("parameters" if key == "input_schema" else key): entry for key, entry in tool.items() if key != "type"}
+    return {"type": "function", "function": function}
+
+
+def _is_thought_part(part: Any) -> bool:
+    return isinstance(part, Mapping) and part.get("type") in THOUGHT_PARTS
+
+
+def _text_of_thought(part: Mapping[str, Any]) -> str:
+    """The text of a content part that is a thought, which may be parts of its own."""
+    value = next((part[key] for key in (part["type"], "text", "content") if part.get(key)), "")
+    if isinstance(value, list):
+        return "".join(str(piece.get("text") or "") if isinstance(piece, Mapping) else str(piece) for piece in value)
+    return str(value)
+
+
+def _with_ids(messages: list[Message], start: int, as_id: Callable[[Any], str], changes: set[str]) -> list[Message]:
+    """``messages`` whose calls and results have ids, and results without an id the name of the tool. Such results belong to
+    the calls before them, in order."""
+    found, waiting = [], {}
+    for place, message in enumerate(messages, start):
+        new = message
+        if isinstance(message.get("tool_calls"), list):
+            calls = [
+                {**call, "id": as_id(call.get("id") or _short_id(f"{place} {number}"))} if isinstance(call, Mapping) else call
+                for number, call in enumerate(message["tool_calls"])
+            ]
+            waiting = {call["id"]: (call.get("function") or call).get("name") for call in calls if isinstance(call, Mapping)}
+            new = message | {"tool_calls": calls}
+        elif message["role"] in RESULTS:
+            given = message.get("tool_call_id")
+            mine = as_id(given) if given else next(iter(waiting), _short_id(f"{place}"))
+            name = waiting.pop(mine, None)
+            new = ({"name": name} if name and not given else {}) | message | {"tool_call_id": mine}
+        if new != message:
+            changes.add(IDS)
+        found.append(new)
+    return found
+
+
+def _short_id(name: Any) -> str:
+    name = str(name)
+    return name if _SHORT_ID.fullmatch(name) else blake2b(name.encode(), digest_size=5).hexdigest()[:9]
+
+
 def _typed(parts: list[Any]) -> list[Any]:
     """Content parts with type ``text`` for those that are text, as templates ask; ``parts`` itself if all have it."""
     typed = []
@@ -332,6 +580,15 @@ def _joined(parts: list[Any], role: str) -> Any:
         )
         raise Malformed(
             f"content of role {role!r} has parts other than text ({', '.join(others[:3]) or 'no type'}), which the chat "
-            "template cannot take"
+            f"template cannot take{_remedy_of_parts(others)}"
         )
     return parts  # the result of a tool may be any JSON
+
+
+def _remedy_of_parts(kinds: Sequence[str]) -> str:
+    """What to do about content parts of these types, in words."""
+    if any(kind in THOUGHT_PARTS for kind in kinds):
+        return "; write thoughts into the text, in <think> and </think>"
+    if any(kind in ("tool_use", "tool_result") for kind in kinds):
+        return "; write tool_calls, and results as messages of role 'tool'"
+    return "; write their text as parts of type 'text'"

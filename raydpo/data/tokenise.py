@@ -290,8 +290,9 @@ class Tokeniser:
         prompt, chosen, rejected = preference.prompt, preference.chosen, preference.rejected
         changes: set[str] = set()
         if not (self.template.fits(prompt) and self.template.fits(chosen) and self.template.fits(rejected)):
-            prompt, chosen, rejected = (self.template.fitted(part, changes) for part in (prompt, chosen, rejected))
-        tools, arguments = preference.tools, preference.template_kwargs
+            prompt = self.template.fitted(prompt, changes)
+            chosen, rejected = (self.template.fitted(part, changes, len(prompt)) for part in (chosen, rejected))
+        tools, arguments = self.template.fitted_tools(preference.tools, changes), preference.template_kwargs
         try:
             texts = (
                 self.template.render(prompt, tools, generate=True, **arguments),
@@ -302,7 +303,9 @@ class Tokeniser:
             raise
         except Exception as error:  # templates raise what their authors wrote
             self._refuse_template(error)
-            raise Malformed(f"the chat template refuses it: {refusal(error, self.tokenizer.chat_template)}") from None
+            told = refusal(error, self.tokenizer.chat_template)
+            told += self.template.hint(prompt + max(chosen, rejected, key=len))
+            raise Malformed(f"the chat template refuses it: {told}") from None
         found = self._check.remarks(preference, *texts)
         for part, before, messages in (("prompt", [], prompt), ("chosen", prompt, chosen), ("rejected", prompt, rejected)):
             for place, message in enumerate(messages):
