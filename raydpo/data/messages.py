@@ -466,4 +466,6 @@ def content_text(message: Message) -> str:
     content = message.get("content")
     if isinstance(content, list):
         return "\n".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
-    return json.dumps(content, ensure_ascii=False) if isinstance(content, Mapping) else "" if content is None else str(content)
+    return (
+        json.dumps(content, ensure_ascii=False) if isinstance(content, Mapping) else "" if content is None else str(content)
+    )

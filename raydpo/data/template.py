@@ -26,7 +26,10 @@ ARGUMENTS_AS_OBJECT, ARGUMENTS_AS_TEXT = (
 CALL_AS_TOOL_CALL, FUNCTION_AS_TOOL = "function_call, given as tool_calls", "role 'function', given as 'tool'"
 RESULT_AS_TEXT = "results of tools that are objects, given as JSON text"
 CALL_WRAPPED, TOOL_WRAPPED = "calls without 'function', given with it", "tools without 'function', given with it"
-NO_ARGUMENTS, IDS = "calls without arguments, given with none", "calls and results of tools, given with the ids and names that it asks for"
+NO_ARGUMENTS, IDS = (
+    "calls without arguments, given with an empty object",
+    "calls and results of tools, given with the ids and names that it asks for",
+)
 TEXT_PARTS = (None, "text", "input_text", "output_text")
 """Types of content parts that are text."""
 
@@ -260,14 +263,12 @@ class ChatTemplate:
         if not isinstance(function, Mapping):
             return call
         arguments, form = function.get("arguments"), self._form_of_arguments()
-        if arguments is None:
-            if form == "any":
-                return call
+        if arguments is None or (isinstance(arguments, str) and not arguments.strip()):
             changes.add(NO_ARGUMENTS)
-            return {**call, "function": {**function, "arguments": {} if form == "object" else "{}"}}
+            return {**call, "function": {**function, "arguments": "{}" if form == "text" else {}}}
         if form == "object" and isinstance(arguments, str):
             try:
-                arguments = json.loads(arguments) if arguments.strip() else {}
+                arguments = json.loads(arguments)
             except (ValueError, RecursionError):
                 return call
             if not isinstance(arguments, dict):
@@ -322,7 +323,9 @@ class ChatTemplate:
         """The role as which messages of ``role`` are given: another one if the template writes that one only."""
         if role not in self._roles:
             other = _ALIKE.get(role, role)
-            self._roles[role] = other if other != role and not self._shown(role, _BOTH) and self._shown(other, _BOTH) else role
+            self._roles[role] = (
+                other if other != role and not self._shown(role, _BOTH) and self._shown(other, _BOTH) else role
+            )
         return self._roles[role]
 
     def _writes_objects(self, role: str, content: Any) -> bool:
@@ -336,15 +339,13 @@ class ChatTemplate:
     @cached_property
     def _thought_fields(self) -> tuple[str, ...]:
         """The fields of a message whose thoughts the template writes."""
-        return tuple(
-            name for name in _THOUGHT_FIELDS if _ONE in self._tried([_USER, _said("assistant") | {name: _ONE}])
-        )
+        return tuple(name for name in _THOUGHT_FIELDS if _ONE in self._answered(_said("assistant") | {name: _ONE}))
 
     @cached_property
     def _reads_thought_parts(self) -> bool:
         parts = [{"type": "thinking", "thinking": _ONE}, {"type": "text", "text": _TWO}]
-        text = self._tried([_USER, {"role": "assistant", "content": parts}])
-        return _ONE in text and _TWO in text and not _printed(text)
+        text = self._answered({"role": "assistant", "content": parts})
+        return _ONE in text and _TWO in text and not any(word in text for word in ("'thinking'", '"thinking"'))
 
     @cached_property
     def _reads_bare_tools(self) -> bool:
@@ -386,10 +387,15 @@ class ChatTemplate:
         call = {"id": "callprobe", "type": "function", "function": {"name": "probe", "arguments": {_ONE: _TWO}}}
         call = self._fitted_call(call, set())
         for choice in choices:
-            text = self._tried([_USER, {"role": "assistant", "tool_calls": [call]} | choice])
+            text = self._answered({"role": "assistant", "tool_calls": [call]} | choice)
             if _TWO in text and "None" not in text:
                 return choice
-        return next((choice for choice in choices if self._tried([_USER, {"role": "assistant"} | choice])), choices[0])
+        return next((choice for choice in choices if self._answered({"role": "assistant"} | choice)), choices[0])
+
+    def _answered(self, message: Message) -> str:
+        """The rendering of a conversation with ``message`` as the answer, empty if the template refuses it."""
+        users = _USER, _USER | {"content": [{"type": "text", "text": _USER["content"]}]}
+        return next(filter(None, (self._tried([user, message]) for user in users)), "")
 
     def _form_of_content(self, role: str) -> str | None:
         """How the template reads content of ``role``.
@@ -529,7 +535,9 @@ def _with_ids(messages: list[Message], start: int, as_id: Callable[[Any], str], 
         new = message
         if isinstance(message.get("tool_calls"), list):
             calls = [
-                {**call, "id": as_id(call.get("id") or _short_id(f"{place} {number}"))} if isinstance(call, Mapping) else call
+                {**call, "id": as_id(call.get("id") or _short_id(f"{place} {number}"))}
+                if isinstance(call, Mapping)
+                else call
                 for number, call in enumerate(message["tool_calls"])
             ]
             waiting = {call["id"]: (call.get("function") or call).get("name") for call in calls if isinstance(call, Mapping)}
