@@ -5,10 +5,13 @@ Shapes: X = prompts, Y = responses to each.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import permutations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from raydpo.config import ObjectiveConfig
@@ -68,8 +71,39 @@ class World:
         logps = PairLogps(*sides(policy), *sides(self.reference), *sides(self.lengths), weights=chance, margins=margins)
         return Objective(settings)(logps, settings.beta).losses.sum()
 
-    def minimiser(self, settings: ObjectiveConfig, flipped: float = 0.0, margins_of: Tensor | None = None) -> Tensor:
-        """Policy [X, Y] (probabilities) with the smallest expected loss, found from the reference as start."""
+    def expected_list_loss(self, policy: Tensor, settings: ObjectiveConfig, size: int) -> Tensor:
+        """The same for rankings of ``size`` different responses: any ones, equally often, ranked as Plackett and Luce's
+        model ranks them by their rewards."""
+        orders = torch.tensor(list(permutations(range(Y), size)))  # [orders, size]
+        below = self.rewards[:, orders].flip(2).logcumsumexp(2).flip(2)
+        chance = (self.rewards[:, orders] - below).sum(2).exp().flatten() / (X * math.comb(Y, size))
+        rows = -(-size // 2)
+
+        def sides(values: Tensor) -> tuple[Tensor, Tensor]:
+            ranked = F.pad(values[:, orders], (0, 2 * rows - size)).reshape(-1, rows, 2)
+            return ranked[:, :, 0].flatten(), ranked[:, :, 1].flatten()
+
+        lists = torch.arange(len(chance)).repeat_interleave(rows)
+        ranks = torch.arange(2 * rows).masked_fill(torch.arange(2 * rows) >= size, -1).view(rows, 2).repeat(len(chance), 1)
+        logps = PairLogps(
+            *sides(policy),
+            *sides(self.reference),
+            *sides(self.lengths),
+            weights=chance.repeat_interleave(rows),
+            lists=lists,
+            chosen_ranks=ranks[:, 0],
+            rejected_ranks=ranks[:, 1],
+        )
+        return Objective(settings)(logps, settings.beta).losses.sum()
+
+    def minimiser(
+        self, settings: ObjectiveConfig, flipped: float = 0.0, margins_of: Tensor | None = None, list_size: int | None = None
+    ) -> Tensor:
+        """Policy [X, Y] (probabilities) with the smallest expected loss, found from the reference as start.
+
+        Args:
+            list_size: completions of a ranked list; None = pairs.
+        """
         logits = self.reference.clone().requires_grad_()
         optimizer = torch.optim.LBFGS(
             [logits],
@@ -82,7 +116,11 @@ class World:
 
         def closure() -> Tensor:
             optimizer.zero_grad()
-            loss = self.expected_loss(logits.log_softmax(1), settings, flipped, margins_of)
+            policy = logits.log_softmax(1)
+            if list_size is None:
+                loss = self.expected_loss(policy, settings, flipped, margins_of)
+            else:
+                loss = self.expected_list_loss(policy, settings, list_size)
             loss.backward()
             return loss
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator
 
-__all__ = ["PARTS", "TrainOn", "part_weights", "train_on_text"]
+__all__ = ["EVERYTHING", "PARTS", "TrainOn", "counting_texts", "part_weights", "train_on_text"]
 
 PARTS = {
     "completion": "all tokens of the completion",
@@ -18,6 +18,8 @@ PARTS = {
     "reasoning": "the reasoning of the assistant's turns, with the tags around it",
 }
 """Parts of a completion that can count, and what they are."""
+EVERYTHING = "completion"
+"""The part that holds all others."""
 
 
 def _as_train_on(value: Any) -> str | tuple[dict[str, float], ...]:
@@ -62,3 +64,21 @@ def part_weights(train_on: str | tuple[dict[str, float], ...]) -> dict[str, floa
 def train_on_text(train_on: str | tuple[dict[str, float], ...]) -> str:
     """A value of ``train_on`` in words, such as ``answer + 0.1 reasoning``."""
     return " + ".join(f"{'' if weight == 1 else f'{weight:g} '}{name}" for name, weight in part_weights(train_on).items())
+
+
+def counting_texts(data: Mapping[str, Any]) -> tuple[str, str | None]:
+    """What counts in training pairs and in held-out pairs, in words; None if nothing is held out.
+
+    Args:
+        data: a resolved section ``data`` as plain values, such as a run stores. That of an earlier version may lack keys.
+    """
+    usual, held_out = data.get("train_on") or EVERYTHING, data.get("eval")
+    sources = [source.get("train_on") or usual for source in data.get("train") or ()]
+    words = list(dict.fromkeys(map(train_on_text, sources))) or [train_on_text(usual)]
+    trained, measured = " or ".join(words), None
+    if held_out:
+        own = held_out.get("train_on") or (usual if held_out.get("path") and len(words) > 1 else None)
+        measured = trained if own is None else train_on_text(own)
+    if spans := data.get("spans_column"):
+        trained, measured = (text and f"{text} within the spans of {spans}" for text in (trained, measured))
+    return trained, measured

@@ -19,6 +19,7 @@ PER_PAIR = frozenset({"beta", "ld_alpha", "use_weighting", "dynamic_beta", "weig
 MARGIN = PER_PAIR | {"f_divergence_type", "f_alpha_divergence_coef", "margin_column"}
 LENGTHS = frozenset({"length_penalty"})
 SMOOTH = frozenset({"label_smoothing"})
+BY_LABEL = frozenset({"desirable_weight", "undesirable_weight"})
 OF_EVERY_TERM = ("f_divergence_type", "f_alpha_divergence_coef", "ld_alpha", "use_weighting", "weight_column")
 """Settings that every term of a mixture must use, since its terms share divergence and weights. The first three do not
 apply to terms without a reference."""
@@ -56,12 +57,12 @@ LOSSES: dict[str, LossTraits] = {
     "discopop": LossTraits(MARGIN | LENGTHS | {"discopop_tau"}),
     "dpop": LossTraits(PER_PAIR | LENGTHS | {"margin_column", "dpop_lambda"}),
     "nca_pair": LossTraits(PER_PAIR),
-    "bco_pair": LossTraits(PER_PAIR),
-    "bco": LossTraits(PER_PAIR, whole_step=True),
+    "bco_pair": LossTraits(PER_PAIR | BY_LABEL, unpaired=True),
+    "bco": LossTraits(PER_PAIR | BY_LABEL, whole_step=True, unpaired=True),
     "sppo_hard": LossTraits(PER_PAIR),
-    "apo_zero": LossTraits(PER_PAIR),
+    "apo_zero": LossTraits(PER_PAIR | BY_LABEL, unpaired=True),
     "apo_down": LossTraits(PER_PAIR),
-    "kto": LossTraits(PER_PAIR | {"desirable_weight", "undesirable_weight"}, whole_step=True),
+    "kto": LossTraits(PER_PAIR | BY_LABEL, whole_step=True, unpaired=True),
     "aot": LossTraits(SMOOTH | {"beta", "ld_alpha"}, whole_step=True),
     "aot_unpaired": LossTraits(SMOOTH | {"beta", "ld_alpha"}, whole_step=True),
     "simpo": LossTraits(
@@ -69,7 +70,8 @@ LOSSES: dict[str, LossTraits] = {
     ),
     "cpo": LossTraits(SMOOTH | {"beta", "use_weighting", "weight_column", "margin_column", "cpo_alpha"}, reference=False),
     "orpo": LossTraits(frozenset({"beta", "use_weighting", "weight_column"}), reference=False, per_token=True),
-    "sft": LossTraits(frozenset({"use_weighting", "weight_column"}), reference=False),
+    "sft": LossTraits(frozenset({"use_weighting", "weight_column"}), reference=False, unpaired=True),
+    "plackett_luce": LossTraits(frozenset({"beta", "weight_column"}), lists=True),
 }
 """Properties of each loss, by its name in ``train.loss``."""
 SETTINGS = (
@@ -193,9 +195,9 @@ class ObjectiveConfig(Section):
     cpo_alpha: Float = Field(default=1.0, ge=0)
     """Weight of cpo's negative log-likelihood."""
     desirable_weight: Float = Field(default=1.0, gt=0)
-    """Weight of kto's chosen completions."""
+    """Weight of desirable completions, alone or the chosen one of a pair, in kto, bco, bco_pair and apo_zero."""
     undesirable_weight: Float = Field(default=1.0, gt=0)
-    """Weight of kto's rejected completions."""
+    """Weight of undesirable completions, alone or the rejected one of a pair, in the same losses."""
 
     @property
     def terms(self) -> dict[str, float]:

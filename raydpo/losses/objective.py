@@ -18,15 +18,17 @@ from torch import Tensor
 
 from raydpo.config import LOSSES, ObjectiveConfig
 from raydpo.errors import ConfigError
-from raydpo.losses import margin, pointwise, reference_free, transport
-from raydpo.losses.pairs import PairLogps, PreferenceLoss
+from raydpo.losses import listwise, margin, pointwise, reference_free, transport
+from raydpo.losses.pairs import PairLogps, PreferenceLoss, mean_over
 
 __all__ = ["FUNCTIONS", "LossFunction", "Objective", "ObjectiveState", "implicit_rewards", "own_sources", "preference_loss"]
 
 LossFunction = Callable[[PairLogps, ObjectiveConfig, float], Tensor]
 """Function from log-probs of B pairs, settings and beta to losses, [B]. A loss by import path is such a function, too."""
 FUNCTIONS: dict[str, LossFunction] = {
-    name: next(getattr(module, name) for module in (margin, pointwise, transport, reference_free) if hasattr(module, name))
+    name: next(
+        getattr(module, name) for module in (margin, pointwise, transport, reference_free, listwise) if hasattr(module, name)
+    )
     for name in LOSSES
 }
 """The function of each loss in ``config.LOSSES``, by name."""
@@ -40,7 +42,8 @@ class ObjectiveState:
     """State of an objective from earlier steps; kept in checkpoints.
 
     Attributes:
-        rewards, reward_mean: number of completions whose rewards were seen, and their mean (``bco``).
+        rewards, reward_mean: number of completions whose rewards were seen, and their mean (``bco``). Mismatched completions
+            do not count.
         margin_mean: moving average of the steps' mean reward margins (``dynamic_beta``).
     """
 
@@ -77,7 +80,15 @@ class Objective:
             losses = losses + weight * self._functions[name](seen if config.traits[name].reference else logps, config, beta)
         if logps.weights is not None:
             losses = losses * logps.weights
-        return PreferenceLoss(losses, *implicit_rewards(config, seen, beta))
+        return PreferenceLoss(losses, *implicit_rewards(config, seen, beta), self._threshold(seen, beta))
+
+    def _threshold(self, logps: PairLogps, beta: float) -> Tensor | float:
+        """As ``PreferenceLoss.threshold``. Of a mixture it is that of kto, or else of bco."""
+        if logps.labels is None:
+            return 0.0
+        if "kto" in self.config.terms:
+            return beta * logps.drift.clamp(min=0)
+        return logps.reward_mean if "bco" in self.config.terms else 0.0
 
     def remember(self, logps: PairLogps, beta: float, memory: ObjectiveState) -> tuple[float, ObjectiveState]:
         """Beta of a step, and the state after it, from the step's log-probs.
@@ -88,16 +99,22 @@ class Objective:
         if self.config.ld_alpha is not None:
             logps = logps.with_light_tails(self.config.ld_alpha)
         chosen, rejected = logps.chosen_logratio.detach(), logps.rejected_logratio.detach()
-        margin_mean = memory.margin_mean
+        margin_mean, sides = memory.margin_mean, logps.sides
         if self.config.dynamic_beta is not None:
-            found = beta * (chosen - rejected).mean().item()
+            if sides is None:
+                found = beta * (chosen - rejected).mean().item()
+            else:  # a step without one of both has no margin, and leaves beta as it is
+                means = [mean_over(values, there) for values, there in zip((chosen, rejected), sides, strict=True)]
+                found = beta * (means[0] - means[1]).item() if all(map(Tensor.any, sides)) else margin_mean
             beta *= max(LEAST_DYNAMIC, 1 + self.config.dynamic_beta * (found - margin_mean))
             kept = self.config.dynamic_beta_momentum
             margin_mean = kept * margin_mean + (1 - kept) * found
         rewards, reward_mean = memory.rewards, memory.reward_mean
         if "bco" in self.config.terms:
-            more = 2 * len(chosen)
-            mean = beta * torch.cat((chosen, rejected)).mean().item()
+            seen = torch.cat((chosen, rejected))
+            seen = seen if sides is None else seen[torch.cat(sides)]
+            more = len(seen)
+            mean = beta * seen.mean().item()
             reward_mean = (rewards * reward_mean + more * mean) / (rewards + more)
             rewards += more
         return beta, ObjectiveState(rewards, reward_mean, margin_mean)
@@ -105,7 +122,7 @@ class Objective:
 
 def implicit_rewards(config: ObjectiveConfig, logps: PairLogps, beta: float) -> tuple[Tensor, Tensor]:
     """Rewards of the chosen and the rejected completions, [B] each. For a single loss, the quantities that it compares; for
-    a mixture, beta times the log-ratios, as in TRL."""
+    a mixture, beta times the log-ratios, as in TRL. That of a side that a row lacks (``PairLogps.sides``) means nothing."""
     chosen, rejected = (
         (logps.chosen_logratio, logps.rejected_logratio) if config.needs_reference else (logps.chosen, logps.rejected)
     )

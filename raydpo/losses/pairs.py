@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
-__all__ = ["PairLogps", "PreferenceLoss"]
+__all__ = ["TIE", "PairLogps", "PreferenceLoss", "mean_over"]
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,24 @@ class PairLogps:
         """log pi(y_l|x) - log ref(y_l|x)."""
         return self.rejected - self.ref_rejected
 
+    @property
+    def sides(self) -> tuple[Tensor, Tensor] | None:
+        """Which rows have a chosen and which a rejected completion of their own, bool [B] each; None = all have both."""
+        if self.labels is None and self.lists is None:
+            return None
+        labels = torch.zeros_like(self.chosen_tokens) if self.labels is None else self.labels
+        return (labels >= 0) & (self.chosen_tokens > 0), (labels <= 0) & (self.rejected_tokens > 0)
+
+    @property
+    def drift(self) -> Tensor:
+        """Mean log-ratio of the completions by which the policy's drift from the reference is estimated, a scalar, nats a
+        completion, without gradient: both completions of a pair, and the mismatched one beside a completion alone."""
+        chosen, rejected = self.chosen_logratio.detach(), self.rejected_logratio.detach()
+        if self.labels is None:
+            return torch.cat((chosen, rejected)).mean()
+        samples = (self.labels <= 0) & (self.chosen_tokens > 0), (self.labels >= 0) & (self.rejected_tokens > 0)
+        return mean_over(torch.cat((chosen, rejected)), torch.cat(samples))
+
     def with_light_tails(self, alpha: float) -> PairLogps:
         """LD-DPO (arXiv 2409.06411): weight ``alpha`` for tokens beyond the length of the shorter completion.
 
@@ -83,14 +102,25 @@ class PairLogps:
         )
 
 
+def mean_over(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean of the ``values`` where ``mask``, a scalar; 0 if there are none."""
+    return torch.where(mask, values, 0).sum() / mask.sum().clamp(min=1)
+
+
 @dataclass(frozen=True)
 class PreferenceLoss:
     """Loss and implicit rewards of B pairs, each [B]. Rewards are the quantities that the loss compares (length-normalised
-    if it normalises), without gradient."""
+    if it normalises), without gradient.
+
+    Attributes:
+        threshold: reward above which the loss takes a completion for desirable, a scalar. It is used only for completions
+            that are alone.
+    """
 
     losses: Tensor
     chosen_rewards: Tensor
     rejected_rewards: Tensor
+    threshold: Tensor | float = 0.0
 
 
 TIE = 1e-5

@@ -1,7 +1,8 @@
 """Objectives that judge each completion alone, by its log-ratio to the reference, not the difference of two.
 
 Each is a pure function of (log-probs, settings, beta) that returns one loss per pair, [B]. r_w and r_l are ``beta`` times
-the log-ratios of the chosen and the rejected completion.
+the log-ratios of the chosen and the rejected completion; w and u are ``desirable_weight`` and ``undesirable_weight``. A
+completion alone has the term of its own side, in full.
 """
 
 from __future__ import annotations
@@ -24,15 +25,18 @@ def nca_pair(logps: PairLogps, s: ObjectiveConfig, beta: float) -> Tensor:
 
 
 def bco_pair(logps: PairLogps, s: ObjectiveConfig, beta: float) -> Tensor:
-    """BCO (Jung et al., arXiv 2404.04656) without its reward shift, as in TRL: ``-log sigmoid(r_w) - log sigmoid(-r_l)``."""
-    return -F.logsigmoid(beta * logps.chosen_logratio) - F.logsigmoid(-beta * logps.rejected_logratio)
+    """BCO (Jung et al., arXiv 2404.04656) without its reward shift, as in TRL: ``-w log sigmoid(r_w) - u log
+    sigmoid(-r_l)``."""
+    desirable = -F.logsigmoid(beta * logps.chosen_logratio)
+    return _weighed(logps, s, desirable, -F.logsigmoid(-beta * logps.rejected_logratio))
 
 
 def bco(logps: PairLogps, s: ObjectiveConfig, beta: float) -> Tensor:
     """BCO (Jung et al., arXiv 2404.04656) with its reward shift d, the running mean of the rewards of all completions:
-    ``-log sigmoid(r_w - d) - log sigmoid(-(r_l - d))``."""
+    ``-w log sigmoid(r_w - d) - u log sigmoid(-(r_l - d))``."""
     shift = logps.reward_mean
-    return -F.logsigmoid(beta * logps.chosen_logratio - shift) - F.logsigmoid(shift - beta * logps.rejected_logratio)
+    desirable = -F.logsigmoid(beta * logps.chosen_logratio - shift)
+    return _weighed(logps, s, desirable, -F.logsigmoid(shift - beta * logps.rejected_logratio))
 
 
 def sppo_hard(logps: PairLogps, s: ObjectiveConfig, beta: float) -> Tensor:
@@ -43,8 +47,9 @@ def sppo_hard(logps: PairLogps, s: ObjectiveConfig, beta: float) -> Tensor:
 
 def apo_zero(logps: PairLogps, s: ObjectiveConfig, beta: float) -> Tensor:
     """APO-zero (D'Oosterlinck et al., arXiv 2408.06266, eq. 7), for chosen completions better than the model's own:
-    ``1 - sigmoid(r_w) + sigmoid(r_l)``."""
-    return 1 - torch.sigmoid(beta * logps.chosen_logratio) + torch.sigmoid(beta * logps.rejected_logratio)
+    ``w (1 - sigmoid(r_w)) + u sigmoid(r_l)``. On completions alone it is TRL's ``apo_zero_unpaired``."""
+    desirable = 1 - torch.sigmoid(beta * logps.chosen_logratio)
+    return _weighed(logps, s, desirable, torch.sigmoid(beta * logps.rejected_logratio))
 
 
 def apo_down(logps: PairLogps, s: ObjectiveConfig, beta: float) -> Tensor:
@@ -55,16 +60,22 @@ def apo_down(logps: PairLogps, s: ObjectiveConfig, beta: float) -> Tensor:
 
 
 def kto(logps: PairLogps, s: ObjectiveConfig, beta: float) -> Tensor:
-    """KTO (Ethayarajh et al., arXiv 2402.01306, eq. 7) on both completions, each as a labelled example: the mean of
-    ``desirable_weight * (1 - sigmoid(r_w - z))`` and ``undesirable_weight * (1 - sigmoid(z - r_l))``.
+    """KTO (Ethayarajh et al., arXiv 2402.01306, eq. 7): ``w (1 - sigmoid(r_w - z))`` of a desirable completion,
+    ``u (1 - sigmoid(z - r_l))`` of an undesirable one. A pair is two labelled examples, and has the mean of both.
 
-    The baseline z is ``beta`` times the policy's drift from the reference, without gradient: the mean log-ratio of all
-    completions of the step, at least 0. The paper and TRL estimate it on completions of other prompts, whose log-probs would
-    need a second reference pass.
+    The baseline z is ``beta`` times the policy's drift from the reference, at least 0 (``PairLogps.drift``). Like the paper
+    and TRL it is estimated on completions of other prompts where completions are alone, and on the completions themselves
+    where they are pairs.
     """
-    chosen, rejected = logps.chosen_logratio, logps.rejected_logratio
-    drift = torch.cat((chosen, rejected)).detach().mean().clamp(min=0)
-    return (
-        s.desirable_weight * (1 - torch.sigmoid(beta * (chosen - drift)))
-        + s.undesirable_weight * (1 - torch.sigmoid(beta * (drift - rejected)))
-    ) / 2
+    drift = logps.drift.clamp(min=0)
+    desirable = 1 - torch.sigmoid(beta * (logps.chosen_logratio - drift))
+    losses = _weighed(logps, s, desirable, 1 - torch.sigmoid(beta * (drift - logps.rejected_logratio)))
+    return losses / 2 if logps.labels is None else torch.where(logps.labels == 0, losses / 2, losses)
+
+
+def _weighed(logps: PairLogps, s: ObjectiveConfig, desirable: Tensor, undesirable: Tensor) -> Tensor:
+    """Sum of the weighted losses of the completions that each row has, [B]."""
+    terms = s.desirable_weight * desirable, s.undesirable_weight * undesirable
+    if logps.sides is not None:
+        terms = tuple(torch.where(there, term, 0) for there, term in zip(logps.sides, terms, strict=True))
+    return terms[0] + terms[1]

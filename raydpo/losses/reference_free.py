@@ -49,10 +49,14 @@ def sft(logps: PairLogps, s: ObjectiveConfig, beta: float) -> Tensor:
     """Negative log-likelihood of chosen completions, in nats per token of the step: added to ``sigmoid``, it is the
     objective of RPO (arXiv 2404.19733, eq. 1).
 
-    A pair's loss is its sum divided by the mean length, so that the mean over pairs is the mean over tokens.
+    A pair's loss is its sum divided by the mean length, so that the mean over pairs is the mean over tokens. An undesirable
+    completion alone has no loss.
     """
-    mean = logps.chosen_tokens.mean() if logps.mean_chosen_tokens is None else logps.mean_chosen_tokens
-    return -logps.chosen / mean
+    chosen, tokens = logps.chosen, logps.chosen_tokens
+    if logps.sides is not None:
+        chosen, tokens = (torch.where(logps.sides[0], each, 0) for each in (chosen, tokens))
+    mean = tokens.mean() if logps.mean_chosen_tokens is None else logps.mean_chosen_tokens
+    return -chosen / (mean or 1)  # the mean is 0 if no row of the step has a chosen completion
 
 
 def _log1mexp(x: Tensor) -> Tensor:

@@ -10,9 +10,9 @@ from raydpo.pages.page import render
 from raydpo.pages.plot import SERIES, Picture
 from raydpo.reports.curves import curve, curves_picture
 from raydpo.reports.run import SCRIPTS, status_of
-from raydpo.reports.tables import Row, Table, interval, number, text
+from raydpo.reports.tables import Row, Table, interval, number, setting
 from raydpo.rundir.fingerprint import flatten_settings
-from raydpo.rundir.read import RunRecord, length_growth
+from raydpo.rundir.read import RunRecord, different_tokens, length_growth
 from raydpo.rundir.summary import EVALUATION_TABLE
 from raydpo.version import __version__
 
@@ -50,6 +50,8 @@ def comparison_page(runs: Sequence[RunRecord]) -> str:
         curves=overlaid(runs),
         incomparable=incomparable,
         most=MOST,
+        tokens=different_tokens((run.held_out_digest, run.counted[1]) for run in runs),
+        learnt=list(dict.fromkeys(run.counted[0] for run in runs if run.counted[0])),
         same_pairs=len({run.held_out_digest for run in runs} - {None}) < 2,
         states=[(run.name, status_of(run)) for run in runs if run.summary is None],
     )
@@ -61,7 +63,7 @@ def differences(runs: Sequence[RunRecord]) -> Table:
     keys = [key for key in dict.fromkeys(key for each in settings for key in each) if key not in OURS]
     columns = {key: [each.get(key) for each in settings] for key in keys}
     rows = [
-        Row(key, [text(value) for value in values])
+        Row(key, [setting(key, value) for value in values])
         for key, values in columns.items()
         if any(value != values[0] for value in values)
     ]

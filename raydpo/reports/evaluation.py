@@ -52,6 +52,8 @@ def evaluation_part(evaluation: dict[str, Any]) -> EvaluationPart:
         f"{total['pairs']:,} pairs of {', '.join(evaluation['data'])}, beta {evaluation['beta']:g}, reference "
         f"{evaluation['reference']['path']}."
     )
+    if counted := evaluation.get("train_on"):
+        about += f" Preferences are measured on the tokens that count: {counted}."
     if evaluation.get("trained_on"):
         about += (
             f" The policy was trained on the prompts of {evaluation['trained_on']:,} of them, "

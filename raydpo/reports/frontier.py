@@ -12,11 +12,12 @@ from raydpo.config import ObjectiveConfig
 from raydpo.data.interval import Z95, share, share_error
 from raydpo.pages.plot import BAD, GOOD, INK, PALE, Picture, figure, svg
 from raydpo.reports.tables import setting
-from raydpo.rundir.read import SweepRecord, TrialRecord, length_growth
+from raydpo.rundir.read import SweepRecord, TrialRecord, different_tokens, length_growth
 
 __all__ = [
     "Point",
     "Recommendation",
+    "counted_apart",
     "drift_axis",
     "frontier_pictures",
     "length_axis",
@@ -45,11 +46,13 @@ class Point:
         low: lower bound of its 95 % interval (Wilson's, which holds for few pairs, too).
         margin: held-out reward margin divided by beta, in ``unit``: nats, or nats a token for a loss per token.
         kl: drift measured on the policy's own answers, nats a token.
-        moved: substitute for ``kl``: change of the log-prob per token of held-out answers, nats, mean of both sides.
+        moved: substitute for ``kl``: change of the log-prob per token of held-out answers, nats, mean of both sides; of the
+            tokens that count.
         length_growth: growth of the policy's own answers, a share.
         length_pull: substitute for ``length_growth``: correlation of margin and length difference.
         protocol: how ``kl`` and ``length_growth`` were measured. They compare only where it is equal.
-        held_out: digest of the held-out pairs. Accuracies compare only where it is equal.
+        held_out: digest of the held-out pairs and of what counts in them. Accuracies compare only where it is equal.
+        counted: what counts in the held-out pairs, in words; None if unknown.
     """
 
     mark: str
@@ -68,6 +71,7 @@ class Point:
     unit: str = ""
     protocol: str | None = None
     held_out: str | None = None
+    counted: str | None = None
 
     @property
     def shown(self) -> str:
@@ -134,10 +138,18 @@ def _point(mark: str, trial: TrialRecord) -> Point:
         scores.get("length/margin_correlation"),
         "" if objective is None else _unit(objective),
         _protocol(evaluation),
-        (trial.run and trial.run.held_out_digest)
-        if "rewards/accuracies" in scores
-        else (evaluation.get("protocol") or {}).get("pairs"),
+        *_measured_on(trial),
     )
+
+
+def _measured_on(trial: TrialRecord) -> tuple[str | None, str | None]:
+    """Digest of the held-out pairs that the accuracy is of, and what counts in them in words."""
+    if "rewards/accuracies" in trial.eval:
+        return (trial.run.held_out_digest, trial.run.counted[1]) if trial.run else (None, None)
+    evaluation = trial.evaluation or {}
+    protocol = evaluation.get("protocol") or {}
+    parts = [protocol.get(name) for name in ("pairs", "counted")]  # evaluations on all tokens have no second part
+    return " ".join(filter(None, parts)) or None, evaluation.get("train_on")
 
 
 def _accuracy(trial: TrialRecord, evaluated: dict[str, float | None]) -> tuple[float | None, ...]:
@@ -226,6 +238,11 @@ def on_same_pairs(points: Sequence[Point]) -> bool:
     return len({point.held_out for point in points} - {None}) < 2
 
 
+def counted_apart(points: Sequence[Point]) -> list[str]:
+    """What counts in the held-out pairs, in words, if the points are measured on different tokens; else empty."""
+    return different_tokens((point.held_out, point.counted) for point in points)
+
+
 def units_of_margin(points: Sequence[Point]) -> list[str]:
     """Return the units of the margins. Margins of different units do not compare."""
     return list(dict.fromkeys(point.unit for point in points if point.margin is not None))
@@ -247,6 +264,12 @@ def recommend(points: Sequence[Point], drift: Axis) -> Recommendation:
     first = max(known, key=lambda point: (point.accuracy, -drift.read(point)))
     if len(known) == 1:
         return Recommendation(f"{first.shown} is the only trial with an accuracy and a drift so far.")
+    if words := counted_apart(known):
+        return Recommendation(
+            f"The trials are measured on different tokens of the held-out pairs ({'; '.join(words)}), so their accuracies "
+            "do not compare. With data.eval.train_on, for example data.eval.train_on=completion, all are measured on the "
+            "same tokens."
+        )
     if not on_same_pairs(known):
         return Recommendation(
             "The trials are measured on different held-out pairs, so their accuracies do not compare. Hold out the same "
@@ -289,9 +312,10 @@ def recommend(points: Sequence[Point], drift: Axis) -> Recommendation:
 def frontier_pictures(points: Sequence[Point], recommended: Point | None) -> list[Picture]:
     """Draw accuracy and margin against drift and against length, one mark for each trial.
 
-    Margins in different units are not drawn. Nothing is drawn if the held-out pairs of the trials differ.
+    Margins in different units are not drawn. Nothing is drawn if the trials are measured on different held-out pairs, or on
+    different tokens of them.
     """
-    if not on_same_pairs(points):
+    if counted_apart(points) or not on_same_pairs(points):
         return []
     drift, length, units = drift_axis(points), length_axis(points), units_of_margin(points)
     label = ", ".join(filter(None, ("margin / beta", *units)))

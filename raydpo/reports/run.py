@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from raydpo.config.counting import EVERYTHING
 from raydpo.pages.page import render
 from raydpo.pages.plot import BAD, GOOD, PALE, SERIES, Picture
 from raydpo.reports.curves import Curve, curve, curves_picture, phases_picture
@@ -59,6 +60,17 @@ CAPTIONS = {
     "Learning rate": "As scheduled, by step.",
     "Speed": "Prompts count once a pair; checkpoints and evaluations are not included.",
 }
+MASKED = {
+    "Rewards": "beta times the change of each side's log-prob against the reference, over the tokens that count. Where both "
+    "fall, the chosen answers become less likely while the margin grows.",
+    "Drift": "Change of the log-prob against the reference per token that counts.",
+    "Log-probs": "Sums over the tokens that count, each with its weight. Training steps vary with their number.",
+    "Chosen fell": "Share of pairs in whose chosen answer the tokens that count are less likely than under the reference.",
+    "Margin and length": "Correlation of the margin with the difference in length, both of the tokens that count. Near 1 the "
+    "policy prefers the longer answer, near -1 the shorter one.",
+    "Lengths": "Tokens of the answers in the data that count, each with its weight.",
+}
+"""Captions where not every token of a completion counts."""
 
 
 def run_page(run: RunRecord) -> str:
@@ -111,6 +123,7 @@ def _facts(run: RunRecord) -> list[tuple[str, str]]:
     facts = [
         ("model", path and path.rstrip("/").rsplit("/", 1)[-1]),
         ("what trains", "an adapter" if run.setting("model.adapter") else trains),
+        *_counted(run),
         *((name, _setting(run, f"train.{name}")) for name in ("loss", "beta")),
         ("learning rate", _form(run.setting("train.lr"), "g")),
         ("pairs a step", run.setting("train.pairs_per_step")),
@@ -122,6 +135,14 @@ def _facts(run: RunRecord) -> list[tuple[str, str]]:
         ("first loss, last loss", None if None in losses else ", ".join(f"{loss:.4f}" for loss in losses)),
     ]
     return [(name, str(value)) for name, value in facts if value is not None]
+
+
+def _counted(run: RunRecord) -> list[tuple[str, str | None]]:
+    """Facts about what counts, where not every token does."""
+    trained, measured = run.counted
+    if trained in (None, EVERYTHING) and measured in (None, EVERYTHING):
+        return []
+    return [("tokens that count", trained), ("in held-out pairs", None if measured == trained else measured)]
 
 
 def _curves(run: RunRecord) -> list[Picture]:
@@ -138,8 +159,11 @@ def _curves(run: RunRecord) -> list[Picture]:
             for side, colour in (("chosen", GOOD), ("rejected", BAD))
         ]
 
+    masked = bool(_counted(run))
     pictures = [
-        curves_picture(title, CAPTIONS[title], curves(metric), ylabel, **options)
+        curves_picture(
+            title, (MASKED if masked else CAPTIONS).get(title, CAPTIONS[title]), curves(metric), ylabel, **options
+        )
         for title, metric, ylabel, options in CURVES
     ]
     clip, norms = run.setting("train.clip"), curves("grad_norm")

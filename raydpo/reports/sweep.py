@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from raydpo.config.counting import EVERYTHING
 from raydpo.pages.page import render
 from raydpo.reports.compare import MOST, overlaid
 from raydpo.reports.frontier import (
     Point,
     Recommendation,
+    counted_apart,
     drift_axis,
     frontier_pictures,
     length_axis,
@@ -17,7 +19,7 @@ from raydpo.reports.frontier import (
     units_of_margin,
 )
 from raydpo.reports.run import SCRIPTS
-from raydpo.reports.tables import Cell, Row, Table, duration, number, setting
+from raydpo.reports.tables import Cell, Row, Table, duration, number, setting, text
 from raydpo.rundir.read import RunRecord, SweepRecord
 from raydpo.version import __version__
 
@@ -53,6 +55,8 @@ def sweep_page(sweep: SweepRecord) -> str:
         grown=length_axis(points).measured,
         otherwise=measured_otherwise(points),
         same_pairs=on_same_pairs(points),
+        tokens=counted_apart(points),
+        counted=_counted(evaluated),
         units=units,
         table=_table(sweep, evaluated, tell_unit=len(units) > 1),
         failed=[trial for trial in sweep.trials if trial.error],
@@ -68,6 +72,12 @@ def _drawn(sweep: SweepRecord, recommended: Point | None) -> tuple[list[RunRecor
     drawn = runs[:MOST]
     taken = [run for run in runs[MOST:] if recommended is not None and run.name == recommended.name]
     return [*drawn[: MOST - len(taken)], *taken], max(0, len(runs) - MOST)
+
+
+def _counted(points: list[Point]) -> str | None:
+    """What counts in the held-out pairs, in words, if that is the same for all points and not simply everything."""
+    words = {point.counted for point in points if point.counted is not None}
+    return next(iter(words)) if len(words) == 1 and words != {EVERYTHING} else None
 
 
 def _facts(sweep: SweepRecord) -> list[tuple[str, str]]:
@@ -87,6 +97,7 @@ def _facts(sweep: SweepRecord) -> list[tuple[str, str]]:
 
 def _table(sweep: SweepRecord, points: list[Point], *, tell_unit: bool) -> Table:
     by_name = {point.name: point for point in points}
+    apart = bool(counted_apart(points))
     rows = [
         Row(
             trial.name,
@@ -94,6 +105,7 @@ def _table(sweep: SweepRecord, points: list[Point], *, tell_unit: bool) -> Table
                 *(setting(key, trial.settings.get(key)) for key in sweep.parameters),
                 Cell(trial.status),
                 number(trial.run.done if trial.run else None, ",.0f"),
+                *([text(trial.run.counted[1] if trial.run else None)] if apart else []),
                 *_figures(by_name.get(trial.name), tell_unit),
                 number(trial.eval.get("loss")),
                 number(trial.seconds, ",.0f"),
@@ -102,7 +114,8 @@ def _table(sweep: SweepRecord, points: list[Point], *, tell_unit: bool) -> Table
         )
         for number_, trial in enumerate(sweep.trials)
     ]
-    return Table("Trials", ("trial", *sweep.parameters, "state", "steps", *FIGURES, "loss", "seconds"), rows)
+    where = ["measured on"] if apart else []
+    return Table("Trials", ("trial", *sweep.parameters, "state", "steps", *where, *FIGURES, "loss", "seconds"), rows)
 
 
 def _figures(point: Point | None, tell_unit: bool) -> list[Cell]:

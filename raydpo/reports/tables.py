@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from raydpo.config import BetaSchedule, ObjectiveConfig
+from raydpo.config.counting import train_on_text
 
 __all__ = ["Cell", "Row", "Table", "duration", "interval", "number", "setting", "text"]
 
@@ -77,7 +78,7 @@ def text(value: Any) -> Cell:
 
 def setting(key: str, value: Any) -> Cell:
     """Show the value of a configuration key: a schedule of train.beta as ``0.2-0.05``, a mixture of losses as
-    ``0.8 sigmoid + 0.2 sft``."""
+    ``0.8 sigmoid + 0.2 sft``, parts of a completion that count as ``answer + 0.1 reasoning``."""
     try:
         if key == "train.beta" and isinstance(value, dict):
             schedule = BetaSchedule(**value)
@@ -85,7 +86,9 @@ def setting(key: str, value: Any) -> Cell:
             return text(ObjectiveConfig(beta=schedule).beta_text + shape)
         if key == "train.loss" and isinstance(value, list):
             return text(ObjectiveConfig(loss=value).loss_text)
-    except ValueError:  # written by another version
+        if key.endswith("train_on") and isinstance(value, list):
+            return text(train_on_text(value))
+    except (ValueError, AttributeError):  # written by another version
         pass
     return text(value)
 

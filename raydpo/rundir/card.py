@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from raydpo.config import Config, is_hub_name
+from raydpo.config.counting import EVERYTHING, counting_texts
 from raydpo.rundir.summary import EVALUATION_TABLE
 from raydpo.storage.uri import redact
 
@@ -43,9 +44,11 @@ def model_card(config: Config, summary: dict[str, Any]) -> str:
     )
     data = ", ".join(f"`{_last(source.path)}`" for source in config.data.train)
     compared = reference["path"] and f"`{_last(reference['path'])}`, identity `{reference['identity']}`"
+    counted, _ = counting_texts(config.model_dump(mode="json", include={"data"})["data"])
     rows = [
         ("what trained", how),
         ("quantization of frozen weights", config.model.quantization or "none"),
+        *([] if counted == EVERYTHING else [("tokens that count", counted)]),
         ("loss", train.loss_text),
         ("beta", train.beta_text),
         ("label smoothing", f"{train.label_smoothing:g}"),

@@ -35,10 +35,11 @@ def _change(key: str, before: Any, now: Any) -> str:
 
 
 def flatten_settings(tree: Mapping[str, Any], prefix: str = "", *, lists: bool = False) -> dict[str, Any]:
-    """Flatten a nested configuration to keys such as ``train.beta``; with ``lists`` also ``data.train.0.path``."""
+    """Flatten a nested configuration to keys such as ``train.beta``; with ``lists`` also ``data.train.0.path``, but the list
+    of a ``train_on`` stays one value."""
     found: dict[str, Any] = {}
     for name, below in tree.items():
-        if lists and isinstance(below, list) and below and isinstance(below[0], dict):
+        if lists and name != "train_on" and isinstance(below, list) and below and isinstance(below[0], dict):
             below = {str(index): each for index, each in enumerate(below)}
         nested = isinstance(below, dict) and below
         found |= flatten_settings(below, f"{prefix}{name}.", lists=lists) if nested else {f"{prefix}{name}": below}

@@ -6,7 +6,7 @@ import dataclasses
 import io
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -14,12 +14,13 @@ import polars as pl
 import yaml
 
 from raydpo.config import ObjectiveConfig
+from raydpo.config.counting import counting_texts
 from raydpo.errors import ConfigError, RaydpoError, one_line
 from raydpo.rundir.directory import CONFIG, EVAL, EVALUATION, METRICS, RUN, SUMMARY, SWEEP
 from raydpo.storage.files import Storage
 from raydpo.storage.uri import redacted
 
-__all__ = ["RunRecord", "SweepRecord", "TrialRecord", "is_sweep", "length_growth"]
+__all__ = ["RunRecord", "SweepRecord", "TrialRecord", "different_tokens", "is_sweep", "length_growth"]
 
 T = TypeVar("T")
 RUN_FILES = (CONFIG, RUN, METRICS, EVAL, SUMMARY, EVALUATION)
@@ -34,7 +35,7 @@ class RunRecord:
         config: the resolved configuration, without secrets; {} if there is none.
         steps: metrics.parquet, one row a step. evals: eval.parquet, one row an evaluation, names without ``eval_``.
         summary: summary.json, which only a finished run has. evaluation: evaluation.json, the result of ``raydpo eval``.
-        held_out_digest: digest of the held-out pairs; None if none are held out, or if it is not known.
+        held_out_digest: digest of the held-out pairs and of what counts in them; None if none are held out, or if it is not known.
     """
 
     place: str
@@ -101,6 +102,12 @@ class RunRecord:
         return tree
 
     @property
+    def counted(self) -> tuple[str | None, str | None]:
+        """What counts in training pairs and in held-out pairs, in words; None if it is unknown, or nothing is held out."""
+        data = self.config.get("data")
+        return counting_texts(data) if data else (None, None)
+
+    @property
     def objective(self) -> ObjectiveConfig | None:
         """The objective that was trained; None if it is unknown, or unknown to this version of raydpo."""
         train = self.config.get("train")
@@ -153,6 +160,19 @@ class SweepRecord:
                 f"{storage}/{SWEEP} is not a record of a sweep ({type(error).__name__}: {error}); "
                 "run 'raydpo sweep' to write it again"
             ) from None
+
+
+def different_tokens(measured: Iterable[tuple[str | None, str | None]]) -> list[str]:
+    """What counts in held-out pairs, in words, if several runs are measured on different tokens; empty if on the same ones.
+
+    Args:
+        measured: of each run the digest of its held-out pairs, and what counts in them in words, None if unknown.
+    """
+    digests, words = (
+        (dict.fromkeys(each) for each in zip(*measured, strict=True)) if (measured := list(measured)) else ({}, {})
+    )
+    words.pop(None, None)
+    return [] if len(words) < 2 or (len(digests) == 1 and None not in digests) else list(words)
 
 
 def is_sweep(storage: Storage) -> bool:

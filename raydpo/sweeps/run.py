@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import yaml
 
 from raydpo.cluster.preflight import check_cluster
 from raydpo.cluster.session import owns_ray, session
 from raydpo.cluster.waiting import request_nodes
 from raydpo.config import Config, lower_is_better
+from raydpo.config.counting import counting_texts
 from raydpo.errors import ConfigError, RaydpoError
 from raydpo.pipeline.checks import check, check_models, pythons_of
 from raydpo.pipeline.evaluate import evaluate, pairs_to_evaluate, protocol
@@ -147,30 +149,49 @@ def _prepare(trials: list[Trial], tokenised: dict[str, Tokenised | None], consol
 
 
 def _on_same_pairs(config: Config, prepared: dict[str, Prepared], console: Console) -> bool:
-    """Whether all trials are measured on the same held-out pairs. Trials that an earlier call trained count, too.
+    """Whether all trials are measured on the same held-out pairs, and on the same tokens of them. Trials that an earlier call
+    trained count, too.
 
     Raises:
         ConfigError: if they are not, and sweep.stop_early is set.
     """
     now: dict[int, str | None] = {}
-    first: dict[str, str] = {}  # digest of the pairs -> a trial that is measured on them
+    first: dict[str, str] = {}  # digest of the pairs, and of what counts in them -> a trial that is measured on them
+    counted: dict[str, str] = {}  # what counts in them, in words -> the same
     for name, one in prepared.items():
         storage = Storage(one.config.run_dir)
-        digests = [json.loads(storage.read(RUN)).get("held_out")] if storage.exists(RUN) else []
+        digests, settings = [], one.config.model_dump(mode="json", include={"data"})
+        if storage.exists(RUN):
+            digests.append(json.loads(storage.read(RUN)).get("held_out"))
         if not storage.exists(SUMMARY):
             if id(one.sets) not in now:
                 now[id(one.sets)] = measured_pairs(one.sets.eval)
             digests.append(now[id(one.sets)])
+        elif storage.exists(CONFIG):  # its figures are of the tokens that counted then
+            settings = yaml.safe_load(storage.read(CONFIG))
         for digest in filter(None, digests):
             first.setdefault(digest, name)
+        counted.setdefault(counting_texts(settings["data"])[1] or "", name)
     if len(first) < 2:
         return True
-    (_, one), (_, other), *_ = first.items()
-    found = f"trials are measured on different held-out pairs (as {one} and {other} are), so their figures do not compare"
-    fix = (
-        "Hold out the same pairs in all of them: a separate file (data.eval.path) that no setting of section data "
-        "changes. Or make two sweeps"
-    )
+    if len(counted) > 1:
+        parts = "; ".join(f"{text} ({name})" for text, name in counted.items())
+        found = (
+            f"trials are measured on different tokens of the held-out pairs ({parts}), so their accuracies do not compare"
+        )
+        fix = (
+            "Set data.eval.train_on, for example data.eval.train_on=completion, so that all are measured on the same "
+            "tokens; a trial that is done keeps its figures"
+        )
+    else:
+        (_, one), (_, other), *_ = first.items()
+        found = (
+            f"trials are measured on different held-out pairs (as {one} and {other} are), so their figures do not compare"
+        )
+        fix = (
+            "Hold out the same pairs in all of them: a separate file (data.eval.path) that no setting of section data "
+            "changes. Or make two sweeps"
+        )
     if config.sweep.stop_early is not None:
         raise ConfigError(f"{found}, and sweep.stop_early would stop the wrong ones. {fix}, or set sweep.stop_early=null")
     console.warn(f"{found}: none will be recommended. {fix}")

@@ -22,6 +22,7 @@ from raydpo.config import (
     load_config,
     with_setting,
 )
+from raydpo.config.counting import train_on_text
 from raydpo.errors import ConfigError
 
 __all__ = ["Trial", "parameters_of", "trial_name", "trials_of"]
@@ -100,7 +101,7 @@ def trial_name(settings: dict[str, Any]) -> str:
     A key is shortened to its last parts, as many as distinguish it from the others of the trial. If a value has characters
     that a name cannot have, or the name would be too long, a digest of the settings replaces what is left out.
     """
-    texts = {key: _text(value) for key, value in settings.items()}
+    texts = {key: _text(_in_words(key, value)) for key, value in settings.items()}
     name = ",".join(f"{_short(key, list(settings))}={text}" for key, (text, _) in texts.items())
     if len(name) > LONGEST_NAME or not all(whole for _, whole in texts.values()):
         name = f"{name[: LONGEST_NAME - DIGEST - 1]}-{_digest(settings)}"
@@ -224,6 +225,12 @@ def _short(key: str, keys: list[str]) -> str:
         if sum(other.split(".")[-len(tail) :] == tail for other in keys) == 1:
             return ".".join(tail)
     return key
+
+
+def _in_words(key: str, value: Any) -> Any:
+    """The value, or ``answer+0.1reasoning`` for a list of the parts of a completion that count."""
+    parts = key.endswith(".train_on") and isinstance(value, list)
+    return train_on_text(value).replace(" ", "") if parts else value
 
 
 def _text(value: Any) -> tuple[str, bool]:

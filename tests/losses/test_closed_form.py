@@ -114,3 +114,10 @@ def test_margins_of_the_data_add_to_the_reward(world):
     found = world.minimiser(ObjectiveConfig(beta=0.5), margins_of=known)
     assert total_variation(found, world.tilted(world.rewards + known, 0.5)) < CLOSE
     assert total_variation(found, world.tilted(world.rewards, 0.5)) > 0.05
+
+
+@pytest.mark.parametrize(("size", "beta"), [(2, 0.3), (3, 1.0), (4, 0.3), (5, 3.0)])
+def test_rankings_find_the_reference_tilted_by_the_reward(world, size, beta):
+    """pi = ref * exp(r / beta) / Z, whatever the length of the lists (arXiv 2305.18290, appendix A.3)."""
+    found = world.minimiser(ObjectiveConfig(loss="plackett_luce", beta=beta), list_size=size)
+    assert total_variation(found, world.tilted(world.rewards, beta)) < CLOSE

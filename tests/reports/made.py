@@ -43,8 +43,13 @@ def made_run(
     evaluation: bool = False,
     seed: int = 0,
     prompt: str = "How do bees make honey?",
+    data: dict[str, Any] | None = None,
 ) -> Path:
-    """Make a run directory ``<output>/<name>``; ``held_out`` 0 = no held-out pairs. A beta schedule counts as its end."""
+    """Make a run directory ``<output>/<name>``; ``held_out`` 0 = no held-out pairs. A beta schedule counts as its end.
+
+    Args:
+        data: further settings of section ``data``.
+    """
     directory = output / name
     storage = Storage(str(directory))
     config = load_config(
@@ -55,7 +60,8 @@ def made_run(
             "data": {
                 "train": [{"path": f"org/{source}"} for source in sources],
                 "eval": {"fraction": 0.1} if held_out else None,
-            },
+            }
+            | (data or {}),
             "train": {"beta": beta, "loss": loss, "lr": lr, "steps": steps, "sample_prompts": 1},
         }
     )

@@ -85,6 +85,62 @@ def test_accuracies_of_other_pairs_do_not_compare():
     assert frontier_pictures(apart, None) == [] and len(frontier_pictures(points, None)) == 1
 
 
+def masked(tmp_path, *settings, digests=None, measured=False):
+    """A sweep whose trials train on what ``settings`` of section data say; and its page."""
+    trials = made_trials(
+        tmp_path,
+        {f"t{number}": ({"data.train_on": each["train_on"]}, {"data": each}) for number, each in enumerate(settings)},
+    )
+    for trial, digest in zip(trials, digests or [None] * len(trials), strict=True):
+        (tmp_path / trial["name"] / "run.json").write_text(json.dumps({"held_out": digest}))
+        trial["evaluation"] = made_evaluation() | {"protocol": {"pairs": "p", "counted": digest}} if measured else None
+    write_sweep(tmp_path, trials)
+    return read(tmp_path), sweep_page(read(tmp_path))
+
+
+ANSWER, ALL = {"train_on": "answer"}, {"train_on": "completion"}
+WEIGHTED = {"train_on": [{"answer": 1.0}, {"reasoning": 0.1}]}
+YARDSTICK = {"eval": {"fraction": 0.1, "train_on": "completion"}}
+
+
+@pytest.mark.parametrize("digests", [None, ("a", "b", "c")])
+def test_accuracies_of_other_tokens_do_not_compare(digests, tmp_path):
+    """Each trial is measured on the tokens that it trains on."""
+    sweep, page = masked(tmp_path, ANSWER, ALL, WEIGHTED, digests=digests)
+    taken = recommendation_of(sweep)
+    assert taken.point is None and "different tokens of the held-out pairs (answer; completion; answer + 0.1" in taken.reason
+    assert "data.eval.train_on=completion" in taken.reason and frontier_pictures(points_of(sweep), None) == []
+    assert "on the same held-out pairs." not in page
+    assert ">measured on</button>" in page and page.count(">answer + 0.1 reasoning</td>") == 2, (
+        "the setting, and what is measured"
+    )
+    assert "The KL divergence compares" not in page
+
+
+def test_what_counts_in_held_out_pairs_is_one_yardstick(tmp_path):
+    """The digests of pairs and of what counts in them are equal."""
+    sweep, page = masked(tmp_path, ANSWER | YARDSTICK, ALL | YARDSTICK, WEIGHTED | YARDSTICK, digests=["a"] * 3)
+    assert recommendation_of(sweep).point is not None and len(frontier_pictures(points_of(sweep), None)) == 4
+    assert "All trials are measured on the same held-out pairs." in page and ">measured on</button>" not in page
+    assert page.count(">answer + 0.1 reasoning</td>") == 1
+    partial = {"eval": {"fraction": 0.1, "train_on": "last_turn"}}
+    (tmp_path / "more").mkdir()
+    _, page = masked(tmp_path / "more", ANSWER | partial, ALL | partial, digests=["a"] * 2)
+    assert "All trials are measured on the same held-out pairs, on the tokens that count in them: last_turn." in page
+
+
+def test_parts_that_are_the_same_tokens_compare(tmp_path):
+    """In answers without reasoning, ``answer`` and ``assistant`` are one. The digest tells."""
+    sweep, page = masked(tmp_path, ANSWER, {"train_on": "assistant"}, digests=["a"] * 2)
+    assert recommendation_of(sweep).point is not None and ">measured on</button>" not in page
+
+
+def test_drift_on_whole_answers_compares_whatever_counts(tmp_path):
+    sweep, page = masked(tmp_path, ANSWER, ALL, digests=("a", "b"), measured=True)
+    assert drift_axis(points_of(sweep)).measured and recommendation_of(sweep).point is None
+    assert "The KL divergence compares" in page
+
+
 def test_all_right_of_twenty_is_no_certainty(tmp_path):
     """20 of 20 at a drift of 5, 19 of 20 at 0.01: the error of a share of 1 is not 0."""
     trials = made_trials(

@@ -97,6 +97,20 @@ def test_text_of_data_and_models_is_no_markup(page):
     assert "script-src 'sha256-" in page and "default-src 'none'" in page
 
 
+def test_a_page_says_which_tokens_count(page, tmp_path):
+    """And what its figures are of, where that is not everything."""
+    assert "tokens that count" not in page
+    data = {"train_on": [{"answer": 1.0}, {"reasoning": 0.1}]}
+    masked = run_page(record(made_run(tmp_path, "a", data=data, steps=5)))
+    assert "<dt>tokens that count</dt><dd>answer + 0.1 reasoning</dd>" in masked and "in held-out pairs</dt>" not in masked
+    assert "Change of the log-prob against the reference per token that counts." in masked
+    assert "Tokens of the answers in the data that count, each with its weight." in masked
+    other = run_page(
+        record(made_run(tmp_path, "b", data=data | {"eval": {"path": "x/y", "train_on": "completion"}}, steps=5))
+    )
+    assert "<dt>in held-out pairs</dt><dd>completion</dd>" in other
+
+
 def test_an_unfinished_run_has_a_page(tmp_path):
     directory = made_run(tmp_path, "going", steps=30, finished=False)
     page = run_page(record(directory))
@@ -326,6 +340,27 @@ def test_a_comparison_says_that_held_out_pairs_differ(tmp_path):
         (place / "run.json").write_text(json.dumps({"fingerprint": {}, "held_out": place.name}))
     write_comparison([str(place) for place in places], tmp_path / "out.html")
     assert "measured on different held-out pairs" in (tmp_path / "out.html").read_text()
+
+
+def test_a_comparison_says_where_tokens_differ(tmp_path):
+    """A list with weights is one setting."""
+    yardstick = {"eval": {"fraction": 0.1, "train_on": "completion"}}
+    settings = {"a": {"train_on": "answer"}, "b": {"train_on": [{"answer": 1.0}, {"reasoning": 0.1}]}}
+    for name, data in settings.items():
+        made_run(tmp_path, name, data=data, steps=5)
+        made_run(tmp_path, f"{name}-alike", data=data | yardstick, steps=5)
+
+    def compared(*names):
+        write_comparison([str(tmp_path / name) for name in names], tmp_path / "page.html")
+        return (tmp_path / "page.html").read_text()
+
+    page = compared("a", "b")
+    assert "on different tokens of their held-out pairs (answer; answer + 0.1 reasoning)" in page
+    assert ">data.train_on</th>" in page and ">answer + 0.1 reasoning</td>" in page and "train_on.0" not in page
+    assert "train on different tokens (answer; answer + 0.1 reasoning)" in page
+    page = compared("a-alike", "b-alike")
+    assert "of their held-out pairs" not in page and "train on different tokens" in page
+    assert "different tokens" not in compared("a", "a")
 
 
 def test_a_beta_that_moves_is_told(tmp_path):

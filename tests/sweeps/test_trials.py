@@ -82,6 +82,8 @@ def test_checks_ask_what_was_given_not_what_is_default(sweep):
         ({"data.train.0.weight": 0.5, "data.train.1.weight": 2.0}, "train.0.weight=0.5,train.1.weight=2.0"),
         ({"data.fraction": 0.1, "data.eval.fraction": 0.2}, "data.fraction=0.1,eval.fraction=0.2"),
         ({"model.lora": None, "data.shuffle": False}, "lora=null,shuffle=false"),
+        ({"data.train_on": [{"answer": 1.0}, {"reasoning": 0.1}]}, "train_on=answer+0.1reasoning"),
+        ({"data.train_on": "answer", "data.eval.train_on": None}, "data.train_on=answer,eval.train_on=null"),
     ],
 )
 def test_names_say_the_settings(settings, name):
@@ -102,6 +104,16 @@ def test_what_a_name_cannot_say_is_in_its_digest(one, other):
     assert trial_name(one) != trial_name(other)
     for name in (trial_name(one), trial_name(other)):
         assert re.fullmatch(NAME_PATTERN, name), name
+
+
+def test_a_sweep_over_what_counts_names_its_trials_by_it(sweep):
+    """Weights that a name cannot tell apart get a digest."""
+    weighted = [[{"answer": 1.0}, {"reasoning": weight}] for weight in (0.1, 0.10000001)]
+    trials = sweep(grid={"data.train_on": ["completion", "answer", *weighted]})
+    first, second, third, fourth = names(trials)
+    assert (first, second, third) == ("train_on=completion", "train_on=answer", "train_on=answer+0.1reasoning")
+    assert re.fullmatch(r"train_on=answer\+0.1reasoning-[0-9a-f]{8}", fourth)
+    assert [trial.config.data.train_on for trial in trials[:2]] == ["completion", "answer"]
 
 
 def test_names_do_not_depend_on_the_other_trials(sweep):

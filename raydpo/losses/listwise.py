@@ -1,0 +1,61 @@
+"""Objectives over ranked lists of completions, and which completions of a list are compared.
+
+Shapes: B = rows, 2B = completions, chosen and rejected of each row in turn, P = comparisons.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from raydpo.config import ObjectiveConfig
+from raydpo.losses.pairs import PairLogps
+
+__all__ = ["comparisons", "plackett_luce"]
+
+
+def comparisons(logps: PairLogps) -> tuple[Tensor, Tensor]:
+    """Each better completion of a list with each worse one, as places among the completions: int64 [P] each.
+
+    Completions of equal rank are not compared, nor is a side without tokens (rank -1). Without lists, each row is a list of
+    two, chosen before rejected.
+    """
+    if logps.lists is None:
+        better = torch.arange(len(logps.chosen), device=logps.chosen.device) * 2
+        return better, better + 1
+    lists = logps.lists.cpu().numpy()
+    ranks = np.stack([logps.chosen_ranks.cpu().numpy(), logps.rejected_ranks.cpu().numpy()], 1)
+    found = [np.empty((0, 2), np.int64)]
+    apart = 0
+    # Rows of a list are neighbours. So all rows are compared with those one, two, ... rows further on in their lists.
+    while len(rows := np.flatnonzero(lists[: len(lists) - apart] == lists[apart:])):
+        for one, other in ((0, 0), (0, 1), (1, 0), (1, 1)) if apart else ((0, 1),):
+            mine, theirs = ranks[rows, one], ranks[rows + apart, other]
+            places = np.stack([2 * rows + one, 2 * (rows + apart) + other], 1)
+            there = (mine >= 0) & (theirs >= 0)
+            found += [places[there & (mine < theirs)], places[there & (mine > theirs)][:, ::-1]]
+        apart += 1
+    better, worse = np.concatenate(found).T
+    device = logps.chosen.device
+    return torch.from_numpy(better.copy()).to(device), torch.from_numpy(worse.copy()).to(device)
+
+
+def plackett_luce(logps: PairLogps, s: ObjectiveConfig, beta: float) -> Tensor:
+    """DPO on rankings, by the model of Plackett (1975, doi 10.2307/2346567) and Luce (1959): the sum over the completions k
+    of a list that have others below them of ``-log(exp(s_k) / (exp(s_k) + sum over lower-ranked j of exp(s_j)))``, where s
+    is ``beta`` times the log-ratio.
+
+    It is the objective of Rafailov et al. (arXiv 2305.18290, appendix A.3, eq. 18 to 20; LiPO, arXiv 2402.01878, compares it
+    with other losses over lists). Completions of equal rank are not compared: neither is in the sum of the other. A list of
+    two has the loss ``sigmoid``. The loss of a list is the sum over its rows; each row has the terms of its own completions.
+    """
+    scores = beta * torch.stack([logps.chosen_logratio, logps.rejected_logratio], 1).flatten()
+    better, worse = comparisons(logps)
+    below, compared = scores[worse], torch.zeros_like(scores, dtype=torch.bool).index_fill(0, better, True)
+    highest = torch.full_like(scores, -torch.inf).scatter_reduce(0, better, below.detach(), "amax")
+    highest = highest.masked_fill(~compared, 0.0)
+    sums = torch.zeros_like(scores).index_add(0, better, torch.exp(below - highest[better])).masked_fill(~compared, 1.0)
+    losses = -F.logsigmoid(scores - highest - torch.log(sums)).masked_fill(~compared, 0.0)
+    return losses.view(-1, 2).sum(1)
