@@ -64,8 +64,8 @@ _SENTENCES = {
         "assistant writes, or make each turn a pair of its own"
     ),
     THOUGHT_TWICE: (
-        "warning: in {count} pairs a thought stands in a field and in the content of a message, and the chat template writes "
-        "both: {all}; keep one of them"
+        "warning: in {count} pairs a thought stands in a field and in the content of a message, and the chat template "
+        "writes both: {all}; keep one of them"
     ),
     NO_END: (
         "warning: in {count} pairs no special token follows the last text of an answer: {all}; so the model does not learn "

@@ -177,8 +177,8 @@ class RenderingCheck:
         return start, adds_thought
 
     def _moved(self, messages: list[Message], prompt: str, whole: str, start: int, side: str) -> list[Remark]:
-        """A remark for each text of the prompt that ``prompt`` holds, but that is left out of ``whole``, the rendering with an
-        answer, or stands there behind ``start``, where the answer begins."""
+        """A remark for each text of the prompt that ``prompt`` holds, and that ``whole``, the rendering with an answer,
+        leaves out or holds behind ``start``, where the answer begins."""
         more: list[str] = []
         wanted = [text for turn, message in enumerate(messages) for text in _texts(message, turn, more)]
         absent = set(left_out(prompt, wanted, more))

@@ -304,7 +304,7 @@ class Tokeniser:
         except Exception as error:  # templates raise what their authors wrote
             self._refuse_template(error)
             told = refusal(error, self.tokenizer.chat_template)
-            told += self.template.hint(prompt + max(chosen, rejected, key=len))
+            told += self.template.probes.hint(prompt + max(chosen, rejected, key=len))
             raise Malformed(f"the chat template refuses it: {told}") from None
         found = self._check.remarks(preference, *texts)
         for part, before, messages in (("prompt", [], prompt), ("chosen", prompt, chosen), ("rejected", prompt, rejected)):

@@ -48,7 +48,7 @@ def without(entry: dict, *names: str) -> dict:
     return {name: value for name, value in entry.items() if name not in names}
 
 
-# -- one conversation in several forms -----------------------------------------------------------------------------------
+# -- one conversation in several forms ---------------------------------------------------------------------------------
 
 ANY_CALLS = ("QWEN", "STRICT", "HARMONY", "CALLS", "DEEPSEEK")
 FORMS = {
@@ -142,7 +142,7 @@ def test_an_answer_that_is_only_a_thought_is_an_answer(more):
     assert reason.startswith("the chat template leaves out or changes all of rejected (thoughts); set data.chat_template")
 
 
-# -- results of tools ------------------------------------------------------------------------------------------------------
+# -- results of tools --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("value", [{"time": ["noon"], "id": "x1"}, [{"time": "noon"}], 12.5, True])
@@ -189,7 +189,7 @@ def test_ids_and_names_of_calls_that_are_not_written_are_no_news():
     assert [note.what for note in notes if note.kind == remarks.FIELD] == ["name"]
 
 
-# -- tools -----------------------------------------------------------------------------------------------------------------
+# -- tools -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("key", ["parameters", "input_schema"])
@@ -201,12 +201,12 @@ def test_tools_without_function_are_wrapped_for_templates_that_ask_for_it(key):
     assert read(templates.QWEN, with_tools(answer("Noon."), tools=[bare]))[0][0].count('"function"') == 0  # stays as it was
 
 
-# -- what a template does to a prompt once it has an answer ------------------------------------------------------------------
+# -- what a template does to a prompt once it has an answer ------------------------------------------------------------
 
 
 def test_texts_of_the_prompt_that_move_behind_it_or_vanish_are_named(write):
     asked = [say("system", "Be very brief, please."), *PROMPT]
-    lines, sets = lines_of(write, templates.STRICT, record(asked, answer("Noon."), REJECTED), max_lost=1)
+    lines, _ = lines_of(write, templates.STRICT, record(asked, answer("Noon."), REJECTED), max_lost=1)
     (lost,) = [line for line in lines if "leaves out or changes" in line]
     assert "content of role 'system' (prompt, before chosen), such as 'Be very brief, please.'" in lost
     (moved,) = [line for line in lines if "stand in the completion" in line]
@@ -233,7 +233,7 @@ def test_a_thought_in_a_field_and_in_content_is_written_twice(write):
     assert remarks.THOUGHT_TWICE not in {kind for kind, _ in found}
 
 
-# -- refusals name what to change --------------------------------------------------------------------------------------------
+# -- refusals name what to change --------------------------------------------------------------------------------------
 
 REFUSED = [
     (
@@ -276,7 +276,7 @@ def test_several_turns_name_the_setting_that_counts_only_the_assistant(write):
     assert len([line for line in lines if "ata.train_on=assistant" in line]) == 2  # for the turns, and for the mark
 
 
-# -- nothing vanishes ------------------------------------------------------------------------------------------------------
+# -- nothing vanishes --------------------------------------------------------------------------------------------------
 
 WORD = re.compile(r"w\d+x")
 KINDS = {"content": "content of role", "thought": "thoughts", "call": "tool calls", "tool": "tools"}
