@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from raydpo.config import DataConfig
 from raydpo.data.choices import always_above
 from raydpo.data.messages import LITERALS
-from raydpo.data.remarks import PROMPT_END, Remarks
+from raydpo.data.remarks import PROMPT_END, PROMPT_IN_ANSWER, Remarks
 from raydpo.data.repeats import Repeats
 from raydpo.data.scores import Contradictions
 from raydpo.errors import DataError
@@ -185,7 +185,7 @@ class SourceReport:
             lines.append(f"data {self.name}: {self.dropped.total:,} {unit} dropped: {self.dropped}")
         if self.malformed.total:
             lines.append(f"warning: data {self.name}: {self.malformed_records:,} malformed records: {self.malformed}")
-        if (merged := self.merged - self.remarks.pairs[PROMPT_END]) > 0:
+        if (merged := self.merged - sum(self.remarks.pairs[kind] for kind in (PROMPT_END, PROMPT_IN_ANSWER))) > 0:
             lines.append(
                 f"warning: data {self.name}: in {merged:,} {unit} the prompt is tokenised differently alone "
                 "and with its completion (tokens merge across the boundary, but no text is left out); "
@@ -194,7 +194,8 @@ class SourceReport:
         if self.several_turns:
             lines.append(
                 f"warning: data {self.name}: in {self.several_turns:,} {unit} a completion continues with user or "
-                "tool messages, and their tokens also count in the loss; data.train_on=assistant leaves them out"
+                "tool messages, and their tokens also count in the loss; set data.train_on=assistant to count only what "
+                "the assistant writes"
             )
         lines += (f"warning: data {self.name}: {line}" for line in self.scores.lines(self.records))
         return lines + self.remarks.lines(self.name, self.pairs, unit)
