@@ -13,13 +13,25 @@ import numpy as np
 import pyarrow as pa
 
 from raydpo.config import DataConfig, SourceConfig
-from raydpo.config.counting import part_weights
+from raydpo.config.counting import part_weights, train_on_text
 from raydpo.data.ragged import Ragged, tokens_in_use
-from raydpo.data.rows import ANSWER, ASSISTANT, LAST_TURN, MARK_BITS, REASONING
+from raydpo.data.rows import (
+    ANSWER,
+    ASSISTANT,
+    LAST_TURN,
+    MARK_BITS,
+    REASONING,
+    REASONING_NOT_FOUND,
+    TURNS_NOT_FOUND,
+)
+from raydpo.data.tally import CountedTokens
 
 __all__ = [
+    "Counted",
     "RunColumns",
     "Runs",
+    "all_count",
+    "counted_of",
     "counted_tokens",
     "counts",
     "needs_marks",
@@ -151,6 +163,14 @@ class RunColumns:
         return self.at(np.arange(len(self)))
 
 
+def all_count(table: pa.Table | pa.RecordBatch) -> bool:
+    """Whether every token in use counts with weight 1."""
+    if f"{_SIDES[0]}_starts" not in table.schema.names:
+        return True
+    runs = (RunColumns(table, side).every() for side in _SIDES)
+    return all(bool((each.weights == 1).all()) for each in runs)
+
+
 def token_weights(table: pa.Table, side: str, row: int) -> np.ndarray:
     """Weight of each token in use of one completion, float32 [tokens]."""
     return RunColumns(table.slice(row, 1), side).every().token_weights()
@@ -192,6 +212,67 @@ def weighted_sums(values: np.ndarray, offsets: np.ndarray, table: pa.Table, side
     return found
 
 
+@dataclass(frozen=True)
+class Counted:
+    """Which tokens of the pairs of a source count.
+
+    Attributes:
+        what: what counts, in words.
+        runs: of chosen and rejected completions.
+        faults: pairs that cannot be used, by reason, bool [pairs] each.
+    """
+
+    what: str
+    runs: tuple[Runs, Runs]
+    faults: Mapping[str, np.ndarray]
+
+    def account(self, use: np.ndarray) -> CountedTokens:
+        """How many tokens of the pairs in ``use``, bool [pairs], count."""
+        of_use = [runs.of(use) for runs in self.runs]
+        total = sum(int(runs.tokens.sum(dtype=np.int64)) for runs in of_use)
+        return CountedTokens(self.what, total, sum(int(runs.counted_tokens().sum(dtype=np.int64)) for runs in of_use))
+
+    def columns(self, use: np.ndarray) -> list[pa.Array]:
+        """``select.COUNT_COLUMNS`` of the pairs in ``use``, bool [pairs]."""
+        return [column for runs in self.runs for column in runs.of(use).columns()]
+
+
+def counted_of(
+    data: DataConfig, light: pa.Table, used: tuple[np.ndarray, np.ndarray], train_on: Mapping[str, float]
+) -> Counted:
+    """Find which tokens of the pairs of a source count.
+
+    Args:
+        light: light rows of a set with marks.
+        used: tokens of chosen and rejected in use, int32 [pairs] each.
+        train_on: result of ``train_on_of``.
+
+    Raises:
+        ValueError: if the set has no marks.
+    """
+    if f"chosen_{_COLUMNS[0]}" not in light.column_names:
+        raise ValueError("the tokenised set has no marks, which data.train_on and data.spans_column need")
+    what = f"train_on {train_on_text(tuple({name: weight} for name, weight in train_on.items()))}"
+    what += f" in {data.spans_column!r}" if data.spans_column is not None else ""
+    runs = tuple(weight_runs(light, side, each, train_on) for side, each in zip(_SIDES, used, strict=True))
+    flags = light["flags"].to_numpy()
+    lost = np.zeros(len(flags), bool)
+    if any(name in _BITS for name in train_on):
+        lost = (flags & TURNS_NOT_FOUND) > 0
+    if data.spans_column is not None:  # nothing is known of such a completion, so neither where its spans are
+        for side, each in zip(_SIDES, used, strict=True):
+            lost |= (Ragged.of(light[f"{side}_{_COLUMNS[0]}"]).lengths == 0) & (each > 0)
+    faults = {f"turns not found ({what})": lost}
+    if "answer" in train_on or "reasoning" in train_on:
+        faults[f"reasoning not found ({what})"] = ~lost & ((flags & REASONING_NOT_FOUND) > 0)
+    known = ~np.logical_or.reduce(list(faults.values()))
+    for side, each in zip(_SIDES, runs, strict=True):
+        nothing = known & (each.tokens > 0) & (each.counted_tokens() == 0)
+        faults[f"no token of the {side} completion counts ({what})"] = nothing
+        known &= ~nothing
+    return Counted(what, runs, faults)
+
+
 def weight_runs(light: pa.Table, side: str, used: np.ndarray, train_on: Mapping[str, float]) -> Runs:
     """Runs of weights of one side of a source's pairs, from their marks.
 
@@ -229,6 +310,7 @@ def weight_runs(light: pa.Table, side: str, used: np.ndarray, train_on: Mapping[
 
 
 _COLUMNS = ("marks", "factors")
+_SIDES = ("chosen", "rejected")
 
 
 def _weight_of(bits: int, train_on: Mapping[str, float]) -> float:

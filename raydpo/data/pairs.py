@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 
 from raydpo.config import DataConfig, SourceConfig, source_name
+from raydpo.data.counting import needs_marks, train_on_of
 from raydpo.data.messages import Malformed
 from raydpo.data.records import Record, read_records
 from raydpo.data.rows import (
@@ -87,7 +88,7 @@ def check_first_records(source: SourceConfig, name: str, config: DataConfig, rea
     for record in islice(reader(source), FIRST_RECORDS):
         account.records += 1
         try:
-            preferences_of(record, account, numbers, lists=config.ranked == "lists")
+            preferences_of(record, account, numbers, config.spans_column, lists=config.ranked == "lists")
         except Malformed as error:
             account.malformed.add(str(error), record.where)
             account.malformed_records += 1
@@ -124,15 +125,16 @@ def _load_source(
 ) -> SourceRows:
     """All well-formed pairs of one source, in memory-mapped files."""
     numbers, account = number_columns(config), SourceReport(name, redact(source.path))
-    lists = config.ranked == "lists"
     maker = RowMaker(
         tokeniser,
         numbers=numbers,
         special_tokens=config.special_tokens,
         most_characters=most_characters_of(config.max_length),
-        lists=lists,
+        marks=(marks := needs_marks(config)),
+        spans=config.spans_column,
+        lists=(lists := config.ranked == "lists"),
     )
-    light = Spool(light_schema(numbers, lists=lists))
+    light = Spool(light_schema(numbers, marks=marks, lists=lists))
     tokens, labels, sources = Spool(TOKEN_SCHEMA), dict[str, int](), dict[str, int]()
     records = reader(source)
     while chunk := list(islice(records, CHUNK)):
@@ -145,4 +147,14 @@ def _load_source(
         if progress is not None:
             progress(account.records)
     table = light.finish()
-    return SourceRows(table, [tokens.finish()], list(labels), list(sources), account, name, source.path, source.weight)
+    return SourceRows(
+        table,
+        [tokens.finish()],
+        list(labels),
+        list(sources),
+        account,
+        name,
+        source.path,
+        source.weight,
+        train_on_of(config, None if name == HELD_OUT else source),
+    )

@@ -32,6 +32,7 @@ from raydpo.data.messages import (
     role_of,
     says_something,
 )
+from raydpo.data.spans import Spans
 
 __all__ = ["Preference", "as_text", "normalise"]
 
@@ -64,6 +65,7 @@ class Preference:
         unused: columns with text or other data that were not read.
         ranks: places of chosen and rejected in their ranked list, from 0, equal for ties. None if it has no more
             completions; ``rejected`` is then empty.
+        spans: which characters or tokens of the completions count.
     """
 
     prompt: Text
@@ -77,6 +79,7 @@ class Preference:
     unused: tuple[str, ...] = ()
     alone: Literal["chosen", "rejected"] | None = None
     ranks: tuple[int, int | None] = (0, 1)
+    spans: Spans | None = None
 
     @property
     def sides(self) -> tuple[tuple[str, Text], ...]:
@@ -119,7 +122,9 @@ def _characters(value: Any) -> int:
     return sum(map(_characters, value)) if isinstance(value, (list, tuple)) else 0
 
 
-def normalise(record: Mapping[str, Any], numbers: Sequence[str] = (), *, lists: bool = False) -> list[Preference]:
+def normalise(
+    record: Mapping[str, Any], numbers: Sequence[str] = (), read: Sequence[str] = (), *, lists: bool = False
+) -> list[Preference]:
     """The preferences in one record; several if it ranks or scores several completions.
 
     Plain forms: prompt, chosen, rejected as text; as messages (chosen and rejected may be the text of one assistant message,
@@ -131,6 +136,7 @@ def normalise(record: Mapping[str, Any], numbers: Sequence[str] = (), *, lists: 
 
     Args:
         numbers: columns with a number for each record, to be returned with its preferences.
+        read: further columns that are read elsewhere.
         lists: whether several ranked completions become one list, see ``data.ranked``.
 
     Raises:
@@ -169,7 +175,7 @@ def normalise(record: Mapping[str, Any], numbers: Sequence[str] = (), *, lists: 
     _check_texts(prompt, answers, notes)
     unused: tuple[str, ...] = ()
     if len(present) > 3 or "prompt" not in present:
-        more = (*numbers, "functions") if _FUNCTIONS in notes else numbers
+        more = (*numbers, *read, *(("functions",) if _FUNCTIONS in notes else ()))
         system, unused = look_beside(record, present, (*used, *more), (prompt, *answers), notes)
         if system is not None:
             parts = [_with_system(each, system, notes) for each in parts]

@@ -11,16 +11,29 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import pyarrow as pa
 
-from raydpo.data.facts import digests
 from raydpo.data.keys import completion_key
 from raydpo.data.lists import NO_RANK, aligned, most_agreed
+from raydpo.data.marks import (
+    ANSWER,
+    ASSISTANT,
+    LAST_TURN,
+    MARK_BITS,
+    MARK_COLUMNS,
+    NOT_MARKED,
+    REASONING,
+    REASONING_NOT_FOUND,
+    TURNS_NOT_FOUND,
+    MarkedPair,
+)
 from raydpo.data.messages import Malformed
 from raydpo.data.preference import Preference, normalise
+from raydpo.data.ragged import digests
 from raydpo.data.records import Record
 from raydpo.data.remarks import SPELLED, Remark
 from raydpo.data.repeats import Repeats, repeating
 from raydpo.data.scores import Compared, compared
 from raydpo.data.shapes import common_prefix
+from raydpo.data.spans import spans_of
 from raydpo.data.split import prompt_digest, question_digest
 from raydpo.data.tally import SourceReport
 from raydpo.data.tokenise import TokenisedPair, Tokeniser
@@ -85,7 +98,7 @@ LIGHT_SCHEMA = pa.schema(
         ("question_digest", _KEY),  # split.prompt_digest and split.question_digest
         ("prompt_hash", pa.uint64()),
         ("chosen_hash", pa.uint64()),
-        ("rejected_hash", pa.uint64()),  # facts.digests of the ids before truncation
+        ("rejected_hash", pa.uint64()),  # ragged.digests of the ids before truncation
         ("characters", pa.int64()),  # of the pair's text
         ("flags", pa.uint8()),  # SEVERAL_TURNS, DESIRABLE, ...
         ("head", pa.binary(64)),  # the prompt's first tokens after those that all prompts share; see ``head_of``
@@ -138,29 +151,6 @@ DESIRABLE = 2
 zeros as its key and hash."""
 UNDESIRABLE = 4
 """Bit of column ``flags``: the row is one completion with a bad label, in place of rejected, as ``DESIRABLE``."""
-TURNS_NOT_FOUND = 8
-"""Bit of column ``flags``, in a set with marks: where the assistant's turns begin and end could not be told for certain."""
-REASONING_NOT_FOUND = 16
-"""Bit of column ``flags``, in a set with marks: where the reasoning ends could not be told for certain."""
-ASSISTANT = 1
-"""Bit of a mark: a token that the assistant writes, in any of its turns. See ``config.counting.PARTS`` for all parts."""
-LAST_TURN = 2
-"""Bit of a mark: a token of the assistant's last turn."""
-ANSWER = 4
-"""Bit of a mark: a token that the assistant writes, and not reasoning."""
-REASONING = 8
-"""Bit of a mark: a token of the reasoning."""
-MARK_BITS = 4
-"""A mark is ``first token * 2 ** MARK_BITS + parts``."""
-MARK_COLUMNS = (
-    ("chosen_marks", pa.list_(pa.int32())),
-    ("rejected_marks", pa.list_(pa.int32())),
-    ("chosen_factors", pa.list_(pa.float32())),
-    ("rejected_factors", pa.list_(pa.float32())),
-)
-"""Further light columns of a set with marks: runs of each completion's tokens before truncation, and the factor of each
-run, which is 1 unless a column of spans or a message says otherwise. The first run begins at token 0. A completion of which
-nothing is known has no runs."""
 RANK_COLUMNS = (("chosen_rank", pa.int32()), ("rejected_rank", pa.int32()))
 """Further light columns of a set of ranked lists: place of each completion in its list from 0, equal for ties."""
 NULLS_ABSENT = (
@@ -224,8 +214,13 @@ class _Entry(NamedTuple):
     giant: bool
 
 
-_Found = tuple[_Entry, TokenisedPair | None, Sequence[Remark]]
-"""A pair, its tokens (None of giants), and what is odd about it."""
+class _Found(NamedTuple):
+    """A pair with its tokens (None of giants), what is odd about it, and its marks."""
+
+    entry: _Entry
+    tokens: TokenisedPair | None
+    remarks: Sequence[Remark]
+    marks: MarkedPair = NOT_MARKED
 
 
 @dataclass
@@ -243,10 +238,12 @@ class _Read:
 
 @dataclass
 class _Encoded:
-    """Records as far as they depend on ``take_off`` and not on ``head``: tokens, None of giants, of well-formed pairs."""
+    """Records as far as they depend on ``take_off`` and not on ``head``: tokens, None of giants, of well-formed pairs; and
+    their marks in a set with marks."""
 
     account: SourceReport
     pairs: list[tuple[_Entry, TokenisedPair | None]]
+    marks: list[MarkedPair]
 
 
 class RowMaker:
@@ -259,6 +256,8 @@ class RowMaker:
         most_characters: pairs with a longer text are not tokenised.
         take_off: whether prompts are taken off answers that repeat them, see ``Repeats``.
         head: tokens at the beginning of prompts that column ``head`` leaves out. ``decide`` finds both.
+        marks: whether rows have ``MARK_COLUMNS``.
+        spans: the column of records with spans that count; needs ``marks``.
         lists: whether several ranked completions of a record become one list, with columns ``RANK_COLUMNS``.
     """
 
@@ -271,9 +270,11 @@ class RowMaker:
         most_characters: int,
         take_off: bool | None = None,
         head: int | None = None,
+        marks: bool = False,
+        spans: str | None = None,
         lists: bool = False,
     ) -> None:
-        self.tokeniser, self.lists = tokeniser, lists
+        self.tokeniser, self.marks, self.spans, self.lists = tokeniser, marks, spans, lists
         self.numbers, self.special_tokens, self.most_characters = dict(numbers), special_tokens, most_characters
         self.take_off, self.head = take_off, head
         self._first: tuple[Sequence[Record], bool, _Encoded] | None = None
@@ -325,7 +326,7 @@ class RowMaker:
         for index, record in enumerate(records):
             found: list[Preference] = []
             try:
-                found = preferences_of(record, account, self.numbers, lists=self.lists)
+                found = preferences_of(record, account, self.numbers, self.spans, lists=self.lists)
             except Malformed as error:
                 faults.append((index, str(error)))
             _note_options(record, options, account)
@@ -348,31 +349,37 @@ class RowMaker:
         read = [each.read for each in entries if not each.giant]
         early = [each.read for each in entries if not each.giant and records[each.record].row <= FIRST_RECORDS]
         account.repeats = Repeats(take_off if repeating(read)[0] else None, first=repeating(early))
-        tokenised = iter(self.tokeniser.encode_noted(account.repeats.taken_off(read)))
+        noted: list[MarkedPair | None] = []
+        taken = account.repeats.taken_off(read)
+        tokenised = iter(self.tokeniser.encode_noted(taken, noted) if self.marks else self.tokeniser.encode_noted(taken))
+        marked = iter(noted)
         pairs: list[tuple[_Entry, TokenisedPair | None]] = []
-        found_of: list[_Found] = []
+        marks: list[MarkedPair] = []
+        kept: list[_Found] = []
         for entry in entries:
             if entry.giant:
-                found_of.append((entry, None, ()))
+                kept.append(_Found(entry, None, ()))
                 continue
             ids, remarks = next(tokenised)
+            found = next(marked, None)
             reason = self._refused(entry.preference, ids, remarks)
             if reason is not None:
                 faults.append((entry.record, reason))
             else:
-                found_of.append((entry, ids, remarks))  # type: ignore[arg-type]
-        for entry, ids, remarks in _whole_lists(found_of, faults) if self.lists else found_of:
+                kept.append(_Found(entry, ids, remarks, found or NOT_MARKED))  # type: ignore[arg-type]
+        for entry, ids, remarks, found in _whole_lists(kept, faults) if self.lists else kept:
             where = records[entry.record].where
             account.pairs += not self.lists or entry.number == 0
             if ids is not None:
                 account.remarks.add(remarks, where)
                 account.scores.add(entry.scores, where)
             pairs.append((entry, ids))
+            marks.append(found)
         for index, reason in sorted(faults, key=lambda fault: fault[0]):
             account.malformed.add(reason, records[index].where)
         account.malformed_records = len({index for index, _ in faults})
         account.merged = self.tokeniser.merged - merged_before
-        return _Encoded(account, pairs)
+        return _Encoded(account, pairs, marks)
 
     def _refused(self, preference: Preference, ids: TokenisedPair | Malformed, remarks: Sequence[Remark]) -> str | None:
         """Why a tokenised pair is malformed."""
@@ -419,6 +426,9 @@ class RowMaker:
             [_NO_KEY if ids is None else digest(entry.preference.prompt) for entry, ids in pairs]
             for digest in (prompt_digest, question_digest)
         ]
+        flags = np.fromiter((_flags(entry.preference) for entry, _ in pairs), np.uint8, len(pairs))
+        if self.marks:
+            flags |= np.fromiter((each.flags for each in encoded.marks), np.uint8, len(pairs))
         columns = [
             np.fromiter((records[entry.record].row for entry, _ in pairs), np.int64, len(pairs)),
             np.fromiter((entry.number for entry, _ in pairs), np.int32, len(pairs)),
@@ -433,28 +443,22 @@ class RowMaker:
             *(_fixed(b"".join(values), 16) for values in (*keys, *prompts)),
             *(np.where(lengths[0] > 0, digests(values), np.uint64(0)) for values in lists),
             np.fromiter((entry.characters for entry, _ in pairs), np.int64, len(pairs)),
-            np.fromiter((_flags(entry.preference) for entry, _ in pairs), np.uint8, len(pairs)),
+            flags,
             _fixed(heads_of(flats[0], offsets[0], self.head or 0).tobytes(), 64),
             *(
                 np.fromiter((entry.preference.numbers[number] for entry, _ in pairs), np.float64, len(pairs))
                 for number in range(len(self.numbers))
             ),
-            *(
-                np.array(
-                    [NO_RANK if (rank := entry.preference.ranks[side]) is None else rank for entry, _ in pairs], np.int32
-                )
-                for side in range(2 * self.lists)
-            ),
         ]
-        schema = light_schema(self.numbers, lists=self.lists)
-        light = pa.Table.from_arrays(list(map(pa.array, columns)), schema=schema)
+        columns = [
+            *map(pa.array, columns),
+            *(_mark_columns(encoded.marks) if self.marks else ()),
+            *(_rank_columns(pairs) if self.lists else ()),
+        ]
+        schema = light_schema(self.numbers, marks=self.marks, lists=self.lists)
+        light = pa.Table.from_arrays(columns, schema=schema)
         tokens = pa.Table.from_arrays(lists, schema=TOKEN_SCHEMA)
         return Rows(light, tokens, tuple(labels), tuple(sources), encoded.account)
-
-
-def light_schema(numbers: Iterable[str], *, lists: bool = False) -> pa.Schema:
-    """Columns of light rows; arguments as of ``RowMaker``."""
-    return pa.schema([*LIGHT_SCHEMA, *((name, pa.float64()) for name in numbers), *(RANK_COLUMNS if lists else ())])
 
 
 def _flags(preference: Preference) -> int:
@@ -464,20 +468,30 @@ def _flags(preference: Preference) -> int:
     return label | preference.several_turns * SEVERAL_TURNS
 
 
-def _rank(preference: Preference, side: str) -> int:
-    """Value of column ``chosen_rank`` or ``rejected_rank``."""
-    if preference.alone not in (None, side):
-        return NO_RANK
-    return preference.ranks[side == "rejected"]  # type: ignore[return-value]
+def light_schema(numbers: Iterable[str], *, marks: bool, lists: bool) -> pa.Schema:
+    """``LIGHT_SCHEMA`` with the further columns of a set.
+
+    Args:
+        numbers: names of additional columns of numbers.
+        marks: whether it is a set with marks.
+        lists: whether it is a set of ranked lists.
+    """
+    more = (*(MARK_COLUMNS if marks else ()), *(RANK_COLUMNS if lists else ()))
+    return pa.schema([*LIGHT_SCHEMA, *((name, pa.float64()) for name in numbers), *more])
 
 
 def preferences_of(
-    record: Record, account: SourceReport, numbers: Mapping[str, str], *, lists: bool = False
+    record: Record,
+    account: SourceReport,
+    numbers: Mapping[str, str],
+    spans: str | None = None,
+    *,
+    lists: bool = False,
 ) -> list[Preference]:
     """The preferences in a record. Adds to ``account`` how it was understood.
 
     Args:
-        numbers, lists: as of ``RowMaker``.
+        numbers, spans, lists: as of ``RowMaker``.
 
     Raises:
         Malformed: if there are none, or one of them is wrong.
@@ -486,7 +500,12 @@ def preferences_of(
         account.files.append(record.note)
     if record.value is None:
         raise Malformed(record.problem or "unreadable")
-    found = normalise(record.value, tuple(numbers.values()), lists=lists)
+    found = normalise(record.value, tuple(numbers.values()), () if spans is None else (spans,), lists=lists)
+    if spans is not None and record.value.get(spans) is not None:
+        if len(found) > 1:
+            raise Malformed(f"{spans!r} stands beside more completions than those of one pair")
+        given = spans_of(record.value[spans], spans, found[0].chosen, found[0].rejected)
+        found = [replace(found[0], spans=given)]
     if PAIR_WEIGHT in numbers and found[0].numbers[0] < 0:
         raise Malformed(f"{numbers[PAIR_WEIGHT]!r} is below 0")
     if record.absent:
@@ -505,20 +524,23 @@ def _whole_lists(found: Sequence[_Found], faults: list[tuple[int, str]]) -> list
     """``found`` without rows of records that ``faults`` names, and each list with one prompt. Adds to ``faults``."""
     kept: list[_Found] = []
     wrong = {record for record, _ in faults}
-    for record, rows in groupby(found, key=lambda each: each[0].record):
+    for record, group in groupby(found, key=lambda each: each.entry.record):
+        rows = list(group)
         if record in wrong:
             continue
-        entries, tokens, remarks = zip(*rows, strict=True)
-        if all(ids is not None for ids in tokens):
-            one = aligned(tokens)
+        if all(row.tokens is not None for row in rows):
+            one = aligned([row.tokens for row in rows])  # type: ignore[misc]
             if isinstance(one, Malformed):
                 faults.append((record, str(one)))
                 continue
-            tokens = one
+            moved = [len(row.tokens.prompt) - len(tokens.prompt) for row, tokens in zip(rows, one, strict=True)]  # type: ignore[union-attr]
+            rows = [
+                row._replace(tokens=tokens, marks=row.marks.later(by))
+                for row, tokens, by in zip(rows, one, moved, strict=True)
+            ]
         # What is odd about a list counts once.
-        kept += zip(
-            entries, tokens, [[each for of_row in remarks for each in of_row], *[()] * (len(entries) - 1)], strict=True
-        )
+        kept.append(rows[0]._replace(remarks=[each for row in rows for each in row.remarks]))
+        kept += [row._replace(remarks=()) for row in rows[1:]]
     return kept
 
 
@@ -566,6 +588,30 @@ def _place(where: str) -> tuple[str, int]:
     """File and line of ``file:line``; line -1 if it is not of this form."""
     label, _, line = where.rpartition(":")
     return (label, int(line)) if line.isdecimal() else (where, -1)
+
+
+def _rank_columns(pairs: Sequence[tuple[_Entry, TokenisedPair | None]]) -> list[pa.Array]:
+    """The columns ``RANK_COLUMNS``."""
+    ranks = [
+        [NO_RANK if each.alone not in (None, side) else rank for side, rank in zip(_SIDES, each.ranks, strict=True)]
+        for each in (entry.preference for entry, _ in pairs)
+    ]
+    return [pa.array([both[side] for both in ranks], pa.int32()) for side in range(2)]
+
+
+def _mark_columns(marks: Sequence[MarkedPair]) -> list[pa.Array]:
+    """The columns ``MARK_COLUMNS``."""
+    chosen, rejected = ([each[side] for each in marks] for side in (0, 1))
+    values = [
+        [each[kind] for each in runs] or [np.empty(0, np.int32 if not kind else np.float32)]
+        for kind in (0, 1)
+        for runs in (chosen, rejected)
+    ]
+    ends = [np.cumsum([0, *map(len, each[: len(marks)])], dtype=np.int32) for each in values]
+    return [
+        pa.ListArray.from_arrays(pa.array(stops), pa.array(np.concatenate(each)))
+        for stops, each in zip(ends, values, strict=True)
+    ]
 
 
 def _fixed(content: bytes, width: int) -> pa.Array:

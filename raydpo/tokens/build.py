@@ -119,7 +119,9 @@ class Recipe:
             numbers=identity.numbers,
             special_tokens=identity.special_tokens,
             most_characters=identity.most_characters,
-            lists=identity.ranked == "lists",
+            marks=identity.marks,
+            spans=identity.spans,
+            lists=identity.ranked,
         )
 
 

@@ -19,6 +19,7 @@ from typing import Any
 from pyarrow import fs as pafs
 
 from raydpo.config import DataConfig, SourceConfig
+from raydpo.data.counting import needs_marks
 from raydpo.data.locate import DataFile, data_files, hub_dataset, is_on_hub
 from raydpo.data.pairs import number_columns
 from raydpo.data.preference import Preference
@@ -33,6 +34,7 @@ __all__ = ["SetIdentity", "SourceFile", "files_of", "tokenizer_facts"]
 
 RECIPE = 2
 """Version of raydpo's own reading and tokenising, raised whenever a change alters the rows or the account of a set."""
+_IF_SET = ("marks", "spans", "ranked")
 _PACKAGES = ("transformers", "tokenizers", "jinja2")
 _UNKNOWN = "unknown "
 """Begins ``SourceFile.content`` where a store tells nothing from which a change would be noticed."""
@@ -131,8 +133,12 @@ class SetIdentity:
     """``rows.most_characters_of(data.max_length)``: pairs with longer text are not tokenised."""
     tokenizer: dict[str, Any]
     """See ``tokenizer_facts``."""
-    ranked: str = "pairs"
-    """``data.ranked``."""
+    marks: bool = False
+    """Whether rows have ``rows.MARK_COLUMNS``, which tell the parts of completions that ``data.train_on`` names."""
+    spans: str | None = None
+    """``data.spans_column``."""
+    ranked: bool = False
+    """Whether ranked completions become lists, by ``data.ranked``."""
     recipe: int = RECIPE
     path: str = field(default="", compare=False)
     """The source's path, for people. It is not part of the identity: a copy of the files gives the same set."""
@@ -168,7 +174,9 @@ class SetIdentity:
             special_tokens=data.special_tokens,
             most_characters=most_characters_of(data.max_length),
             tokenizer=tokenizer_facts(directory, data, load, trust_remote_code=trust_remote_code),
-            ranked=data.ranked,
+            marks=needs_marks(data),
+            spans=data.spans_column,
+            ranked=data.ranked == "lists",
             path=redact(source.path),
         )
 
@@ -178,9 +186,9 @@ class SetIdentity:
         return hashlib.blake2b(_canonical(self.to_dict()).encode(), digest_size=16).hexdigest()
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields by name, for JSON, without ``path``; without ``ranked`` unless that changes anything."""
-        fields = dataclasses.asdict(self)
-        return {name: value for name, value in fields.items() if name != "path" and (name, value) != ("ranked", "pairs")}
+        """The fields by name, for JSON, without ``path``, and without those of marks and lists in a set that has none."""
+        fields = {name: value for name, value in dataclasses.asdict(self).items() if name != "path"}
+        return {name: value for name, value in fields.items() if value or name not in _IF_SET}
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any], path: str = "") -> SetIdentity:
@@ -223,7 +231,9 @@ _SETTINGS = {
     "limit": "limit of the source",
     "most_characters": "most characters of a pair, by data.max_length",
     "special_tokens": "data.special_tokens",
-    "ranked": "data.ranked",
+    "marks": "marks of the parts of completions, by data.train_on",
+    "spans": "data.spans_column",
+    "ranked": "ranked lists, by data.ranked",
     PAIR_WEIGHT: "data.weight_column",
     PAIR_MARGIN: "data.margin_column",
 }
