@@ -16,6 +16,7 @@ from raydpo.cluster.session import owns_ray, session
 from raydpo.config import Config
 from raydpo.data.filter import filter_pairs
 from raydpo.model.cost import ModelCost
+from raydpo.pipeline.checks import check_labels
 from raydpo.pipeline.prepare import Prepared, checked, measured_pairs, wait_for_workers
 from raydpo.reference.pairs import place_reference
 from raydpo.reports.write import write_report_or_warn
@@ -103,9 +104,11 @@ def join_sets(prepared: Prepared, folder: PairFolder, console: Console) -> Joine
     into ``folder``.
 
     Raises:
+        ConfigError: if the loss needs pairs, and some are completions alone.
         CacheMissError: if log-probs are missing.
         RaydpoError: if the disk has no room for them.
     """
+    check_labels(prepared.config, prepared.tables)
     compares, cache = prepared.config.needs_reference, prepared.cache
     pairs, logps = place_reference(prepared.sets.train, cache, "training") if compares else (prepared.sets.train, ())
     if prepared.filter_by_reference is not None:
