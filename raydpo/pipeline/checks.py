@@ -176,8 +176,8 @@ def _needs_pairs(config: Config, labelled: Mapping[str, int], first: str = "") -
         return None
     counts = " and ".join(f"{count:,} {'row' if count == 1 else 'rows'} of {name}" for name, count in labelled.items())
     return (
-        f"train.loss {' and '.join(needing)} needs pairs, but {counts}{first} {'holds' if counts[:2] == '1 ' else 'hold'} one "
-        "completion with a label; set train.loss to one that takes it "
+        f"train.loss {' and '.join(needing)} needs pairs, but {counts}{first} "
+        f"{'holds' if counts.startswith('1 ') else 'hold'} one completion with a label; set train.loss to one that takes it "
         f"({', '.join(name for name, traits in LOSSES.items() if traits.unpaired)}), or leave these rows out"
     )
 
