@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,24 @@ def tokenised(records: list[dict[str, str]], max_length: int = MAX_LENGTH) -> pa
         [pa.array([row[name] for row in rows], PAIR_SCHEMA.field(name).type) for name in PAIR_SCHEMA.names],
         schema=PAIR_SCHEMA,
     )
+
+
+def weighted(table: pa.Table, weigh: Callable[[str, int, int], Sequence[float]]) -> pa.Table:
+    """A table with ``data.select.COUNT_COLUMNS``.
+
+    Args:
+        weigh: takes side, row and the number of tokens; returns the weight of each token.
+    """
+    for side in ("chosen", "rejected"):
+        starts, weights = [], []
+        for row, ids in enumerate(table[f"{side}_ids"].to_pylist()):
+            each = list(weigh(side, row, len(ids)))
+            assert len(each) == len(ids)
+            starts.append([at for at in range(len(each)) if at == 0 or each[at] != each[at - 1]])
+            weights.append([each[at] for at in starts[-1]])
+        table = table.append_column(f"{side}_starts", pa.array(starts, pa.list_(pa.int32())))
+        table = table.append_column(f"{side}_weights", pa.array(weights, pa.list_(pa.float32())))
+    return table
 
 
 def with_reference(

@@ -69,7 +69,7 @@ PLACE_SCHEMA = pa.schema(
         ("place", pa.int64()),  # 0-based number of the pair in its source
         ("prompt_hash", pa.uint64()),
         ("chosen_hash", pa.uint64()),
-        ("rejected_hash", pa.uint64()),  # facts.digests of the ids before truncation
+        ("rejected_hash", pa.uint64()),  # ragged.digests of the ids before truncation
         ("highest", pa.int32()),  # highest token id before truncation
     ]
 )

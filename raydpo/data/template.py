@@ -110,6 +110,29 @@ class ChatTemplate:
 
         return by_template() if tools is not None else self._forms.render(template, messages, kwargs, by_template)
 
+    def generated(
+        self, messages: list[Message], tools: list[Any] | None = None, **kwargs: Any
+    ) -> tuple[str, list[tuple[int, int]]] | None:
+        """The text of a conversation, and the parts of it inside ``{% generation %}`` of the template; None if it has none.
+
+        Raises:
+            Exception: whatever the template raises.
+        """
+        template = self.tokenizer.get_chat_template(None, tools)
+        if _GENERATION.search(template) is None:
+            return None
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        texts, parts = render_jinja_template(
+            [messages],
+            tools=tools,
+            chat_template=self._with_pinned_date(template) if self.writes_date else template,
+            return_assistant_tokens_mask=True,
+            **self.tokenizer.special_tokens_map,
+            **kwargs,
+        )
+        return texts[0], parts[0]
+
     def _with_pinned_date(self, template: str) -> str:
         """``template`` with a clock that stands still at the beginning of ``day``."""
         if template not in self._pinned:

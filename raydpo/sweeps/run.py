@@ -152,8 +152,8 @@ def _prepare(trials: list[Trial], tokenised: dict[str, Tokenised | None], consol
 
 
 def _on_same_pairs(config: Config, prepared: dict[str, Prepared], console: Console) -> bool:
-    """Whether all trials are measured on the same held-out pairs, and on the same tokens of them. Trials that an earlier call
-    trained count, too.
+    """Whether all trials are measured on the same held-out pairs, and on the same tokens of them. Trials that an earlier
+    call trained count, too.
 
     Raises:
         ConfigError: if they are not, and sweep.stop_early is set.

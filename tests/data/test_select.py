@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raydpo.config import DataConfig
-from raydpo.data.facts import digests, digests_of, pair_facts
+from raydpo.data.facts import digests_of, pair_facts
 from raydpo.data.keys import completion_key
+from raydpo.data.ragged import digests
 from raydpo.data.rows import LIGHT_SCHEMA, TOKEN_SCHEMA
 from raydpo.data.select import PLACE_SCHEMA, SourceRows, TokenTables, check_source, select
 from raydpo.data.shapes import common_prefix
