@@ -26,7 +26,7 @@ from raydpo.data.select import LABEL, PairSets
 from raydpo.data.tokenise import Tokeniser
 from raydpo.losses import own_sources
 from raydpo.model.rotary import ROTARY, rope_line
-from raydpo.pipeline.checks import check, check_models
+from raydpo.pipeline.checks import check, check_labels, check_models
 from raydpo.pipeline.tokenised import Tokenised
 from raydpo.reference.identity import ReferenceIdentity, earlier_identity, identify, resolve_model
 from raydpo.reference.score import ReferenceSpec
@@ -65,6 +65,8 @@ def checked(config: Config, verb: Verb, console: Console) -> Tokenised | None:
     check(config, verb, console)
     console.begin("reading pairs")
     tokenised = Tokenised.before_ray(config, console)
+    if tokenised is not None and verb != "score":
+        check_labels(config, [tokenised.sets.train, tokenised.sets.eval])
     console.begin("checking model files")
     check_models(config, verb, console)
     console.begin("Ray")
