@@ -144,10 +144,7 @@ class TrainingPairs:
     def reference_tails(self, rows: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """Sums of the reference log-probs of tokens beyond the length of the shorter completion, float64 [rows]. As
         elsewhere, lengths and sums are of the tokens that count."""
-        if self.masked:
-            values = [self._weighted(row) for row in rows]
-        else:
-            values = map(self.reference, rows)
+        values = map(self._weighted if self.masked else self.reference, rows)
         tails = np.array([[side[min(map(len, sides)) :].sum(dtype=np.float64) for side in sides] for sides in values])
         return tails[:, 0], tails[:, 1]
 
