@@ -5,19 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from itertools import islice
 
-import pyarrow as pa
-
 from raydpo.config import DataConfig, SourceConfig, source_name
-from raydpo.data.counting import train_on_of
+from raydpo.data.counting import needs_marks, train_on_of
 from raydpo.data.messages import Malformed
 from raydpo.data.records import Record, read_records
 from raydpo.data.rows import (
     FIRST_RECORDS,
-    LIGHT_SCHEMA,
     PAIR_MARGIN,
     PAIR_WEIGHT,
     TOKEN_SCHEMA,
     RowMaker,
+    light_schema,
     most_characters_of,
     preferences_of,
     renumbered,
@@ -90,7 +88,7 @@ def check_first_records(source: SourceConfig, name: str, config: DataConfig, rea
     for record in islice(reader(source), FIRST_RECORDS):
         account.records += 1
         try:
-            preferences_of(record, account, numbers)
+            preferences_of(record, account, numbers, config.spans_column)
         except Malformed as error:
             account.malformed.add(str(error), record.where)
             account.malformed_records += 1
@@ -132,8 +130,10 @@ def _load_source(
         numbers=numbers,
         special_tokens=config.special_tokens,
         most_characters=most_characters_of(config.max_length),
+        marks=(marks := needs_marks(config)),
+        spans=config.spans_column,
     )
-    light = Spool(pa.schema([*LIGHT_SCHEMA, *((each, pa.float64()) for each in numbers)]))
+    light = Spool(light_schema(numbers, marks=marks))
     tokens, labels, sources = Spool(TOKEN_SCHEMA), dict[str, int](), dict[str, int]()
     records = reader(source)
     while chunk := list(islice(records, CHUNK)):

@@ -30,6 +30,7 @@ from raydpo.data.messages import (
     role_of,
     says_something,
 )
+from raydpo.data.spans import Spans
 
 __all__ = ["Preference", "as_text", "normalise"]
 
@@ -58,6 +59,7 @@ class Preference:
         texts: prompt, chosen and rejected of a transcript as they stand in it, for a tokenizer without a chat template.
         notes: how the record was understood, where it is not in the plain form. Warnings begin with ``warning:``.
         unused: columns with text or other data that were not read.
+        spans: which characters or tokens of the completions count.
     """
 
     prompt: Text
@@ -69,6 +71,7 @@ class Preference:
     texts: tuple[str, str, str] | None = None
     notes: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
+    spans: Spans | None = None
 
     @property
     def conversational(self) -> bool:
@@ -104,7 +107,7 @@ def _characters(value: Any) -> int:
     return sum(map(_characters, value)) if isinstance(value, (list, tuple)) else 0
 
 
-def normalise(record: Mapping[str, Any], numbers: Sequence[str] = ()) -> list[Preference]:
+def normalise(record: Mapping[str, Any], numbers: Sequence[str] = (), read: Sequence[str] = ()) -> list[Preference]:
     """The preferences in one record; several if it ranks or scores several completions.
 
     Plain forms: prompt, chosen, rejected as text; as messages (chosen and rejected may be the text of one assistant message,
@@ -115,6 +118,7 @@ def normalise(record: Mapping[str, Any], numbers: Sequence[str] = ()) -> list[Pr
 
     Args:
         numbers: columns with a number for each record, to be returned with its preferences.
+        read: further columns that are read elsewhere.
 
     Raises:
         Malformed: with the reason.
@@ -150,7 +154,7 @@ def normalise(record: Mapping[str, Any], numbers: Sequence[str] = ()) -> list[Pr
     _check_texts(*parts[0][:3], notes)
     unused: tuple[str, ...] = ()
     if len(present) > 3 or "prompt" not in present:
-        more = (*numbers, "functions") if _FUNCTIONS in notes else numbers
+        more = (*numbers, *read, *(("functions",) if _FUNCTIONS in notes else ()))
         system, unused = look_beside(record, present, (*used, *more), parts[0][:3], notes)
         if system is not None:
             parts = [_with_system(each, system, notes) for each in parts]

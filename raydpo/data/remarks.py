@@ -27,6 +27,7 @@ BOS_REMOVED, BOS_TWICE, BOS_MISSING = "second BOS taken off", "BOS twice", "no B
 SPELLED, SPELLED_BEFORE, TEXT_FOR_CHAT = "special tokens spelled", "special tokens in a text prompt", "text for a chat model"
 CHANGED, UNREAD, FIELD = "given in another form", "arguments of the template not read", "fields of messages left out"
 UNTRAINED, UNTRAINED_BEFORE = "messages marked as not to be trained", "marks of training in the prompt"
+NO_TURNS, NO_REASONING = "turns not found", "reasoning not found"
 
 _MOST, _SHORT, _PLACES = 5, 60, 3
 
@@ -106,7 +107,7 @@ _SENTENCES = {
     ),
     UNTRAINED: (
         "warning: in {count} pairs messages of the answers are marked as not to be trained or weighted: {all}; but every "
-        "message of an answer counts alike. End the prompt after those that should not, or drop the field"
+        "message of an answer counts alike. Set data.train_on=assistant, which heeds the marks, or drop the field"
     ),
     UNTRAINED_BEFORE: (
         "{count} prompts mark messages for training: {all}; nothing of a prompt is trained. Make each turn that should be "

@@ -15,7 +15,7 @@ from raydpo.data.remarks import Remark
 from raydpo.data.segments import any_of
 from raydpo.data.template import TEXT_PARTS
 
-__all__ = ["RenderingCheck", "left_out", "remedy"]
+__all__ = ["MARKS", "TAGS", "RenderingCheck", "left_out", "remedy", "thoughts_of"]
 
 _THOUGHT = re.compile(
     r"reasons?|(\w+_)?(reasoning|thinking|thoughts?|rationale|cot|analysis|scratchpad|monologue)"
@@ -24,11 +24,11 @@ _THOUGHT = re.compile(
 )
 """Fields of a message or part that hold thoughts; data sets and templates use different names."""
 _KNOWN_FIELDS = {"role", "content", "tools", "tool_calls", "function_call"}
-_MARKS = {"weight", "loss_weight", "train", "training", "trainable", "trained", "learn", "loss"}
+MARKS = {"weight", "loss_weight", "train", "training", "trainable", "trained", "learn", "loss"}
 """Fields with which other tools say whether a message is trained, and how much it counts: 0 or false if not."""
 _IDS = {"type", "id", "index", "tool_use_id", "tool_call_id", "cache_control", "signature"}
 """Keys of content parts that are no text."""
-_TAGS = (
+TAGS = (
     *((f"<{name}>", f"</{name}>") for name in ("think", "thinking", "thought", "reasoning", "seed:think")),
     ("[THINK]", "[/THINK]"),
     ("◁think▷", "◁/think▷"),
@@ -37,12 +37,12 @@ _TAGS = (
     ("<|channel>thought", "<channel|>"),
 )
 """How models mark the beginning and the end of a thought in a text."""
-_OPENERS, _CLOSERS = ([pair[place] for pair in _TAGS] for place in (0, 1))
+_OPENERS, _CLOSERS = ([pair[place] for pair in TAGS] for place in (0, 1))
 _CLOSER_SIGNS = ("</", "[/", "◁/", "<|", "<channel")
 """Texts of which each closing tag contains one."""
 _TAG = re.compile("|".join(map(re.escape, (*_OPENERS, *_CLOSERS))))
 _EMPTY_THOUGHT = re.compile(
-    "|".join(rf"{re.escape(opener)}\s*{re.escape(closer)}" for opener, closer in _TAGS)
+    "|".join(rf"{re.escape(opener)}\s*{re.escape(closer)}" for opener, closer in TAGS)
     + rf"|\A\s*(?:{'|'.join(map(re.escape, _CLOSERS))})"  # opened at the end of the prompt
 )
 _MARK = re.compile(r"<([|\uff5c]).+\1>")
@@ -185,7 +185,7 @@ class RenderingCheck:
         for turn, message in enumerate(preference.prompt):
             wanted += _texts(message, turn, more)
             fields += _fields(message)
-            found += [Remark(remarks.UNTRAINED_BEFORE, key) for key in message.keys() & _MARKS]
+            found += [Remark(remarks.UNTRAINED_BEFORE, key) for key in message.keys() & MARKS]
         self._check_spelling("prompt", [one.text for one in wanted], found)
         self._check_spelling_of_others("prompt", prompt, [*more, *(one.text for one in fields)], found)
         _check_fields(prompt, fields, wanted, more, found)
@@ -203,7 +203,7 @@ class RenderingCheck:
             fields += _fields(message)
             found += [
                 Remark(remarks.UNTRAINED, f"{key} ({side})", str(message[key]))
-                for key in message.keys() & _MARKS
+                for key in message.keys() & MARKS
                 if message[key] not in (1, "1", "true", "True")
             ]
         texts = [one.text for one in wanted]
@@ -264,7 +264,7 @@ class RenderingCheck:
 
     def _check_thoughts(self, side: str, texts: list[str], whole: str, start: int, found: list[Remark]) -> None:
         """Note an answer that ends a thought which neither it nor the prompt begins."""
-        for opener, closer in _TAGS:
+        for opener, closer in TAGS:
             for text in texts:
                 if closer in text and opener not in text.partition(closer)[0]:
                     place = whole.find(closer, start)
@@ -335,6 +335,15 @@ def _texts(message: Message, turn: int, more: list[str]) -> list[Text]:
     return [Text(one.what, one.text.strip(), turn) for one in found if one.text.strip()]
 
 
+def thoughts_of(message: Message) -> list[str]:
+    """The texts of the fields and content parts of a message that hold thoughts."""
+    parts = (
+        [part for part in message["content"] if isinstance(part, Mapping)] if type(message.get("content")) is list else []
+    )
+    fields = [value for each in (message, *parts) for field, value in each.items() if _is_thought(field)]
+    return [leaf.strip() for value in fields for leaf in _leaves(_without_ids(value), []) if leaf.strip()]
+
+
 @lru_cache(1000)
 def _is_thought(field: str) -> bool:
     """Whether a field holds a thought, by its name."""
@@ -393,7 +402,7 @@ def _tool_texts(tools: list[Any]) -> tuple[list[Text], list[str]]:
 def _fields(message: Message) -> list[Text]:
     """The texts of fields that few templates read, such as ``name``, each under the name of its field."""
     content = message.get("content")
-    others = [(str(key)[:40], message[key]) for key in message.keys() - _KNOWN_FIELDS - _MARKS if not _is_thought(key)]
+    others = [(str(key)[:40], message[key]) for key in message.keys() - _KNOWN_FIELDS - MARKS if not _is_thought(key)]
     others += [
         (f"{str(key)[:40]} of a content part", value)
         for part in (content if isinstance(content, list) else [])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
@@ -12,6 +12,18 @@ import pyarrow as pa
 
 from raydpo.data.facts import digests
 from raydpo.data.keys import completion_key
+from raydpo.data.marks import (
+    ANSWER,
+    ASSISTANT,
+    LAST_TURN,
+    MARK_BITS,
+    MARK_COLUMNS,
+    NOT_MARKED,
+    REASONING,
+    REASONING_NOT_FOUND,
+    TURNS_NOT_FOUND,
+    MarkedPair,
+)
 from raydpo.data.messages import Malformed
 from raydpo.data.preference import Preference, normalise
 from raydpo.data.records import Record
@@ -19,6 +31,7 @@ from raydpo.data.remarks import SPELLED, Remark
 from raydpo.data.repeats import Repeats, repeating
 from raydpo.data.scores import Compared, compared
 from raydpo.data.shapes import common_prefix
+from raydpo.data.spans import spans_of
 from raydpo.data.split import prompt_digest, question_digest
 from raydpo.data.tally import SourceReport
 from raydpo.data.tokenise import TokenisedPair, Tokeniser
@@ -47,6 +60,7 @@ __all__ = [
     "TokenSource",
     "head_of",
     "heads_of",
+    "light_schema",
     "most_characters_of",
     "preferences_of",
     "renumbered",
@@ -135,29 +149,6 @@ DESIRABLE = 2
 zeros as its key and hash."""
 UNDESIRABLE = 4
 """Bit of column ``flags``: the row is one completion with a bad label, in place of rejected, as ``DESIRABLE``."""
-TURNS_NOT_FOUND = 8
-"""Bit of column ``flags``, in a set with marks: where the assistant's turns begin and end could not be told for certain."""
-REASONING_NOT_FOUND = 16
-"""Bit of column ``flags``, in a set with marks: where the reasoning ends could not be told for certain."""
-ASSISTANT = 1
-"""Bit of a mark: a token that the assistant writes, in any of its turns. See ``config.counting.PARTS`` for all parts."""
-LAST_TURN = 2
-"""Bit of a mark: a token of the assistant's last turn."""
-ANSWER = 4
-"""Bit of a mark: a token that the assistant writes, and not reasoning."""
-REASONING = 8
-"""Bit of a mark: a token of the reasoning."""
-MARK_BITS = 4
-"""A mark is ``first token * 2 ** MARK_BITS + parts``."""
-MARK_COLUMNS = (
-    ("chosen_marks", pa.list_(pa.int32())),
-    ("rejected_marks", pa.list_(pa.int32())),
-    ("chosen_factors", pa.list_(pa.float32())),
-    ("rejected_factors", pa.list_(pa.float32())),
-)
-"""Further light columns of a set with marks: runs of each completion's tokens before truncation, and the factor of each
-run, which is 1 unless a column of spans or a message says otherwise. The first run begins at token 0. A completion of which
-nothing is known has no runs."""
 RANK_COLUMNS = (("chosen_rank", pa.int32()), ("rejected_rank", pa.int32()))
 """Further light columns of a set of ranked lists: place of each completion in its list from 0, equal for ties."""
 NULLS_ABSENT = (
@@ -235,10 +226,12 @@ class _Read:
 
 @dataclass
 class _Encoded:
-    """Records as far as they depend on ``take_off`` and not on ``head``: tokens, None of giants, of well-formed pairs."""
+    """Records as far as they depend on ``take_off`` and not on ``head``: tokens, None of giants, of well-formed pairs; and
+    their marks in a set with marks."""
 
     account: SourceReport
     pairs: list[tuple[_Entry, TokenisedPair | None]]
+    marks: list[MarkedPair]
 
 
 class RowMaker:
@@ -251,6 +244,8 @@ class RowMaker:
         most_characters: pairs with a longer text are not tokenised.
         take_off: whether prompts are taken off answers that repeat them, see ``Repeats``.
         head: tokens at the beginning of prompts that column ``head`` leaves out. ``decide`` finds both.
+        marks: whether rows have ``MARK_COLUMNS``.
+        spans: the column of records with spans that count; needs ``marks``.
     """
 
     def __init__(
@@ -262,8 +257,10 @@ class RowMaker:
         most_characters: int,
         take_off: bool | None = None,
         head: int | None = None,
+        marks: bool = False,
+        spans: str | None = None,
     ) -> None:
-        self.tokeniser = tokeniser
+        self.tokeniser, self.marks, self.spans = tokeniser, marks, spans
         self.numbers, self.special_tokens, self.most_characters = dict(numbers), special_tokens, most_characters
         self.take_off, self.head = take_off, head
         self._first: tuple[Sequence[Record], bool, _Encoded] | None = None
@@ -315,7 +312,7 @@ class RowMaker:
         for index, record in enumerate(records):
             found: list[Preference] = []
             try:
-                found = preferences_of(record, account, self.numbers)
+                found = preferences_of(record, account, self.numbers, self.spans)
             except Malformed as error:
                 faults.append((index, str(error)))
             _note_options(record, options, account)
@@ -338,14 +335,20 @@ class RowMaker:
         read = [each.read for each in entries if not each.giant]
         early = [each.read for each in entries if not each.giant and records[each.record].row <= FIRST_RECORDS]
         account.repeats = Repeats(take_off if repeating(read)[0] else None, first=repeating(early))
-        tokenised = iter(self.tokeniser.encode_noted(account.repeats.taken_off(read)))
+        noted: list[MarkedPair | None] = []
+        taken = account.repeats.taken_off(read)
+        tokenised = iter(self.tokeniser.encode_noted(taken, noted) if self.marks else self.tokeniser.encode_noted(taken))
+        marked = iter(noted)
         pairs: list[tuple[_Entry, TokenisedPair | None]] = []
+        marks: list[MarkedPair] = []
         for entry in entries:
             if entry.giant:
                 account.pairs += 1
                 pairs.append((entry, None))
+                marks.append(NOT_MARKED)
                 continue
             ids, remarks = next(tokenised)
+            found = next(marked, None)
             reason = self._refused(entry.preference, ids, remarks)
             if reason is not None:
                 faults.append((entry.record, reason))
@@ -355,11 +358,12 @@ class RowMaker:
             account.remarks.add(remarks, where)
             account.scores.add(entry.scores, where)
             pairs.append((entry, ids))  # type: ignore[arg-type]
+            marks.append(found or NOT_MARKED)
         for index, reason in sorted(faults, key=lambda fault: fault[0]):
             account.malformed.add(reason, records[index].where)
         account.malformed_records = len({index for index, _ in faults})
         account.merged = self.tokeniser.merged - merged_before
-        return _Encoded(account, pairs)
+        return _Encoded(account, pairs, marks)
 
     def _refused(self, preference: Preference, ids: TokenisedPair | Malformed, remarks: Sequence[Remark]) -> str | None:
         """Why a tokenised pair is malformed."""
@@ -395,6 +399,9 @@ class RowMaker:
             [_NO_KEY if ids is None else digest(entry.preference.prompt) for entry, ids in pairs]
             for digest in (prompt_digest, question_digest)
         ]
+        flags = np.fromiter((entry.preference.several_turns * SEVERAL_TURNS for entry, _ in pairs), np.uint8, len(pairs))
+        if self.marks:
+            flags |= np.fromiter((each.flags for each in encoded.marks), np.uint8, len(pairs))
         columns = [
             np.fromiter((records[entry.record].row for entry, _ in pairs), np.int64, len(pairs)),
             np.fromiter((entry.number for entry, _ in pairs), np.int32, len(pairs)),
@@ -409,24 +416,36 @@ class RowMaker:
             *(_fixed(b"".join(values), 16) for values in (*keys, *prompts)),
             *(np.where(lengths[0] > 0, digests(values), np.uint64(0)) for values in lists),
             np.fromiter((entry.characters for entry, _ in pairs), np.int64, len(pairs)),
-            np.fromiter((entry.preference.several_turns * SEVERAL_TURNS for entry, _ in pairs), np.uint8, len(pairs)),
+            flags,
             _fixed(heads_of(flats[0], offsets[0], self.head or 0).tobytes(), 64),
             *(
                 np.fromiter((entry.preference.numbers[number] for entry, _ in pairs), np.float64, len(pairs))
                 for number in range(len(self.numbers))
             ),
         ]
-        schema = pa.schema([*LIGHT_SCHEMA, *((name, pa.float64()) for name in self.numbers)])
-        light = pa.Table.from_arrays(list(map(pa.array, columns)), schema=schema)
+        columns = [*map(pa.array, columns), *(_mark_columns(encoded.marks) if self.marks else ())]
+        light = pa.Table.from_arrays(columns, schema=light_schema(self.numbers, marks=self.marks))
         tokens = pa.Table.from_arrays(lists, schema=TOKEN_SCHEMA)
         return Rows(light, tokens, tuple(labels), tuple(sources), encoded.account)
 
 
-def preferences_of(record: Record, account: SourceReport, numbers: Mapping[str, str]) -> list[Preference]:
+def light_schema(numbers: Iterable[str], *, marks: bool) -> pa.Schema:
+    """``LIGHT_SCHEMA`` with the further columns of a set.
+
+    Args:
+        numbers: names of additional columns of numbers.
+        marks: whether it is a set with marks.
+    """
+    return pa.schema([*LIGHT_SCHEMA, *((name, pa.float64()) for name in numbers), *(MARK_COLUMNS if marks else ())])
+
+
+def preferences_of(
+    record: Record, account: SourceReport, numbers: Mapping[str, str], spans: str | None = None
+) -> list[Preference]:
     """The preferences in a record. Adds to ``account`` how it was understood.
 
     Args:
-        numbers: as of ``RowMaker``.
+        numbers, spans: as of ``RowMaker``.
 
     Raises:
         Malformed: if there are none, or one of them is wrong.
@@ -435,7 +454,12 @@ def preferences_of(record: Record, account: SourceReport, numbers: Mapping[str, 
         account.files.append(record.note)
     if record.value is None:
         raise Malformed(record.problem or "unreadable")
-    found = normalise(record.value, tuple(numbers.values()))
+    found = normalise(record.value, tuple(numbers.values()), () if spans is None else (spans,))
+    if spans is not None and record.value.get(spans) is not None:
+        if len(found) > 1:
+            raise Malformed(f"{spans!r} stands beside more completions than those of one pair")
+        given = spans_of(record.value[spans], spans, found[0].chosen, found[0].rejected)
+        found = [replace(found[0], spans=given)]
     if PAIR_WEIGHT in numbers and found[0].numbers[0] < 0:
         raise Malformed(f"{numbers[PAIR_WEIGHT]!r} is below 0")
     if record.absent:
@@ -494,6 +518,21 @@ def _place(where: str) -> tuple[str, int]:
     """File and line of ``file:line``; line -1 if it is not of this form."""
     label, _, line = where.rpartition(":")
     return (label, int(line)) if line.isdecimal() else (where, -1)
+
+
+def _mark_columns(marks: Sequence[MarkedPair]) -> list[pa.Array]:
+    """The columns ``MARK_COLUMNS``."""
+    chosen, rejected = ([each[side] for each in marks] for side in (0, 1))
+    values = [
+        [each[kind] for each in runs] or [np.empty(0, np.int32 if not kind else np.float32)]
+        for kind in (0, 1)
+        for runs in (chosen, rejected)
+    ]
+    ends = [np.cumsum([0, *map(len, each[: len(marks)])], dtype=np.int32) for each in values]
+    return [
+        pa.ListArray.from_arrays(pa.array(stops), pa.array(np.concatenate(each)))
+        for stops, each in zip(ends, values, strict=True)
+    ]
 
 
 def _fixed(content: bytes, width: int) -> pa.Array:

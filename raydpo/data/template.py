@@ -59,6 +59,7 @@ class ChatTemplate:
         self._reads_text: set[str] = set()
         self._arguments: str | None = None
         self._pinned: dict[str, str] = {}
+        self._generating: dict[str, bool] = {}
         self._names: dict[str, frozenset[str]] = {}
         self._forms = Forms(tokenizer)
         self._written: dict[tuple[Any, ...], bool] = {}
@@ -109,6 +110,31 @@ class ChatTemplate:
             return self.tokenizer.apply_chat_template(messages, tokenize=False, tools=tools, **pinned, **kwargs)
 
         return by_template() if tools is not None else self._forms.render(template, messages, kwargs, by_template)
+
+    def generated(
+        self, messages: list[Message], tools: list[Any] | None = None, **kwargs: Any
+    ) -> tuple[str, list[tuple[int, int]]] | None:
+        """The text of a conversation, and the parts of it inside ``{% generation %}`` of the template; None if it has none.
+
+        Raises:
+            Exception: whatever the template raises.
+        """
+        template = self.tokenizer.get_chat_template(None, tools)
+        if template not in self._generating:
+            self._generating[template] = _GENERATION.search(template) is not None
+        if not self._generating[template]:
+            return None
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        texts, parts = render_jinja_template(
+            [messages],
+            tools=tools,
+            chat_template=self._with_pinned_date(template) if self.writes_date else template,
+            return_assistant_tokens_mask=True,
+            **self.tokenizer.special_tokens_map,
+            **kwargs,
+        )
+        return texts[0], parts[0]
 
     def _with_pinned_date(self, template: str) -> str:
         """``template`` with a clock that stands still at the beginning of ``day``."""

@@ -10,6 +10,7 @@ import numpy as np
 
 from raydpo.config.data import PINNED_DATE
 from raydpo.data import remarks
+from raydpo.data.marks import MarkedPair, Marker
 from raydpo.data.messages import Malformed
 from raydpo.data.preference import Preference
 from raydpo.data.refusal import refusal
@@ -188,8 +189,14 @@ class Tokeniser:
         """
         return [ids for ids, _ in self.encode_noted(preferences)]
 
-    def encode_noted(self, preferences: Sequence[Preference]) -> list[tuple[TokenisedPair | Malformed, list[Remark]]]:
-        """As ``encode``, with what is odd about each preference."""
+    def encode_noted(
+        self, preferences: Sequence[Preference], marks: list[MarkedPair | None] | None = None
+    ) -> list[tuple[TokenisedPair | Malformed, list[Remark]]]:
+        """As ``encode``, with what is odd about each preference.
+
+        Args:
+            marks: where the marks of each preference are added, None of those that are malformed.
+        """
         encoded: list[tuple[TokenisedPair | Malformed, list[Remark]] | None] = [None] * len(preferences)
         plain: list[tuple[int, tuple[str, str, str], list[Remark]]] = []
         rendered: list[tuple[int, tuple[str, str, str], list[Remark]]] = []
@@ -208,7 +215,31 @@ class Tokeniser:
             for index, _, found in entries:
                 parts = self._begun(next(ids), next(ids), next(ids), conversational=conversational, found=found)
                 encoded[index] = self._split(*parts, conversational=conversational, found=found), found
+        if marks is not None:
+            marks += self._marked(preferences, encoded, [*plain, *rendered])
         return encoded  # type: ignore[return-value]
+
+    def _marked(
+        self, preferences: Sequence[Preference], encoded: list[Any], entries: list[tuple[int, tuple[str, str, str], list]]
+    ) -> list[MarkedPair | None]:
+        """The marks of each preference. Those with a wrong weight of a message become malformed in ``encoded``."""
+        marks: list[MarkedPair | None] = [None] * len(preferences)
+        for index, texts, found in entries:
+            pair, preference = encoded[index][0], preferences[index]
+            if isinstance(pair, Malformed):
+                continue
+            if not preference.conversational and self._adds_eos:
+                texts = (texts[0], *(f"{whole}{self._eos}" for whole in texts[1:]))  # type: ignore[assignment]
+            found[:] = [remark for remark in found if remark.kind != remarks.UNTRAINED]  # they count as they say
+            try:
+                marks[index] = self._marker.mark(preference, texts, pair, found)
+            except Malformed as error:
+                encoded[index] = error, found
+        return marks
+
+    @cached_property
+    def _marker(self) -> Marker:
+        return Marker(self.tokenizer, self.template)
 
     def _ids(self, texts: list[str], add_special_tokens: bool = True) -> list[list[int]]:
         if not texts:

@@ -119,6 +119,8 @@ class Recipe:
             numbers=identity.numbers,
             special_tokens=identity.special_tokens,
             most_characters=identity.most_characters,
+            marks=identity.marks,
+            spans=identity.spans,
         )
 
 

@@ -19,6 +19,7 @@ from typing import Any
 from pyarrow import fs as pafs
 
 from raydpo.config import DataConfig, SourceConfig
+from raydpo.data.counting import needs_marks
 from raydpo.data.locate import DataFile, data_files, hub_dataset, is_on_hub
 from raydpo.data.pairs import number_columns
 from raydpo.data.preference import Preference
@@ -33,6 +34,7 @@ __all__ = ["SetIdentity", "SourceFile", "files_of", "tokenizer_facts"]
 
 RECIPE = 1
 """Version of raydpo's own reading and tokenising, raised whenever a change alters the rows or the account of a set."""
+_FOR_MARKS = ("marks", "spans")
 _PACKAGES = ("transformers", "tokenizers", "jinja2")
 _UNKNOWN = "unknown "
 """Begins ``SourceFile.content`` where a store tells nothing from which a change would be noticed."""
@@ -131,6 +133,10 @@ class SetIdentity:
     """``rows.most_characters_of(data.max_length)``: pairs with longer text are not tokenised."""
     tokenizer: dict[str, Any]
     """See ``tokenizer_facts``."""
+    marks: bool = False
+    """Whether rows have ``rows.MARK_COLUMNS``, which tell the parts of completions that ``data.train_on`` names."""
+    spans: str | None = None
+    """``data.spans_column``."""
     recipe: int = RECIPE
     path: str = field(default="", compare=False)
     """The source's path, for people. It is not part of the identity: a copy of the files gives the same set."""
@@ -166,6 +172,8 @@ class SetIdentity:
             special_tokens=data.special_tokens,
             most_characters=most_characters_of(data.max_length),
             tokenizer=tokenizer_facts(directory, data, load, trust_remote_code=trust_remote_code),
+            marks=needs_marks(data),
+            spans=data.spans_column,
             path=redact(source.path),
         )
 
@@ -175,8 +183,9 @@ class SetIdentity:
         return hashlib.blake2b(_canonical(self.to_dict()).encode(), digest_size=16).hexdigest()
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields by name, for JSON, without ``path``."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if name != "path"}
+        """The fields by name, for JSON, without ``path``, and without those of marks in a set that has none."""
+        fields = {name: value for name, value in dataclasses.asdict(self).items() if name != "path"}
+        return {name: value for name, value in fields.items() if value or name not in _FOR_MARKS}
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any], path: str = "") -> SetIdentity:
@@ -219,6 +228,8 @@ _SETTINGS = {
     "limit": "limit of the source",
     "most_characters": "most characters of a pair, by data.max_length",
     "special_tokens": "data.special_tokens",
+    "marks": "marks of the parts of completions, by data.train_on",
+    "spans": "data.spans_column",
     PAIR_WEIGHT: "data.weight_column",
     PAIR_MARGIN: "data.margin_column",
 }

@@ -27,7 +27,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from raydpo.data.rows import LIGHT_SCHEMA, Rows, renumbered
+from raydpo.data.rows import LIGHT_SCHEMA, Rows, light_schema, renumbered
 from raydpo.data.select import SourceRows
 from raydpo.data.tally import SourceReport
 from raydpo.errors import CacheError
@@ -342,8 +342,10 @@ class TokenSet:
             table = renumbered(index.light, "file", index.labels, labels)
             tables.append(renumbered(table, "source", index.sources, sources))
             account.merge(index.account)
-        light = pa.concat_tables(tables) if tables else LIGHT_SCHEMA.empty_table()
-        path = "" if self.identity is None else self.identity.path
+        known = self.identity
+        schema = LIGHT_SCHEMA if known is None else light_schema(known.numbers, marks=known.marks)
+        light = pa.concat_tables(tables) if tables else schema.empty_table()
+        path = "" if known is None else known.path
         return SourceRows(light, None, tuple(labels), tuple(sources), account, name="", path=path, weight=1.0)
 
     def _listed(self) -> list[BlockInfo]:

@@ -114,6 +114,23 @@ CALLS = (
     "{{ call.function.arguments | tojson }}]{% endfor %}</s>\n{% endfor %}" + GENERATE
 )
 """Writes everything, arguments of calls as JSON."""
+MARKED = (
+    "{% for message in messages %}{% if message.role == 'assistant' %}{% generation %}<|im_start|>assistant\n"
+    "{{ message.content }}{% for call in message.tool_calls or [] %}<call>{{ call.function | tojson }}</call>{% endfor %}"
+    "<|im_end|>\n{% endgeneration %}{% else %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""Marks its turns itself, with their headers and the line break after them, as some do."""
+OPENS = (
+    "{%- set ns = namespace(asked=0) %}{%- for message in messages %}{%- if message.role == 'user' %}"
+    "{%- set ns.asked = loop.index0 %}{%- endif %}{%- endfor %}"
+    "{%- for message in messages %}{{- '<|im_start|>' + message.role + '\n' }}"
+    "{%- if message.role == 'assistant' and loop.index0 > ns.asked %}"
+    "{{- '<think>\n' + (message.reasoning_content or '') + '\n</think>\n\n' }}{%- endif %}"
+    "{{- message.content + '<|im_end|>\n' }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n<think>\n' }}{%- endif %}"
+)
+"""Begins each thought in the prompt, and drops those of earlier turns."""
 
 
 def tokenizer_for(template: str | None, bos: bool = False):

@@ -2,14 +2,17 @@
 
 import gzip
 import json
+import pickle
 import re
 import time
 
 import fsspec
+import pyarrow as pa
 import pytest
 from making import SIZES, content, write
 from samples import text
 
+from raydpo.data.marks import ANSWER, ASSISTANT, LAST_TURN, MARK_COLUMNS
 from raydpo.data.records import read_records
 from raydpo.errors import DataError
 from raydpo.tokens import build, identity, reader
@@ -55,6 +58,26 @@ def test_rows_do_not_depend_on_pieces(kit, tmp_path, monkeypatch, records):
     assert found["4 MB"][3] == rows.account.to_state()
     assert found["one line"] == found["7 lines"] == found["300 bytes"] == found["4 MB"]
     assert found["4 MB"][4]["take_off"] == (records == [REPEATING] * 30)
+
+
+def test_marks_do_not_depend_on_pieces(kit, tmp_path, monkeypatch):
+    said = [{"role": "assistant", "content": "<think>hm</think> blue"}, {"role": "user", "content": "why?"}]
+    turns = CHAT | {"chosen": [*said, {"role": "assistant", "content": "so", "weight": 0.5}]}
+    data, found = kit.data(write(tmp_path / "a.jsonl", [*MIXED, *[turns] * 3]), max_malformed=0.5, train_on="answer"), {}
+    for name, sizes in SIZES.items():
+        monkeypatch.setattr(reader, "PIECE_SIZES", sizes)
+        token_set = make(kit, data, cache=name)
+        found[name] = content(token_set)
+    assert found["one line"] == found["7 lines"] == found["300 bytes"] == found["4 MB"]
+    before = pa.total_allocated_bytes()
+    light = token_set.light().light
+    assert pa.total_allocated_bytes() == before, "columns are read where the index is mapped"
+    assert [(field.name, field.type) for field in light.schema][-4:] == list(MARK_COLUMNS)
+    assert pickle.loads(pickle.dumps(light)).equals(light)
+    assert light["chosen_factors"][-1].as_py() == [1, 1, 1, 0.5, 0.5]
+    assert light["rejected_marks"][-1].as_py()[0] == ASSISTANT | LAST_TURN | ANSWER
+    plain = kit.set(kit.data(data.train[0].path)).identity.to_dict()
+    assert token_set.identity.to_dict() == plain | {"marks": True}, "a set without marks has the identity that it had"
 
 
 def test_only_missing_blocks_are_made(kit, tmp_path, monkeypatch):
