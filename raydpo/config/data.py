@@ -154,8 +154,8 @@ class DataConfig(Section):
         held_out_file = self.eval is not None and self.eval.path is not None and self.eval.train_on is None
         if self.train_on != "completion" and None not in own and not (held_out_file and any(one != own[0] for one in own)):
             raise ValueError(
-                f"data.train_on {train_on_text(self.train_on)!r} has no effect: each source has its own train_on; drop it, or "
-                "theirs"
+                f"data.train_on {train_on_text(self.train_on)!r} has no effect: each source has its own train_on; drop "
+                "it, or theirs"
             )
         for name in ("weight_column", "margin_column"):
             if self.spans_column is not None and self.spans_column == getattr(self, name):
