@@ -18,6 +18,7 @@ from raydpo.cluster.resources import Resources, bfloat16_is_faster
 from raydpo.cluster.waiting import wait_for
 from raydpo.config import Config, Verb, is_hub_name
 from raydpo.config.filter import PairFilter
+from raydpo.data.counting import all_count, mask_digests
 from raydpo.data.imbalance import label_doubts
 from raydpo.data.index import as_bytes
 from raydpo.data.mismatch import with_mismatched
@@ -235,13 +236,20 @@ def reference_line(config: Config, spec: ReferenceSpec) -> str:
 
 
 def measured_pairs(table: pa.Table | None) -> str | None:
-    """Digest of the keys and truncated lengths of held-out pairs, in any order; None without pairs."""
+    """Digest of the keys and truncated lengths of held-out pairs and of the tokens that count, in any order; None without
+    pairs."""
     if table is None:
         return None
-    pairs = np.empty((table.num_rows, 2), _KEY_AND_TOKENS)
+    masked = not all_count(table)
+    kind = np.dtype([*_KEY_AND_TOKENS.descr, ("mask", "<u8")]) if masked else _KEY_AND_TOKENS
+    pairs = np.empty((table.num_rows, 2), kind)
     for column, side in enumerate(("chosen", "rejected")):
-        pairs[:, column] = np.concatenate([pairs[:0, column], *_keys_and_tokens(table, side)])
-    return hashlib.sha256(np.sort(pairs.view(f"V{2 * _KEY_AND_TOKENS.itemsize}").ravel()).tobytes()).hexdigest()[:32]
+        found = np.concatenate([np.empty(0, _KEY_AND_TOKENS), *_keys_and_tokens(table, side)])
+        for name in _KEY_AND_TOKENS.names:
+            pairs[name][:, column] = found[name]
+        if masked:
+            pairs["mask"][:, column] = mask_digests(table, side)
+    return hashlib.sha256(np.sort(pairs.view(f"V{2 * kind.itemsize}").ravel()).tobytes()).hexdigest()[:32]
 
 
 _KEY_AND_TOKENS = np.dtype([("key", "V16"), ("tokens", "<u4")])
@@ -257,7 +265,7 @@ def _keys_and_tokens(table: pa.Table, side: str) -> Iterator[np.ndarray]:
 
 
 def _digest(table: pa.Table) -> str:
-    """Digest of the pairs in their order: keys, truncated lengths, sources and weights."""
+    """Digest of the pairs in their order: keys, truncated lengths, sources and weights, and which tokens count."""
     digest = hashlib.sha256()
     for side in ("chosen", "rejected"):
         for rows in _keys_and_tokens(table, side):
@@ -265,6 +273,8 @@ def _digest(table: pa.Table) -> str:
     for column in (PAIR_WEIGHT, PAIR_MARGIN, LABEL):
         if column in table.column_names:
             digest.update(f"{column}\0".encode() + np.ascontiguousarray(table[column].to_numpy()).tobytes())
+    for side in () if all_count(table) else ("chosen", "rejected"):
+        digest.update(f"{side} mask\0".encode() + mask_digests(table, side).tobytes())
     for batch in table.select(["source", "weight"]).to_batches():
         names, weights = batch[0].dictionary_encode(), batch[1].to_numpy()
         numbers = names.indices.to_numpy()
