@@ -43,7 +43,16 @@ def reference_logps(
         return None if values is None else send(np.asarray(values[index], np.float64), device)
 
     chosen, rejected = at(pairs.ref_chosen), at(pairs.ref_rejected)
+
+    def ranks(values: np.ndarray) -> Tensor:
+        return torch.from_numpy(values[index])  # on the CPU, where it is decided which completions are compared
+
     tails: Sequence[Tensor | None] = (None, None)
+    lists = {}
+    if pairs.starts is not None:
+        # A list that occurs twice among the rows is two lists.
+        lists = {"lists": torch.from_numpy(np.cumsum(pairs.begin(index)))}
+        lists |= {"chosen_ranks": ranks(pairs.chosen_ranks), "rejected_ranks": ranks(pairs.rejected_ranks)}
     if config.ld_alpha is not None:
         tails = [send(side, device) for side in pairs.reference_tails(index)]
     return PairLogps(
@@ -59,6 +68,7 @@ def reference_logps(
         margins=at(pairs.pair_margins),
         mean_chosen_tokens=pairs.mean_chosen_tokens(index) if mean_chosen_tokens is None else mean_chosen_tokens,
         labels=None if pairs.labels is None else send(pairs.labels[index], device),
+        **lists,
     )
 
 
@@ -212,11 +222,12 @@ def _my_batches(
     engine: StepEngine, pairs: TrainingPairs, rows: Sequence[int], tokens_per_batch: int
 ) -> Iterator[tuple[MicroBatch, Layout]]:
     plan = split_over_ranks(
-        rows,
+        pairs.items_of(rows).tolist(),
         pairs.shapes_of,
         world_size=engine.replicas,
         tokens_per_batch=tokens_per_batch,
         layout=engine.module.method.layout,
+        starts=pairs.starts,
     )
     return prefetch(plan[engine.replica], lambda batch: (batch, engine.lay_out(pairs.groups(batch.pairs))))
 
