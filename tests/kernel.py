@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,24 @@ def tokenised(records: list[dict[str, str]], max_length: int = MAX_LENGTH) -> pa
         [pa.array([row[name] for row in rows], PAIR_SCHEMA.field(name).type) for name in PAIR_SCHEMA.names],
         schema=PAIR_SCHEMA,
     )
+
+
+def weighted(table: pa.Table, weigh: Callable[[str, int, int], Sequence[float]]) -> pa.Table:
+    """A table with ``data.select.COUNT_COLUMNS``.
+
+    Args:
+        weigh: takes side, row and the number of tokens; returns the weight of each token.
+    """
+    for side in ("chosen", "rejected"):
+        starts, weights = [], []
+        for row, ids in enumerate(table[f"{side}_ids"].to_pylist()):
+            each = list(weigh(side, row, len(ids)))
+            assert len(each) == len(ids)
+            starts.append([at for at in range(len(each)) if at == 0 or each[at] != each[at - 1]])
+            weights.append([each[at] for at in starts[-1]])
+        table = table.append_column(f"{side}_starts", pa.array(starts, pa.list_(pa.int32())))
+        table = table.append_column(f"{side}_weights", pa.array(weights, pa.list_(pa.float32())))
+    return table
 
 
 def with_reference(
@@ -232,3 +250,15 @@ def part_of(side: str, row: int, tokens: int) -> np.ndarray:
     weights = np.repeat(random.choice([0, 1, 1, 0.25], tokens), 2)[:tokens]
     weights[random.integers(tokens)] = 1
     return weights
+
+
+def unpaired(table: pa.Table) -> pa.Table:
+    """Each completion of ``table`` in a row of its own, with a label: desirable if it was chosen."""
+    from raydpo.data.select import LABEL
+
+    rows = []
+    for row in table.to_pylist():
+        for side, other, label in (("chosen", "rejected", 1), ("rejected", "chosen", -1)):
+            missing = {f"{other}_ids": [], f"{other}_key": bytes(16), f"{other}_full": 0}
+            rows.append(row | missing | {"pair_id": f"{row['pair_id']}:{side}", LABEL: label})
+    return pa.Table.from_pylist(rows, schema=table.schema.append(pa.field(LABEL, pa.int8())))

@@ -17,7 +17,7 @@ from raydpo.audits.sample import Sample
 from raydpo.config import ObjectiveConfig
 from raydpo.pages.finding import Finding
 
-__all__ = ["Audit", "audit_pairs", "summary_lines"]
+__all__ = ["Audit", "audit_pairs", "counted_line", "summary_lines"]
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,8 @@ class Audit:
     """The result of an audit.
 
     Attributes:
-        meta: name of the run, model, identity of the reference, version; ``sample``: ``sample.Sample.to_dict``.
+        meta: name of the run, model, identity of the reference, version; ``sample``: ``sample.Sample.to_dict``; ``counted``:
+            what counts in a completion, in words, None if everything does.
         total, sources: figures of ``measure.figures``, over all pairs and by source.
         identical: pairs left out at loading because chosen and rejected are the same, by source.
         scores: by source with scores beside its pairs, ``data.scores.Contradictions.to_dict`` of all pairs that were loaded.
@@ -83,11 +84,22 @@ def _frame(facts: pa.Table) -> pl.DataFrame:
     return pl.from_arrow(facts.drop_columns(["pair_id"]))
 
 
+def counted_line(audit: Audit) -> str:
+    """Say which tokens the figures are of, if not of all."""
+    counted, total = audit.total["counted"], audit.total["counted"] + audit.total["uncounted"]
+    return (
+        f"tokens that count ({audit.meta['counted']}): {counted:,} of {total:,} tokens of the completions "
+        f"({counted / total:.0%}); lengths and log-probs are of these"
+    )
+
+
 def summary_lines(audit: Audit) -> list[str]:
     """Summarise an audit in a few lines for the terminal."""
     total = audit.total
     length, surprise, reference = total["length"], total["surprise"], total["reference"]
     lines, of_all = [], ""
+    if audit.meta.get("counted"):
+        lines.append(f"audit: {counted_line(audit)}")
     if drawn := audit.meta["sample"]:
         lines.append(
             f"audit: a sample of {drawn['pairs']:,} of {drawn['of_pairs']:,} pairs, all those of {drawn['prompts']:,} of "

@@ -39,6 +39,8 @@ _COUNTS = {
     "shared_answer": (pl.col("answer_pairs") > pl.col("copies")).sum(),
     "empty": pl.struct(**{side: (pl.col(f"{side}_tokens") <= 1).sum() for side in ("chosen", "rejected")}),
     "truncated": pl.struct(**{side: (pl.col(f"{side}_cut") > 0).sum() for side in ("chosen", "rejected")}),
+    "counted": (pl.col("chosen_tokens") + pl.col("rejected_tokens")).sum(),
+    "uncounted": (pl.col("chosen_uncounted") + pl.col("rejected_uncounted")).sum(),
 }
 
 
@@ -57,7 +59,8 @@ def figures(frame: pl.DataFrame, counted: dict[str, Any] | None = None) -> dict[
     """Compute all figures of the pairs in ``frame``.
 
     Shares have 95 % intervals that take prompts as independent, not pairs. Log-probs are in nats. Surprise is -log-prob per
-    token. A figure is None if there are too few pairs for it.
+    token. Lengths and log-probs are of the tokens that count. ``counted`` and ``uncounted`` are numbers of tokens of
+    completions. A figure is None if there are too few pairs for it.
 
     Args:
         frame: has the columns of ``config.filter.FACTS`` and ``prompt``, the number of the prompt.
@@ -178,7 +181,7 @@ def _surprise(scored: pl.DataFrame) -> dict[str, Any]:
     values = {side: -scored[f"ref_{side}_per_token"].to_numpy() for side in ("chosen", "rejected")}
     result: dict[str, Any] = {side: _quantiles(each) for side, each in values.items()}
     for side in values:
-        tokens = int(scored[f"{side}_tokens"].sum())
+        tokens = float(scored[f"{side}_weights"].sum())
         nats = -float(scored[f"ref_{side}_logps"].sum())
         result[f"{side}_perplexity"] = float(np.exp(min(nats / tokens, 700.0))) if tokens else None
     return result | {"separation": separation(values["chosen"], values["rejected"], scored["prompt"].to_numpy())}

@@ -6,7 +6,7 @@ from typing import Any
 
 import polars as pl
 
-from raydpo.audits.audit import Audit
+from raydpo.audits.audit import Audit, counted_line
 from raydpo.audits.plots import plots
 from raydpo.pages.page import render
 from raydpo.pages.text import shown
@@ -36,8 +36,10 @@ def render_page(audit: Audit) -> str:
     rows = [
         {"title": title, "about": about, "values": [column[title] for column in columns.values()]}
         for title, about in ABOUT.items()
+        if title != COUNTED or audit.total["uncounted"]
     ]
-    return render("audits/page.html", audit=audit, plots=pictures, rows=rows, names=list(columns))
+    counted = counted_line(audit) if audit.meta.get("counted") else None
+    return render("audits/page.html", audit=audit, plots=pictures, rows=rows, names=list(columns), counted=counted)
 
 
 def _share(value: dict[str, Any]) -> str:
@@ -62,8 +64,10 @@ def _scores(found: list[dict[str, Any]]) -> str:
     return f"{wrong:,}, {tied:,} of {of:,} ({', '.join(list(columns)[:MOST_COLUMNS])})"
 
 
+COUNTED = "tokens that count"
 ABOUT = {
     "pairs": "usable pairs of this source; of a sample, those drawn and all of them",
+    COUNTED: "tokens of the completions that count, of all that are used; lengths and log-probs are of these",
     "reference right, sum": "pairs whose chosen answer has the higher log-prob under the reference",
     "reference right, per token": "the same by the mean log-prob per token, which does not favour short answers",
     "chosen longer": "pairs whose chosen answer has more tokens",
@@ -92,6 +96,7 @@ def _column(figures: dict[str, Any], identical: int, scores: list[dict[str, Any]
     length, reference, surprise = figures["length"], figures["reference"], figures["surprise"]
     return {
         "pairs": " of ".join(f"{count:,}" for count in dict.fromkeys((figures["pairs"], figures["all_pairs"]))),
+        COUNTED: f"{figures['counted']:,} of {figures['counted'] + figures['uncounted']:,}",
         "reference right, sum": _share(reference["right_by_sum"]),
         "reference right, per token": _share(reference["right_per_token"]),
         "chosen longer": _share(length["chosen_longer"]),

@@ -205,7 +205,8 @@ def _show(args: argparse.Namespace, console: Console) -> None:
             first, tokeniser = load_first_pairs(config, most_records, console)
     for line in (*first.lines(), *first.sets.report.lines()):
         console.say(line)
-    for renderable in render_pairs(first.sets.train, tokeniser, args.count):
+    coloured = console.rich.color_system is not None and not console.rich.no_color
+    for renderable in render_pairs(first.sets.train, tokeniser, args.count, coloured=coloured):
         console.print(renderable)
 
 

@@ -8,14 +8,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raydpo.config.filter import FACTS
+from raydpo.data.counting import counted_tokens, counts
 from raydpo.data.index import KeyIndex, as_bytes
-from raydpo.data.ragged import Ragged
+from raydpo.data.ragged import digests, tokens_in_use
 
-__all__ = ["LENGTH_BINS", "digests", "digests_of", "pair_facts", "prompt_numbers", "with_reference"]
+__all__ = ["LENGTH_BINS", "digests_of", "pair_facts", "prompt_numbers", "with_reference"]
 
 _TYPES = {"bool": pa.bool_(), "float64": pa.float64(), "int64": pa.int64(), "string": pa.string()}
-BLOCK_ROWS = 50_000
-_FACTOR = np.uint64(0x9E3779B97F4A7C15)
+_SIDES = ("chosen", "rejected")
 
 
 def pair_facts(pairs: pa.Table, ref_chosen: np.ndarray | None = None, ref_rejected: np.ndarray | None = None) -> pa.Table:
@@ -23,13 +23,12 @@ def pair_facts(pairs: pa.Table, ref_chosen: np.ndarray | None = None, ref_reject
 
     Args:
         pairs: rows of ``data.pairs.PAIR_SCHEMA``.
-        ref_chosen, ref_rejected: sums of the reference's log-probs, nats, float64 [pairs], NaN where unknown. Without them
-            the columns of ``config.filter.REFERENCE_FACTS`` are null.
+        ref_chosen, ref_rejected: sums of the reference's log-probs over the tokens that count, each times its weight, nats,
+            float64 [pairs], NaN where unknown. Without them the columns of ``config.filter.REFERENCE_FACTS`` are null.
     """
-    prompt, chosen, rejected = (
-        pc.list_value_length(pairs[f"{name}_ids"]).to_numpy().astype(np.int64) for name in ("prompt", "chosen", "rejected")
-    )
-    full = {side: pairs[f"{side}_full"].to_numpy().astype(np.int64) for side in ("chosen", "rejected")}
+    prompt, *used = (tokens_in_use(pairs, name).astype(np.int64) for name in ("prompt", *_SIDES))
+    chosen, rejected = (counted_tokens(pairs, side).astype(np.int64) for side in _SIDES)
+    full = [pairs[f"{side}_full"].to_numpy().astype(np.int64) for side in _SIDES]
     copies, copy, opposites = _copies(pairs)
     columns = {
         "pair_id": pairs["pair_id"],
@@ -38,14 +37,18 @@ def pair_facts(pairs: pa.Table, ref_chosen: np.ndarray | None = None, ref_reject
         "chosen_tokens": chosen,
         "rejected_tokens": rejected,
         "length_difference": chosen - rejected,
-        "chosen_cut": full["chosen"] - chosen,
-        "rejected_cut": full["rejected"] - rejected,
+        "chosen_uncounted": used[0] - chosen,
+        "rejected_uncounted": used[1] - rejected,
+        "chosen_cut": full[0] - used[0],
+        "rejected_cut": full[1] - used[1],
         "copies": copies,
         "copy": copy,
         "opposites": opposites,
         "contradictory": opposites > 0,
         "prompt_pairs": _uses(digests_of(pairs, "prompt")),
         "answer_pairs": _answer_pairs(pairs),
+        "chosen_weights": counts(pairs, "chosen"),
+        "rejected_weights": counts(pairs, "rejected"),
     }
     kinds = {name: _TYPES[kind] for name, (kind, _) in FACTS.items()}
     nothing = pa.nulls(pairs.num_rows, pa.float64())  # one array for all columns of the reference
@@ -60,8 +63,8 @@ def with_reference(facts: pa.Table, ref_chosen: np.ndarray, ref_rejected: np.nda
         "ref_chosen_logps": ref_chosen,
         "ref_rejected_logps": ref_rejected,
         "ref_margin": ref_chosen - ref_rejected,
-        "ref_chosen_per_token": ref_chosen / facts["chosen_tokens"].to_numpy(),
-        "ref_rejected_per_token": ref_rejected / facts["rejected_tokens"].to_numpy(),
+        "ref_chosen_per_token": ref_chosen / facts["chosen_weights"].to_numpy(),
+        "ref_rejected_per_token": ref_rejected / facts["rejected_weights"].to_numpy(),
     }
     for name, values in reference.items():
         facts = facts.set_column(facts.column_names.index(name), name, pa.array(values, pa.float64(), mask=unknown))
@@ -102,28 +105,6 @@ def _uses(digests: np.ndarray) -> np.ndarray:
     """Number of occurrences of each digest, int64 [rows]."""
     _, inverse, counts = np.unique(digests, return_inverse=True, return_counts=True)
     return counts[inverse]
-
-
-def digests(lists: pa.Array | pa.ChunkedArray, rows: np.ndarray | None = None) -> np.ndarray:
-    """64-bit digest of each list of token ids, by which equal lists are counted, uint64 [lists]: a polynomial in an odd
-    number, modulo 2^64.
-
-    Args:
-        rows: which lists; None = all.
-    """
-    ragged = Ragged.of(lists)
-    count = len(ragged) if rows is None else len(rows)
-    found = np.empty(count, np.uint64)
-    for start in range(0, count, BLOCK_ROWS):
-        stop = min(start + BLOCK_ROWS, count)
-        values, offsets = ragged.gather(np.arange(start, stop) if rows is None else rows[start:stop])
-        lengths = np.diff(offsets)
-        flat = values.astype(np.uint64) + np.uint64(1)
-        within = np.arange(len(flat)) - np.repeat(offsets[:-1], lengths)
-        powers = np.cumprod(np.full(int(lengths.max(initial=0)) + 1, _FACTOR, np.uint64))
-        total = np.concatenate([[np.uint64(0)], np.cumsum((flat * flat + flat) * powers[within], dtype=np.uint64)])
-        found[start:stop] = (total[offsets[1:]] - total[offsets[:-1]]) * powers[0] + lengths.astype(np.uint64)
-    return found
 
 
 def _copies(pairs: pa.Table) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -123,25 +123,25 @@ class Marker:
         self._tails: dict[bool, str | None] = {}
 
     def mark(
-        self, preference: Preference, texts: tuple[str, str, str], pair: Sequence[np.ndarray], found: list[Remark]
+        self, preference: Preference, texts: tuple[str, ...], pair: Sequence[np.ndarray], found: list[Remark]
     ) -> MarkedPair:
         """The runs of a pair. Notes in ``found`` what could not be placed.
 
         Args:
-            texts: prompt, prompt + chosen and prompt + rejected, rendered or plain, with the EOS that ends them.
-            pair: ids of prompt, chosen and rejected.
+            texts: prompt, and prompt with each answer, rendered or plain, with the EOS that ends them.
+            pair: ids of prompt, chosen and rejected. The missing side of a completion alone has none.
 
         Raises:
             Malformed: if a message has a weight that is no number of at least 0.
         """
-        sides, flags = [], 0
-        for side, whole, ids in zip(("chosen", "rejected"), texts[1:], pair[1:], strict=True):
+        sides, flags, wholes = [], 0, iter(texts[1:])
+        for side, ids in zip(("chosen", "rejected"), pair[1:], strict=True):
             runs, missing = NO_RUNS, 0
             if len(ids):
-                runs, missing = self._runs(preference, side, texts[0], whole, ids)
+                runs, missing = self._runs(preference, side, texts[0], next(wholes), ids)
             for flag, kind in ((TURNS_NOT_FOUND, remarks.NO_TURNS), (REASONING_NOT_FOUND, remarks.NO_REASONING)):
                 if missing & flag:
-                    found.append(Remark(kind, side))
+                    found.append(Remark(kind, side if preference.alone is None else "completion"))
             sides.append(runs)
             flags |= missing
         return MarkedPair(*sides, flags)

@@ -9,10 +9,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-__all__ = ["Ragged", "tokens_in_use"]
+__all__ = ["Ragged", "digests", "tokens_in_use"]
 
 _BLOCK_ROWS = 10_000
 """Rows whose values ``sums`` copies at once."""
+_DIGEST_ROWS = 50_000
+"""Rows whose digests are computed at once."""
+_FACTOR = np.uint64(0x9E3779B97F4A7C15)
 
 
 class Ragged:
@@ -137,3 +140,25 @@ def tokens_in_use(pairs: pa.Table, part: str) -> np.ndarray:
     if f"{part}_tokens" in pairs.column_names:
         return pairs[f"{part}_tokens"].to_numpy()
     return pc.list_value_length(pairs[f"{part}_ids"]).to_numpy().astype(np.int32, copy=False)
+
+
+def digests(lists: pa.Array | pa.ChunkedArray, rows: np.ndarray | None = None) -> np.ndarray:
+    """64-bit digest of each list of token ids, by which equal lists are counted, uint64 [lists]: a polynomial in an odd
+    number, modulo 2^64.
+
+    Args:
+        rows: which lists; None = all.
+    """
+    ragged = Ragged.of(lists)
+    count = len(ragged) if rows is None else len(rows)
+    found = np.empty(count, np.uint64)
+    for start in range(0, count, _DIGEST_ROWS):
+        stop = min(start + _DIGEST_ROWS, count)
+        values, offsets = ragged.gather(np.arange(start, stop) if rows is None else rows[start:stop])
+        lengths = np.diff(offsets)
+        flat = values.astype(np.uint64) + np.uint64(1)
+        within = np.arange(len(flat)) - np.repeat(offsets[:-1], lengths)
+        powers = np.cumprod(np.full(int(lengths.max(initial=0)) + 1, _FACTOR, np.uint64))
+        total = np.concatenate([[np.uint64(0)], np.cumsum((flat * flat + flat) * powers[within], dtype=np.uint64)])
+        found[start:stop] = (total[offsets[1:]] - total[offsets[:-1]]) * powers[0] + lengths.astype(np.uint64)
+    return found

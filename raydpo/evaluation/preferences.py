@@ -30,7 +30,10 @@ CHANCE_DRAWS = 1000
 @dataclass(frozen=True)
 class ScoredPairs:
     """Sums of log-probs over the completions of n pairs, nats; numbers of tokens; source and number of the prompt of each
-    pair. Each is [n]."""
+    pair. Each is [n].
+
+    Sums are over the tokens that count, each times its weight, and numbers of tokens are the sums of these weights.
+    """
 
     chosen: np.ndarray
     rejected: np.ndarray
@@ -72,7 +75,7 @@ class ScoredPairs:
 def measure_preferences(pairs: ScoredPairs, beta: float, objective: ObjectiveConfig) -> dict[str, Any]:
     """Compute the figures of all pairs, by source, and by difference in length (in the bins of the audit).
 
-    Intervals are over prompts. The figures of a group of pairs:
+    Intervals are over prompts; lengths are of the tokens that count. The figures of a group of pairs:
 
     - ``accuracy``: share whose margin is positive, a tie counting one half; ``margin``: its mean, in units of reward.
     - ``loss``: mean of -log sigmoid(margin) (arXiv 2305.18290, eq. 7).

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from raydpo.config import Config, DataConfig, EvaluateConfig, SourceConfig, check_verb, source_name
+from raydpo.data.counting import train_on_of
 from raydpo.data.messages import Malformed, Text
 from raydpo.data.pairs import HELD_OUT, held_out_source
 from raydpo.data.preference import normalise
@@ -33,12 +34,15 @@ class Prompt:
 
 def evaluation_data(config: Config) -> tuple[DataConfig, bool]:
     """Return the section ``data`` to load, and whether its training pairs are measured (True) or its held-out pairs (False).
+    In pairs of evaluate.data the same tokens count as in held-out pairs, unless their source says otherwise.
 
     Raises:
         ConfigError: if there is neither evaluate.data nor data.eval.
     """
     if config.evaluate.data is not None:
-        return config.data.model_copy(update={"train": config.evaluate.data, "eval": None, "filter": None}), True
+        counted = tuple({part: weight} for part, weight in train_on_of(config.data, None).items())
+        others = {"train": config.evaluate.data, "eval": None, "filter": None, "train_on": counted}
+        return config.data.model_copy(update=others), True
     check_verb(config, "eval")
     return config.data, False
 

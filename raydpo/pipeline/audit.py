@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 
 from raydpo.config import Config
+from raydpo.config.counting import EVERYTHING, counting_texts
 from raydpo.data.facts import digests_of, pair_facts, with_reference
 from raydpo.data.select import SAME
 from raydpo.errors import ConfigError
@@ -51,13 +52,14 @@ def audit_prepared(prepared: Prepared, console: Console) -> Audit:
 
     storage = Storage(prepared.config.run_dir)
     _refuse_other_pairs(storage, prepared)
-    pairs = prepared.sets.train
+    pairs = prepared.own.train  # mismatched completions teach nothing
     everything = pair_facts(pairs)
     sample = draw(digests_of(pairs, "prompt"), prepared.config.train.seed)
     facts = everything if sample.whole else everything.take(pa.array(sample.rows))
     facts = with_reference(facts, *(found.sums for found in reference_values(pairs, prepared.cache, sample.rows)))
     identical = {source.name: source.dropped.counts[SAME] for source in prepared.sets.report.sources}
     scores = {source.name: source.scores.to_dict() for source in prepared.sets.report.sources if source.scores.compared}
+    counted, _ = counting_texts(prepared.config.model_dump(mode="json", include={"data"})["data"])
     decode = prepared.tokeniser.tokenizer.batch_decode
     done = audit_pairs(
         facts,
@@ -71,6 +73,7 @@ def audit_prepared(prepared: Prepared, console: Console) -> Audit:
             "raydpo": __version__,
             "identity": prepared.reference.identity.digest,
             "cache": str(prepared.cache.storage),
+            "counted": None if counted == EVERYTHING else counted,
         },
         identical={name: count for name, count in identical.items() if count},
         scores=scores,

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import yaml
 
@@ -25,8 +24,11 @@ from raydpo.cluster.resources import resources_for
 from raydpo.cluster.session import session, starts_own_ray
 from raydpo.cluster.work import BlockTask, do_work
 from raydpo.config import Config, ObjectiveConfig, load_config
+from raydpo.config.counting import EVERYTHING, counting_texts
+from raydpo.data.counting import counts
 from raydpo.data.facts import prompt_numbers
 from raydpo.data.pairs import load_pairs
+from raydpo.data.select import COUNT_COLUMNS
 from raydpo.data.tokenise import Tokeniser
 from raydpo.errors import CacheMissError, ConfigError, RaydpoError
 from raydpo.evaluation.display import print_evaluation
@@ -145,7 +147,18 @@ def _check_lengths(prompts: Sequence[Prompt], max_tokens: int, models: Mapping[s
 def protocol(config: Config, pairs: pa.Table, reference: ReferenceSpec) -> dict[str, Any]:
     """Return how a policy is measured. The figures of two evaluations can be compared if their protocols are equal."""
     settings = config.evaluate.model_dump(mode="json", exclude=_NOT_IN_PROTOCOL)
-    return redacted(settings) | {"pairs": measured_pairs(pairs), "reference": reference.identity.digest}
+    whole = pairs.drop_columns([name for name in COUNT_COLUMNS if name in pairs.column_names])
+    digests = {"pairs": measured_pairs(whole)}
+    if (counted := measured_pairs(pairs)) != digests["pairs"]:  # drift and answers do not depend on what counts
+        digests["counted"] = counted
+    return redacted(settings) | digests | {"reference": reference.identity.digest}
+
+
+def _counted(config: Config) -> str | None:
+    """What counts in the pairs to measure, in words; None if everything does."""
+    data, on_training_side = evaluation_data(config)
+    words = counting_texts(data.model_dump(mode="json"))[0 if on_training_side else 1]
+    return None if words == EVERYTHING else words
 
 
 @dataclass(frozen=True)
@@ -219,6 +232,7 @@ class _Evaluation:
             "beta": beta,
             "rewards": "per_token" if objective.per_token else "sum",
             "reward_of": _reward_of(objective),
+            "train_on": _counted(config),
             "protocol": protocol(config, self.pairs, self.reference),
             "preferences": measure_preferences(self._scored_pairs(), beta, objective),
             "generation": None,
@@ -256,8 +270,7 @@ class _Evaluation:
         objective = ObjectiveConfig(**trained) if "loss" in trained else self.config.train
         if objective.ld_alpha is not None:
             self.console.warn(
-                f"the policy was trained with ld_alpha {objective.ld_alpha:g}; its rewards are measured on "
-                "whole completions here, with weight 1 for all tokens"
+                f"the policy was trained with ld_alpha {objective.ld_alpha:g}; its rewards are measured without it here"
             )
         return objective
 
@@ -286,7 +299,7 @@ class _Evaluation:
 
     def _scored_pairs(self) -> ScoredPairs:
         policy, reference = self._log_probs(self.pairs)
-        tokens = (pc.list_value_length(self.pairs[f"{side}_ids"]).to_numpy() for side in ("chosen", "rejected"))
+        tokens = (counts(self.pairs, side) for side in ("chosen", "rejected"))
         return ScoredPairs(
             *policy, *reference, *tokens, np.array(self.pairs["source"].to_pylist(), object), prompt_numbers(self.pairs)
         )

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import pyarrow as pa
 
-from raydpo.data.facts import digests
-from raydpo.data.ragged import Ragged
+from raydpo.data.ragged import Ragged, digests
 from raydpo.data.rows import FIRST_RECORDS, HEAD_TOKENS, heads_of
 from raydpo.data.shapes import common_prefix
 

@@ -66,8 +66,8 @@ MASKED = {
     "Drift": "Change of the log-prob against the reference per token that counts.",
     "Log-probs": "Sums over the tokens that count, each with its weight. Training steps vary with their number.",
     "Chosen fell": "Share of pairs in whose chosen answer the tokens that count are less likely than under the reference.",
-    "Margin and length": "Correlation of the margin with the difference in length, both of the tokens that count. Near 1 the "
-    "policy prefers the longer answer, near -1 the shorter one.",
+    "Margin and length": "Correlation of the margin with the difference in length, both of the tokens that count. Near 1 "
+    "the policy prefers the longer answer, near -1 the shorter one.",
     "Lengths": "Tokens of the answers in the data that count, each with its weight.",
 }
 """Captions where not every token of a completion counts."""
@@ -159,11 +159,9 @@ def _curves(run: RunRecord) -> list[Picture]:
             for side, colour in (("chosen", GOOD), ("rejected", BAD))
         ]
 
-    masked = bool(_counted(run))
+    captions = CAPTIONS | (MASKED if _counted(run) else {})
     pictures = [
-        curves_picture(
-            title, (MASKED if masked else CAPTIONS).get(title, CAPTIONS[title]), curves(metric), ylabel, **options
-        )
+        curves_picture(title, captions[title], curves(metric), ylabel, **options)
         for title, metric, ylabel, options in CURVES
     ]
     clip, norms = run.setting("train.clip"), curves("grad_norm")

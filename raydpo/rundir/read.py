@@ -35,7 +35,8 @@ class RunRecord:
         config: the resolved configuration, without secrets; {} if there is none.
         steps: metrics.parquet, one row a step. evals: eval.parquet, one row an evaluation, names without ``eval_``.
         summary: summary.json, which only a finished run has. evaluation: evaluation.json, the result of ``raydpo eval``.
-        held_out_digest: digest of the held-out pairs and of what counts in them; None if none are held out, or if it is not known.
+        held_out_digest: digest of the held-out pairs and of what counts in them; None if none are held out, or if it is not
+            known.
     """
 
     place: str
@@ -168,11 +169,10 @@ def different_tokens(measured: Iterable[tuple[str | None, str | None]]) -> list[
     Args:
         measured: of each run the digest of its held-out pairs, and what counts in them in words, None if unknown.
     """
-    digests, words = (
-        (dict.fromkeys(each) for each in zip(*measured, strict=True)) if (measured := list(measured)) else ({}, {})
-    )
-    words.pop(None, None)
-    return [] if len(words) < 2 or (len(digests) == 1 and None not in digests) else list(words)
+    known = list(measured)
+    digests = {digest for digest, _ in known}
+    words = list(dict.fromkeys(each for _, each in known if each is not None))
+    return [] if len(words) < 2 or (len(digests) == 1 and None not in digests) else words
 
 
 def is_sweep(storage: Storage) -> bool:

@@ -7,7 +7,7 @@ import numpy as np
 import polars as pl
 import pytest
 from browser import BROWSER, look, widths
-from kernel import tokenised
+from kernel import tokenised, weighted
 from tiny import make_tokenizer, preferences
 
 from raydpo.audits import audit_pairs, draw, summary_lines, write_audit
@@ -15,17 +15,23 @@ from raydpo.audits.advice import advise
 from raydpo.audits.measure import figures, separation
 from raydpo.config import ObjectiveConfig
 from raydpo.config.filter import PairFilter
-from raydpo.data.facts import digests, pair_facts
+from raydpo.data.facts import pair_facts
 from raydpo.data.filter import pairs_to_keep
+from raydpo.data.ragged import digests
 from raydpo.pages.text import shown
 from raydpo.storage.files import Storage
 
 META = {"name": "test", "model": "tiny", "raydpo": "0", "identity": "0" * 32, "cache": "cache"}
 
 
-def audited(records, chosen=None, rejected=None, max_length=512, seed=0):
-    """An audit of text records; without values, the reference gives every token -1 nat and a little noise."""
+def audited(records, chosen=None, rejected=None, max_length=512, seed=0, weigh=None, counted=None):
+    """An audit of text records; without values, the reference gives every token -1 nat and a little noise.
+
+    Args:
+        weigh: as of ``kernel.weighted``; None = all tokens count. counted: in words.
+    """
     table = tokenised(records, max_length=max_length)
+    table = table if weigh is None else weighted(table, weigh)
     facts = pair_facts(table)
     noise = np.random.default_rng(seed).normal(0, 0.05, (2, len(records)))
     sums = [
@@ -35,7 +41,8 @@ def audited(records, chosen=None, rejected=None, max_length=512, seed=0):
     decode = make_tokenizer().batch_decode
     scores = {"tiny": {"reversed": 3, "tied": 1, "compared": 1234, "columns": ["score_chosen", "<b>score_rejected"]}}
     sample = draw(digests(table["prompt_ids"]), 0)
-    return audit_pairs(pair_facts(table, *sums), table, decode, sample, meta=META, identical={"tiny": 2}, scores=scores)
+    about = {"meta": META | {"counted": counted}, "identical": {"tiny": 2}, "scores": scores}
+    return audit_pairs(pair_facts(table, *sums), table, decode, sample, **about)
 
 
 def frame(difference, margin, chosen_tokens=50):
@@ -62,8 +69,9 @@ def frame(difference, margin, chosen_tokens=50):
             "copies": one,
             "prompt_pairs": one,
             "answer_pairs": one,
-            "chosen_cut": zero,
-            "rejected_cut": zero,
+            **dict.fromkeys(("chosen_cut", "rejected_cut", "chosen_uncounted", "rejected_uncounted"), zero),
+            "chosen_weights": columns["chosen_tokens"],
+            "rejected_weights": columns["rejected_tokens"],
             "opposites": zero,
             "contradictory": zero.astype(bool),
             "prompt": np.arange(len(margin)),
@@ -250,6 +258,34 @@ def test_lists_of_pairs_worth_reading():
     longer = [pair["length_difference"] for pair in kinds["Chosen much longer"]["pairs"]]
     assert longer == sorted(longer, reverse=True) and "Contradictory" not in kinds
     assert kinds["Most surprising chosen"]["pairs"][0]["prompt"].startswith("Question:")
+
+
+def test_the_audit_is_of_the_tokens_that_count(tmp_path):
+    """The last two tokens of a chosen answer count, and the last three of a rejected one."""
+    pairs, last = records(30, 15), {"chosen": 2, "rejected": 3}
+
+    def weigh(side, row, tokens):
+        return [0] * (tokens - last[side]) + [1] * last[side]
+
+    audit, plain = audited(pairs, weigh=weigh, counted="answer"), audited(pairs)
+    every = plain.total["counted"]
+    assert (audit.total["counted"], audit.total["uncounted"]) == (30 * 5, every - 30 * 5)
+    assert audit.total["length"]["difference"]["mean"] == -1 and audit.total["tokens"]["chosen"]["most"] == 2
+    assert audit.total["surprise"]["chosen"]["median"] == pytest.approx(1, abs=0.1), "nats a token that counts"
+    assert audit.total["surprise"]["chosen_perplexity"] == pytest.approx(math.e, abs=0.2)
+    said = f"tokens that count (answer): 150 of {every:,} tokens of the completions ({150 / every:.0%}); lengths and"
+    assert summary_lines(audit)[0].startswith(f"audit: {said}")
+    storage = Storage(str(tmp_path))
+    write_audit(audit, storage)
+    page = storage.read("audit.html").decode()
+    assert f"<p>T{said[1:]}" in page and f"<td>150 of {every:,}</td>" in page
+    first = audit.extremes[0]["pairs"][0]
+    assert (
+        f"chosen 2 of {2 + first['chosen_uncounted']}, rejected 3 of {3 + first['rejected_uncounted']} tokens count;" in page
+    )
+    write_audit(plain, storage)
+    page = storage.read("audit.html").decode()
+    assert "that count" not in page and "tokens count" not in page and "that count" not in summary_lines(plain)[0]
 
 
 def test_hidden_characters_are_shown_and_long_texts_cut():

@@ -12,8 +12,9 @@ import raydpo
 from raydpo.audits import audit_pairs, draw, summary_lines
 from raydpo.audits.page import render_page
 from raydpo.config import load_config
-from raydpo.data.facts import digests, pair_facts
+from raydpo.data.facts import pair_facts
 from raydpo.data.pairs import load_pairs
+from raydpo.data.ragged import digests
 from raydpo.data.tokenise import Tokeniser
 
 META = {"name": "test", "model": "tiny", "raydpo": "0", "identity": "0" * 32, "cache": "cache"}

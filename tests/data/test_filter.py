@@ -3,7 +3,7 @@
 import numpy as np
 import pyarrow as pa
 import pytest
-from kernel import tokenised
+from kernel import tokenised, weighted
 
 from raydpo.config.filter import FACTS, PairFilter
 from raydpo.data.facts import pair_facts
@@ -35,6 +35,35 @@ def test_facts_by_hand(facts):
     assert np.array_equal(np.array(facts["length_difference"]), chosen - rejected) and chosen[0] == rejected[1]
     assert facts["ref_margin"].to_pylist() == [-2.0, 2.0, -2.0, 2.0, 4.0]
     assert facts["ref_chosen_per_token"][4].as_py() == -1.0 / chosen[4]
+
+
+def test_facts_are_of_the_tokens_that_count():
+    """In the first chosen completion every token but the last counts a half, in all others the last one alone."""
+    table = tokenised(RECORDS)
+    known = np.full(5, -3.0), np.full(5, -4.0)
+    plain = pair_facts(table, *known)
+    first = plain["chosen_tokens"][0].as_py()
+    facts = pair_facts(
+        weighted(
+            table,
+            lambda side, row, tokens: (
+                [0.5] * (tokens - 1) + [0] if (side, row) == ("chosen", 0) else [0] * (tokens - 1) + [1]
+            ),
+        ),
+        *known,
+    )
+    assert facts["chosen_tokens"].to_pylist() == [first - 1, 1, 1, 1, 1] and facts["rejected_tokens"].to_pylist() == [1] * 5
+    assert facts["length_difference"].to_pylist() == [first - 2, 0, 0, 0, 0]
+    assert facts["chosen_weights"].to_pylist() == [(first - 1) / 2, 1, 1, 1, 1]
+    assert facts["ref_chosen_per_token"].to_pylist() == [-3 / ((first - 1) / 2), -3, -3, -3, -3]
+    assert facts["ref_rejected_per_token"].to_pylist() == [-4] * 5
+    for side in ("chosen", "rejected"):
+        both = np.array(facts[f"{side}_tokens"]) + np.array(facts[f"{side}_uncounted"])
+        assert np.array_equal(both, np.array(plain[f"{side}_tokens"])), "all tokens that are used"
+        assert np.array_equal(np.array(plain[f"{side}_weights"]), np.array(plain[f"{side}_tokens"]))
+        assert not np.array(plain[f"{side}_uncounted"]).any()
+    same = set(FACTS) - {name for name in FACTS if name.endswith(("_tokens", "_uncounted", "_weights", "_per_token"))}
+    assert all(facts[name].equals(plain[name]) for name in same - {"length_difference"}), "copies are of whole completions"
 
 
 def test_truncation_counts_as_cut():

@@ -11,8 +11,8 @@ from samples import CHAT_TEMPLATE, bot, make_tokenizer, text, user
 from templates import QWEN, tokenizer_for, tool
 
 from raydpo.config import DataConfig, SourceConfig
-from raydpo.data.facts import digests
 from raydpo.data.pairs import load_pairs, number_columns
+from raydpo.data.ragged import digests
 from raydpo.data.records import read_records
 from raydpo.data.rows import (
     FIRST_RECORDS,

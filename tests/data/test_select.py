@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raydpo.config import DataConfig
-from raydpo.data.facts import digests, digests_of, pair_facts
+from raydpo.data.facts import digests_of, pair_facts
 from raydpo.data.keys import completion_key
+from raydpo.data.ragged import digests
 from raydpo.data.rows import (
     ANSWER,
     ASSISTANT,

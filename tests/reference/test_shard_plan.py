@@ -12,8 +12,7 @@ from families import planned_by_families, positions
 from rows import ONE
 
 from raydpo.cluster.resources import Resources
-from raydpo.data.facts import digests
-from raydpo.data.ragged import Ragged
+from raydpo.data.ragged import Ragged, digests
 from raydpo.data.rows import heads_of
 from raydpo.data.select import TokenTables
 from raydpo.errors import CacheError
