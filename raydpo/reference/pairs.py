@@ -29,8 +29,8 @@ def join_reference(table: pa.Table, cache: ReferenceCache, what: str) -> pa.Tabl
     """Add the reference's values to ``table``, in memory-mapped files.
 
     Adds ``ref_chosen_logps`` and ``ref_rejected_logps`` (list_view<float32>, of the tokens in use; NaN where the cache holds
-    only sums), and ``ref_chosen_sum`` and ``ref_rejected_sum`` (float64, nats). The sums are over the tokens that count,
-    each with its weight.
+    only sums), and ``ref_chosen_sum`` and ``ref_rejected_sum`` (float64, nats; over the tokens that count, each with its
+    weight).
 
     Raises:
         CacheMissError: if the cache lacks rows, or has too few of their tokens. Says how many, of which sources, the first
