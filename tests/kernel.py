@@ -250,3 +250,15 @@ def part_of(side: str, row: int, tokens: int) -> np.ndarray:
     weights = np.repeat(random.choice([0, 1, 1, 0.25], tokens), 2)[:tokens]
     weights[random.integers(tokens)] = 1
     return weights
+
+
+def unpaired(table: pa.Table) -> pa.Table:
+    """Each completion of ``table`` in a row of its own, with a label: desirable if it was chosen."""
+    from raydpo.data.select import LABEL
+
+    rows = []
+    for row in table.to_pylist():
+        for side, other, label in (("chosen", "rejected", 1), ("rejected", "chosen", -1)):
+            missing = {f"{other}_ids": [], f"{other}_key": bytes(16), f"{other}_full": 0}
+            rows.append(row | missing | {"pair_id": f"{row['pair_id']}:{side}", LABEL: label})
+    return pa.Table.from_pylist(rows, schema=table.schema.append(pa.field(LABEL, pa.int8())))

@@ -41,7 +41,7 @@ _FIELDS_OF_META = frozenset(("role", "from", "type", "key", "format", "index", "
 
 
 def look_beside(
-    record: Mapping[str, Any], present: tuple[str, ...], used: tuple[str, ...], read: tuple[Text, Text, Text], notes: Notes
+    record: Mapping[str, Any], present: tuple[str, ...], used: tuple[str, ...], read: tuple[Text, ...], notes: Notes
 ) -> tuple[str | None, tuple[str, ...]]:
     """Return the text of the system column, or None; and the columns that hold data and are neither read nor warned of.
 
@@ -50,7 +50,7 @@ def look_beside(
 
     Args:
         used: columns that were read.
-        read: prompt, chosen and rejected.
+        read: the prompt, and the answer or answers.
     """
     systems, beside, others = _sorted(present, used)
     system = _system(record, systems, notes) if systems else None
@@ -201,7 +201,7 @@ def _occurs(part: str, texts: Iterable[str], whole: bool = False) -> bool:
     return any(bare in "".join(text.split()) for text in texts)
 
 
-def _unread(value: Any, read: tuple[Text, Text, Text]) -> bool:
+def _unread(value: Any, read: tuple[Text, ...]) -> bool:
     """Whether ``value`` holds a text of several words that the model does not read."""
     if isinstance(value, list) and len(value) > 1 and role_of(value[-1]) == "assistant":
         value = value[:-1]  # another answer

@@ -1,4 +1,5 @@
-"""Records of other tools: where the prompt is, and which of several answers is preferred to which."""
+"""Records without chosen and rejected: where the prompt is, which of several answers is preferred to which, and whether a
+single one is good."""
 
 from __future__ import annotations
 
@@ -10,13 +11,15 @@ from typing import Any
 
 from raydpo.data.beside import PROMPTS, asking, may_be_prompt
 from raydpo.data.choices import named_pair, preferred
+from raydpo.data.labels import labelled
 from raydpo.data.messages import CONVERSATIONS, Malformed, Notes, content_text, from_text, messages, role_of
 from raydpo.data.nearest import lacking, quoted
 
 __all__ = ["Pairs", "pairs_of", "prompt_of", "shared_start"]
 
 Pairs = list[tuple[Any, Any, Any]]
-"""Prompt (None = the common beginning of both answers), the better and the worse answer."""
+"""Prompt (None = the common beginning of both answers), the better and the worse answer. Of a single answer with a label the
+other is None, and a prompt of None stands within the answer's conversation."""
 _ANSWERS = ("completion", "response", "content", "answer", "text", "output")
 """Fields of an entry of ``completions`` that hold the answer."""
 _PLACES = (
@@ -47,6 +50,8 @@ def pairs_of(record: Mapping[str, Any], present: tuple[str, ...], notes: Notes) 
         if found := preferred(record, present, notes):
             pair, used = _two_answers(record, present, found[0], notes)
             return [pair], (*used, *found[1])
+        if single := labelled(record, present, notes):
+            return _single(record, present, *single, notes)
     if (
         len(present) == 1
         and present[0] not in CONVERSATIONS
@@ -314,6 +319,17 @@ def _two_answers(
     if prompt is None and not whole:
         raise Malformed(lacking(present, "prompt"))
     return (prompt, *answers), used
+
+
+def _single(
+    record: Mapping[str, Any], present: tuple[str, ...], side: str, said: Any, names: tuple[str, ...], notes: Notes
+) -> tuple[Pairs, tuple[str, ...]]:
+    """One completion as ``labels.labelled`` found it, with its prompt."""
+    whole = names[0] in CONVERSATIONS
+    prompt, used = (record.get("prompt"), ()) if whole else prompt_of(record, present, notes)
+    if prompt is None and isinstance(said, str) and from_text(said) is None:
+        raise Malformed(lacking(present, "prompt"))
+    return [(prompt, said, None) if side == "chosen" else (prompt, None, said)], (*used, *names)
 
 
 def _turns(value: Any) -> list[str]:

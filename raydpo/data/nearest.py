@@ -13,6 +13,7 @@ __all__ = ["lacking", "quoted"]
 
 _FORMS = (
     ("prompt", "chosen", "rejected"),
+    ("prompt", "completion", "label"),
     ("messages", "chosen", "rejected"),
     ("prompt", "completions", "scores"),
     ("prompt", "completions", "ranks"),
@@ -33,13 +34,18 @@ def lacking(present: tuple[str, ...], name: str | None = None) -> str:
     columns = set(present)
     found = f"found {quoted(present)}" if present else "no column has a value"
     if name is None and not columns & {"chosen", "rejected"}:
-        wanted = "pairs are wanted, a prompt with chosen and rejected"
         single = columns & _ANSWERS
         if single and (labels := columns & {"label", "labels"}):
             told = quoted([each for each in present if each in single | labels])
-            return f"unpaired data, one answer with a label ({told}): {wanted}"
+            return (
+                f"one answer with a label ({told}): if that says whether the answer is good, map the columns to 'prompt', "
+                "'completion' and 'label'; otherwise give pairs, a prompt with chosen and rejected"
+            )
         if single - {"text"} and not _several_answers(columns - single):
-            return f"one answer and none to compare it with: {wanted}; {found}"
+            return (
+                "one answer, and neither another to compare it with nor a label: give 'prompt', 'chosen' and 'rejected', or "
+                f"'prompt', 'completion' and 'label'; {found}"
+            )
     name = name or ("rejected" if "chosen" in columns else "chosen")
     near = sorted(_FORMS, key=lambda form: -_nearness(form, columns))[:2]
     return f"missing column {name!r}, nearest forms: {' or '.join(' + '.join(form) for form in near)}; {found}"

@@ -6,17 +6,19 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from raydpo.data.beside import look_beside, possible_prompts
 from raydpo.data.foreign import pairs_of, prompt_of
 from raydpo.data.implicit import Parts, are_transcripts, implicit, shared_turns, transcripts
+from raydpo.data.labels import split_conversation
 from raydpo.data.messages import (
     CONVERSATIONS,
     LITERALS,
     MAY_BE_MEANT,
     PLACEHOLDERS,
     Malformed,
+    Message,
     Notes,
     Text,
     answer,
@@ -55,6 +57,8 @@ class Preference:
     messages.
 
     Attributes:
+        alone: None for a pair. Of one completion with a label, where it stands: ``chosen`` if it is good, ``rejected`` if it
+            is bad; the other is empty.
         numbers: values of the columns that ``normalise`` was asked for, such as a weight.
         texts: prompt, chosen and rejected of a transcript as they stand in it, for a tokenizer without a chat template.
         notes: how the record was understood, where it is not in the plain form. Warnings begin with ``warning:``.
@@ -71,7 +75,15 @@ class Preference:
     texts: tuple[str, str, str] | None = None
     notes: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
+    alone: Literal["chosen", "rejected"] | None = None
     spans: Spans | None = None
+
+    @property
+    def sides(self) -> tuple[tuple[str, Text], ...]:
+        """The completions that are there, each with what messages call it."""
+        if self.alone is not None:
+            return (("completion", self.chosen if self.alone == "chosen" else self.rejected),)
+        return ("chosen", self.chosen), ("rejected", self.rejected)
 
     @property
     def conversational(self) -> bool:
@@ -113,8 +125,9 @@ def normalise(record: Mapping[str, Any], numbers: Sequence[str] = (), read: Sequ
     Plain forms: prompt, chosen, rejected as text; as messages (chosen and rejected may be the text of one assistant message,
     and may repeat the prompt); messages or text whose prompt is implicit, the common start of chosen and rejected; HH-RLHF's
     transcripts; a prompt (or ``context``) with ``completions`` and their ranks (lower is better) or scores (higher is
-    better), best pairs first. ``tools`` and ``chat_template_kwargs`` may be JSON text. ``raydpo.data.foreign`` reads forms
-    of other tools, and ``notes`` of the result say how.
+    better), best pairs first; a prompt with one ``completion`` and its ``label``, true or false. ``tools`` and
+    ``chat_template_kwargs`` may be JSON text. ``raydpo.data.foreign`` reads forms of other tools, and ``notes`` of the
+    result say how.
 
     Args:
         numbers: columns with a number for each record, to be returned with its preferences.
@@ -151,18 +164,26 @@ def normalise(record: Mapping[str, Any], numbers: Sequence[str] = (), read: Sequ
         pairs, used = [(prompt, chosen, rejected)], (*used, "completions", "ranks", "scores")
     found = tuple(_number(record, column) for column in numbers)
     parts = [_parts(*pair, notes) for pair in pairs]
-    _check_texts(*parts[0][:3], notes)
+    prompt, *answers = (part for part, given in zip(parts[0], (True, *pairs[0][1:]), strict=False) if given is not None)
+    _check_texts(prompt, answers, notes)
     unused: tuple[str, ...] = ()
     if len(present) > 3 or "prompt" not in present:
         more = (*numbers, *read, *(("functions",) if _FUNCTIONS in notes else ()))
-        system, unused = look_beside(record, present, (*used, *more), parts[0][:3], notes)
+        system, unused = look_beside(record, present, (*used, *more), (prompt, *answers), notes)
         if system is not None:
             parts = [_with_system(each, system, notes) for each in parts]
     told = tuple(notes)
     return [
-        Preference(prompt, chosen, rejected, tools, kwargs, found, texts, told, unused)
-        for prompt, chosen, rejected, texts in parts
+        Preference(*part[:3], tools, kwargs, found, part[3], told, unused, _alone(*pair[1:]))
+        for part, pair in zip(parts, pairs, strict=True)
     ]
+
+
+def _alone(chosen: Any, rejected: Any) -> Literal["chosen", "rejected"] | None:
+    """Which of both answers is given, if one is missing."""
+    if chosen is not None and rejected is not None:
+        return None
+    return "rejected" if chosen is None else "chosen"
 
 
 def _given_tools(record: Mapping[str, Any]) -> Any:
@@ -263,7 +284,12 @@ def _whole(chosen: Any, rejected: Any, record: Mapping[str, Any]) -> bool:
 
 
 def _parts(prompt: Any, chosen: Any, rejected: Any, notes: Notes) -> Parts:
-    """Prompt, chosen and rejected, validated, all as text or all as messages; and the texts of a transcript."""
+    """Prompt, chosen and rejected, validated, all as text or all as messages; and the texts of a transcript. An answer that
+    is None becomes empty."""
+    if (alone := _alone(chosen, rejected)) is not None:
+        prompt, said = _one_answer(prompt, rejected if chosen is None else chosen, notes)
+        none: Text = "" if isinstance(prompt, str) else []
+        return (prompt, said, none, None) if alone == "chosen" else (prompt, none, said, None)
     texts = None
     chosen, rejected = _decoded(chosen, rejected, notes)
     if isinstance(prompt, str) and prompt[:1] in _MAY_BE_JSON and (said := from_text(prompt)) is not None:
@@ -288,19 +314,11 @@ def _parts(prompt: Any, chosen: Any, rejected: Any, notes: Notes) -> Parts:
             if not isinstance(said, str):
                 raise Malformed(f"{name} is neither text nor messages")
     else:
-        prompt = messages(prompt, "prompt", notes)
-        if not says_something(prompt):
-            raise Malformed("prompt is empty")
-        if prompt[-1]["role"] == "user" and not says_something(prompt[-1:]):
-            notes[
-                "warning: the last message of the prompt is empty, so the answers are to nothing; remove these records"
-            ] = None
+        prompt = _as_prompt(prompt, notes)
         if _ONE_IS_JSON in notes:  # the other is the text of an answer, so both are answers in a conversation
             del notes[_ONE_IS_JSON]
             notes[_WRITTEN] = None
             chosen, rejected = (from_text(said) or said for said in (chosen, rejected))
-        if prompt[-1]["role"] == "assistant":
-            raise Malformed("the last message of prompt is the assistant's")
         chosen, rejected = answer(chosen, "chosen", notes), answer(rejected, "rejected", notes)
         if all(said[: len(prompt)] == prompt for said in (chosen, rejected)):
             chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
@@ -314,7 +332,51 @@ def _parts(prompt: Any, chosen: Any, rejected: Any, notes: Notes) -> Parts:
     return prompt, chosen, rejected, texts
 
 
-def _check_texts(prompt: Text, chosen: Text, rejected: Text, notes: Notes) -> None:
+def _as_prompt(prompt: Any, notes: Notes) -> list[Message]:
+    """The messages of a prompt, validated."""
+    prompt = messages(prompt, "prompt", notes)
+    if not says_something(prompt):
+        raise Malformed("prompt is empty")
+    if prompt[-1]["role"] == "user" and not says_something(prompt[-1:]):
+        notes["warning: the last message of the prompt is empty, so the answers are to nothing; remove these records"] = None
+    if prompt[-1]["role"] == "assistant":
+        raise Malformed("the last message of prompt is the assistant's")
+    return prompt
+
+
+def _one_answer(prompt: Any, said: Any, notes: Notes) -> tuple[Text, Text]:
+    """Prompt and completion, validated, of a record without another completion: both as text or both as messages.
+
+    Args:
+        prompt: None = what stands in the conversation ``said`` before the assistant's last words.
+    """
+    prompt, said = (_mixed(each, notes) if isinstance(each, str) else each for each in (prompt, said))
+    if isinstance(prompt, str) and isinstance(said, str):
+        if prompt and not prompt.strip():
+            raise Malformed("prompt is empty")
+    else:
+        said = answer(said, "completion", notes)
+        if prompt is None:
+            prompt, said = split_conversation(said)
+        elif isinstance(prompt, str):
+            if not prompt.strip():
+                raise Malformed("prompt is empty")
+            asked, prompt = prompt, [{"role": "user", "content": prompt}]
+            if said[0]["role"] != "assistant":
+                prompt, said = split_conversation(said)
+                if not any(content_text(message).strip() == asked.strip() for message in prompt):
+                    raise Malformed("prompt is text that the messages of the completion do not contain")
+        prompt = _as_prompt(prompt, notes)
+        if said[: len(prompt)] == prompt:
+            said = said[len(prompt) :]
+    if not says_something(said):
+        raise Malformed("completion is empty")
+    if not isinstance(said, str) and said[0]["role"] != "assistant":
+        raise Malformed("the completion does not begin with the assistant after the prompt")
+    return prompt, said
+
+
+def _check_texts(prompt: Text, answers: Sequence[Text], notes: Notes) -> None:
     """Note a prompt with a placeholder of an image, and texts that are JSON or Python."""
     for said in [prompt] if isinstance(prompt, str) else map(content_text, prompt):
         said = said.strip()
@@ -324,9 +386,10 @@ def _check_texts(prompt: Text, chosen: Text, rejected: Text, notes: Notes) -> No
                     f"warning: the prompt begins or ends with {placeholder!r}, which stands for an image, audio or a video, "
                     "but only text is read; remove the records that need it, or the placeholder"
                 ] = None
+    names = ("chosen", "rejected") if len(answers) > 1 else ("completion",)
     kinds = {
         name: kind
-        for name, said in (("prompt", prompt), ("chosen", chosen), ("rejected", rejected))
+        for name, said in zip(("prompt", *names), (prompt, *answers), strict=True)
         if (kind := as_written(said)) is not None
     }
     for name, kind in kinds.items():
@@ -334,7 +397,7 @@ def _check_texts(prompt: Text, chosen: Text, rejected: Text, notes: Notes) -> No
             notes[
                 f"warning: {name} is {kind}, as JSON or Python writes it, and is read with its signs; write the text itself"
             ] = None
-    if "chosen" in kinds and "rejected" in kinds and kinds["chosen"] in MAY_BE_MEANT:
+    if all(name in kinds for name in names) and kinds[names[0]] in MAY_BE_MEANT:
         notes[LITERALS] = None
 
 

@@ -16,11 +16,12 @@ LOST = "left out"
 THOUGHT_BEFORE, THOUGHT_BETWEEN = "thoughts of the prompt left out", "thoughts of earlier turns left out"
 TOOLS_BEFORE = "tools of the prompt left out"
 TOOLS_INSIDE, TOOLS_INSIDE_BEFORE = "tools inside a message", "tools inside messages of the prompt left out"
-EMPTY_THOUGHT, NO_THOUGHT_BEGINS, PROMPT_END = (
+EMPTY_THOUGHT, NO_THOUGHT_BEGINS, THOUGHT_TWICE = (
     "empty thoughts added",
     "thoughts without a beginning",
-    "end of the prompt left out",
+    "thoughts written twice",
 )
+PROMPT_END, PROMPT_IN_ANSWER = "end of the prompt left out", "texts of the prompt in the completion"
 NO_END, AFTER_END, EOS_TWICE = "no end of turn", "text after the end", "EOS twice"
 REFLOWED, GLUED = "white space changed", "no white space between"
 BOS_REMOVED, BOS_TWICE, BOS_MISSING = "second BOS taken off", "BOS twice", "no BOS"
@@ -54,29 +55,38 @@ _SENTENCES = {
         " template whose prompt ends with that tag"
     ),
     PROMPT_END: (
-        "warning: the end of the prompt is left out of {count} pairs, where the chat template writes the prompt alone "
+        "warning: the end of the prompt is left out of {count} {unit}, where the chat template writes the prompt alone "
         "otherwise than before its completion: {all}; begin the answers with that text, or use a template or "
         "chat_template_kwargs with which the prompt does not end so"
     ),
+    PROMPT_IN_ANSWER: (
+        "warning: in {count} pairs the chat template writes the prompt otherwise before a completion, so that texts of the "
+        "prompt stand in the completion and count as its tokens: {all}; set data.train_on=assistant, which counts what the "
+        "assistant writes, or make each turn a pair of its own"
+    ),
+    THOUGHT_TWICE: (
+        "warning: in {count} pairs a thought stands in a field and in the content of a message, and the chat template "
+        "writes both: {all}; keep one of them"
+    ),
     NO_END: (
-        "warning: in {count} pairs no special token follows the last text of an answer: {all}; so the model does not learn "
+        "warning: in {count} {unit} no special token follows the last text of an answer: {all}; so the model does not learn "
         "to stop. Use a chat template that ends a turn with a special token of the tokenizer"
     ),
     AFTER_END: (
-        "warning: in {count} pairs the chat template writes more after the end of an answer, and the model learns to write "
+        "warning: in {count} {unit} the chat template writes more after the end of an answer, and the model learns to write "
         "it: {all}; use a template that begins the next turn only where add_generation_prompt is set"
     ),
     REFLOWED: (
-        "warning: the chat template changes white space inside texts of {count} pairs, such as line breaks: {all}; use a "
+        "warning: the chat template changes white space inside texts of {count} {unit}, such as line breaks: {all}; use a "
         "template that writes them as they are"
     ),
     GLUED: (
-        "warning: in {count} pairs of plain text prompt and answer meet without white space: {all}; end the prompts with a "
+        "warning: in {count} {unit} of plain text prompt and answer meet without white space: {all}; end the prompts with a "
         "line break, or begin the answers with a space"
     ),
     EOS_TWICE: (
-        "warning: the answers of {count} pairs end with EOS twice: {all}; take it off the end of the answers, or out of the "
-        "chat template"
+        "warning: the answers of {count} {unit} end with EOS twice: {all}; take it off the end of the answers, or out of "
+        "the chat template"
     ),
     BOS_REMOVED: (
         "warning: {count} prompts of plain text begin with BOS, which the tokenizer adds, too: {all}; the second is taken"
@@ -106,15 +116,16 @@ _SENTENCES = {
         "use a template that reads it"
     ),
     UNTRAINED: (
-        "warning: in {count} pairs messages of the answers are marked as not to be trained or weighted: {all}; but every "
-        "message of an answer counts alike. Set data.train_on=assistant, which heeds the marks, or drop the field"
+        "warning: in {count} {unit} messages of the answers are marked as not to be trained or weighted: {all}; but every "
+        "message of an answer counts alike. Set data.train_on=assistant, with which these marks count, or drop the field"
     ),
     UNTRAINED_BEFORE: (
         "{count} prompts mark messages for training: {all}; nothing of a prompt is trained. Make each turn that should be "
         "a pair of its own"
     ),
 }
-"""What is said of each kind but ``LOST``. ``all`` is each case with its count, first places and an example."""
+"""What is said of each kind but ``LOST``. ``unit`` is pairs, or rows if some are completions alone; ``all`` is each case
+with its count, first places and an example."""
 
 
 class Remark(NamedTuple):
@@ -199,21 +210,21 @@ class Remarks:
         """Pairs of which the chat template leaves out a text that counts for ``data.max_lost``."""
         return self.pairs[LOST]
 
-    def lines(self, name: str, pairs: int) -> list[str]:
+    def lines(self, name: str, pairs: int, unit: str = "pairs") -> list[str]:
         """One line for each kind; those that need attention begin with ``warning:``."""
         lines = []
         for kind in dict.fromkeys(kind for kind, _ in self.counts):
             if kind == LOST:
-                text = f"warning: {self.loss(pairs)}; {self.remedy()}"
+                text = f"warning: {self.loss(pairs, unit)}; {self.remedy()}"
             else:
-                text = _SENTENCES[kind].format(count=f"{self.pairs[kind]:,}", all=self.cases(kind))
+                text = _SENTENCES[kind].format(count=f"{self.pairs[kind]:,}", unit=unit, all=self.cases(kind))
             warning, line = ("warning: ", text.removeprefix("warning: ")) if text.startswith("warning: ") else ("", text)
             lines.append(f"{warning}data {name}: {line}")
         return lines
 
-    def loss(self, pairs: int) -> str:
+    def loss(self, pairs: int, unit: str = "pairs") -> str:
         """What the chat template leaves out, in words."""
-        return f"the chat template leaves out or changes texts of {self.lost:,} of {pairs:,} pairs: {self.cases(LOST)}"
+        return f"the chat template leaves out or changes texts of {self.lost:,} of {pairs:,} {unit}: {self.cases(LOST)}"
 
     def remedy(self) -> str:
         """What to do about it, in words."""

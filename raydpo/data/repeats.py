@@ -28,7 +28,8 @@ class Repeats:
         kept: pairs whose answers begin with their prompt and keep it, since not all do, or since it ends within a word.
         without: pairs whose answers do not begin with their prompt, though those of the first records do.
         looked: pairs with a prompt of several words.
-        both, one: pairs of which both answers, or one, hold the prompt near the beginning, if it was not taken off.
+        both, one: pairs of which both answers, or one, hold the prompt near the beginning, if it was not taken off. A
+            completion alone counts as both.
         first: of the first records, those that counted, and those whose answers begin with the prompt.
     """
 
@@ -67,13 +68,13 @@ class Repeats:
             taken: true for those that lose it; may be empty.
         """
         for number, preference in enumerate(preferences):
-            bare, chosen, rejected = _last_texts(preference)
+            bare, answers = _last_texts(preference)
             if " " not in bare or (taken and taken[number]):
                 continue
             self.looked += 1
             reach = len(bare) + _NEAR
-            held = (bare in chosen[:reach]) + (bare in rejected[:reach])
-            if held == 2:
+            held = sum(bare in answer[:reach] for answer in answers)
+            if held == len(answers):
                 self.both += 1
             elif held:
                 self.one += 1
@@ -94,29 +95,34 @@ class Repeats:
     def from_state(cls, state: dict[str, Any]) -> Repeats:
         return cls(**state | {"first": tuple(state["first"])})
 
-    def lines(self) -> list[str]:
-        """What was done, for people. Lines that begin with ``warning:`` need attention."""
+    def lines(self, unit: str = "pairs") -> list[str]:
+        """What was done, for people. Lines that begin with ``warning:`` need attention.
+
+        Args:
+            unit: what is counted: pairs, or rows if some are completions alone.
+        """
         found = []
+        both = "both answers" if unit == "pairs" else "the answers"
         if self.taken:
-            found.append(f"in {self.taken:,} pairs both answers repeat the prompt, which was taken off")
+            found.append(f"in {self.taken:,} {unit} {both} repeat the prompt, which was taken off")
         if self.kept:
-            why = f"{self.first[0] - self.first[1]:,} of the first {self.first[0]:,} pairs do not"
+            why = f"{self.first[0] - self.first[1]:,} of the first {self.first[0]:,} {unit} do not"
             if not self.first[0]:
                 why = "the first records, which decide, have no text prompts"
             found.append(
-                f"warning: in {self.kept:,} pairs both answers begin with the prompt, which was kept, since {why}, or since "
+                f"warning: in {self.kept:,} {unit} {both} begin with the prompt, which was kept, since {why}, or since "
                 "it ends within a word of theirs; take it off in the file if they repeat it"
             )
         more = self.both if self.both > self.kept else 0  # those that were kept are told above
-        for count, what in ((more, "both answers hold"), (self.one, "one of the answers holds")):
+        for count, what in ((more, f"{both} hold"), (self.one, "one of the answers holds")):
             if count and 2 * count >= self.looked:
                 found.append(
-                    f"warning: in {count:,} of {self.looked:,} pairs {what} the prompt near the beginning, so the model "
+                    f"warning: in {count:,} of {self.looked:,} {unit} {what} the prompt near the beginning, so the model "
                     "learns to repeat it; take it off in the file"
                 )
         if self.without:
             found.append(
-                f"warning: in {self.without:,} pairs the answers do not repeat the prompt, though the first ones of this "
+                f"warning: in {self.without:,} {unit} the answers do not repeat the prompt, though the first ones of this "
                 "source do; separate the two kinds"
             )
         return found
@@ -136,36 +142,39 @@ def _shorter(preferences: Sequence[Preference]) -> tuple[list[tuple[str, str] | 
         prompt, shorter = preference.prompt, None
         if isinstance(prompt, str) and len(bare := prompt.strip()) >= SHORTEST:
             counting += 1
-            if preference.chosen.lstrip().startswith(bare):  # type: ignore[union-attr]
+            if (preference.chosen or preference.rejected).lstrip().startswith(bare):  # type: ignore[union-attr]
                 shorter = _without_prompt(preference, bare)
         answers.append(shorter)
     return answers, counting
 
 
-def _last_texts(preference: Preference) -> tuple[str, str, str]:
+def _last_texts(preference: Preference) -> tuple[str, list[str]]:
     """The last message of the prompt and the first of each answer, or the texts; empty if they are no texts."""
-    prompt, chosen, rejected = preference.prompt, preference.chosen, preference.rejected
+    prompt, answers = preference.prompt, [answer for _, answer in preference.sides]
     if not isinstance(prompt, str):
-        prompt, chosen, rejected = (part[at].get("content") for part, at in ((prompt, -1), (chosen, 0), (rejected, 0)))  # type: ignore[union-attr]
-        if not (isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str)):
-            return "", "", ""
-    return prompt.strip(), chosen, rejected  # type: ignore[return-value]
+        prompt, answers = prompt[-1].get("content"), [answer[0].get("content") for answer in answers]  # type: ignore[union-attr]
+        if not (isinstance(prompt, str) and all(isinstance(answer, str) for answer in answers)):
+            return "", []
+    return prompt.strip(), answers  # type: ignore[return-value]
 
 
 def _without_prompt(preference: Preference, bare: str) -> tuple[str, str] | tuple[()] | None:
-    """Both answers without the text prompt, or nothing if it ends within a word of one; None if one does not begin with it,
-    or nothing would be left.
+    """Chosen and rejected without the text prompt, or nothing if it ends within a word of one; None if one does not begin
+    with it, or nothing would be left.
 
     Args:
         bare: the prompt without white space at its ends.
     """
     prompt: str = preference.prompt  # type: ignore[assignment]
-    chosen, rejected = (_rest(said, prompt, bare) for said in (preference.chosen, preference.rejected))  # type: ignore[arg-type]
-    if chosen is None or rejected is None or not chosen.strip() or not rejected.strip():
+    answers: list[str] = [said for _, said in preference.sides]  # type: ignore[misc]
+    shorter = [_rest(said, prompt, bare) for said in answers]
+    if any(said is None or not said.strip() for said in shorter):
         return None
-    if any(_continues(bare, said) for said in (preference.chosen, preference.rejected)):
+    if any(_continues(bare, said) for said in answers):
         return ()
-    return chosen, rejected
+    if preference.alone is not None:
+        shorter.insert(0 if preference.alone == "rejected" else 1, "")
+    return tuple(shorter)  # type: ignore[return-value]
 
 
 def _continues(bare: str, answer: str) -> bool:

@@ -389,17 +389,18 @@ class RowMaker:
         counted = [records[entry.record].source for entry, _ in pairs]
         lengths = [np.diff(ends).astype(np.int32) for ends in offsets]
         highest = np.full(len(pairs), -1, np.int32)
-        filled = np.flatnonzero(lengths[0])  # no part of a tokenised pair is empty
-        if len(filled):
-            highest[filled] = np.max(
-                [np.maximum.reduceat(flat, ends[filled]) for flat, ends in zip(flats, offsets, strict=True)], 0
-            )
-        keys = [[_NO_KEY if ids is None else completion_key(ids.prompt, ids[side]) for _, ids in pairs] for side in (1, 2)]
+        for flat, ends, counts in zip(flats, offsets, lengths, strict=True):
+            if len(filled := np.flatnonzero(counts)):
+                highest[filled] = np.maximum(highest[filled], np.maximum.reduceat(flat, ends[filled]))
+        keys = [
+            [completion_key(ids.prompt, ids[side]) if ids is not None and len(ids[side]) else _NO_KEY for _, ids in pairs]
+            for side in (1, 2)
+        ]
         prompts = [
             [_NO_KEY if ids is None else digest(entry.preference.prompt) for entry, ids in pairs]
             for digest in (prompt_digest, question_digest)
         ]
-        flags = np.fromiter((entry.preference.several_turns * SEVERAL_TURNS for entry, _ in pairs), np.uint8, len(pairs))
+        flags = np.fromiter((_flags(entry.preference) for entry, _ in pairs), np.uint8, len(pairs))
         if self.marks:
             flags |= np.fromiter((each.flags for each in encoded.marks), np.uint8, len(pairs))
         columns = [
@@ -427,6 +428,12 @@ class RowMaker:
         light = pa.Table.from_arrays(columns, schema=light_schema(self.numbers, marks=self.marks))
         tokens = pa.Table.from_arrays(lists, schema=TOKEN_SCHEMA)
         return Rows(light, tokens, tuple(labels), tuple(sources), encoded.account)
+
+
+def _flags(preference: Preference) -> int:
+    """Value of column ``flags``."""
+    label = 0 if preference.alone is None else DESIRABLE if preference.alone == "chosen" else UNDESIRABLE
+    return label | preference.several_turns * SEVERAL_TURNS
 
 
 def light_schema(numbers: Iterable[str], *, marks: bool) -> pa.Schema:

@@ -18,11 +18,13 @@ from raydpo.data.index import KeyIndex, as_bytes
 from raydpo.data.ragged import Ragged
 from raydpo.data.rows import (
     CHARACTERS_A_TOKEN,
+    DESIRABLE,
     MOST_CHARACTERS,
     PAIR_MARGIN,
     PAIR_WEIGHT,
     SEVERAL_TURNS,
     TOKEN_SCHEMA,
+    UNDESIRABLE,
     TokenSource,
 )
 from raydpo.data.split import held_out, kept
@@ -182,6 +184,7 @@ class _Decided:
         tokens: of prompt, chosen and rejected in use, int32 [pairs] each; means nothing for dropped ones.
         report: on the source, without duplicates.
         trained, measured: which tokens of pairs to train on and of held-out pairs count; None if every token does.
+        labels: column ``LABEL``, int8 [pairs]; None if all are pairs.
     """
 
     keep: np.ndarray
@@ -190,6 +193,7 @@ class _Decided:
     report: SourceReport
     trained: Counted | None = None
     measured: Counted | None = None
+    labels: np.ndarray | None = None
 
 
 def check_source(config: DataConfig, source: SourceRows) -> None:
@@ -211,7 +215,7 @@ def window(config: DataConfig, source: SourceRows, number: int, start: int, stop
     length = None if stop is None else stop - start
     part = replace(source, light=source.light.slice(start, length), tokens=None)
     decided = _decided(config, part)
-    table = _part(number, part, decided.tokens, decided.trained, decided.keep)
+    table = _part(number, part, decided, decided.trained, decided.keep, decided.labels is not None)
     place = table.column_names.index("place")
     return table.set_column(place, "place", pc.add(table["place"], start))
 
@@ -345,12 +349,15 @@ def _decided(config: DataConfig, source: SourceRows, out: np.ndarray | None = No
     keep = ~dropped
     report.kept = int(keep.sum())
     report.truncated = sum(int((keep & (short < full)).sum()) for short, full in zip(used, (chosen, rejected), strict=True))
+    flags = light["flags"].to_numpy()
     if trained is None or ("completion" in source.train_on and config.spans_column is None):
-        report.several_turns = int((keep & ((light["flags"].to_numpy() & SEVERAL_TURNS) > 0)).sum())
+        report.several_turns = int((keep & ((flags & SEVERAL_TURNS) > 0)).sum())
+    labels = ((flags & DESIRABLE) > 0).astype(np.int8) - ((flags & UNDESIRABLE) > 0).astype(np.int8)
+    report.desirable, report.undesirable = (int((keep & (labels == label)).sum()) for label in (1, -1))
     if trained is not None:
         report.counted = trained.account(keep if out is None else keep & ~out)
         report.counted_held_out = None if out is None else measured.account(keep & out)
-    return _Decided(keep, fits, (prompt, *used), report, trained, measured)
+    return _Decided(keep, fits, (prompt, *used), report, trained, measured, labels if labels.any() else None)
 
 
 def _first_places(source: SourceRows, rows: np.ndarray) -> list[str]:
@@ -453,9 +460,10 @@ def _table(
     uses: Sequence[np.ndarray],
 ) -> pa.Table:
     """The pairs in use of all sources."""
+    labelled = any(one.labels is not None and one.labels[use].any() for one, use in zip(decided, uses, strict=True))
     every = list(zip(sources, decided, counted, uses, strict=True))
     parts = [
-        _part(number, source, one.tokens, tokens, use)
+        _part(number, source, one, tokens, use, labelled)
         for number, (source, one, tokens, use) in enumerate(every)
         if use.any() or (number == 0 and not any(map(np.any, uses)))
     ]
@@ -463,16 +471,12 @@ def _table(
 
 
 def _part(
-    number: int,
-    source: SourceRows,
-    tokens: tuple[np.ndarray, np.ndarray, np.ndarray],
-    counted: Counted | None,
-    use: np.ndarray,
+    number: int, source: SourceRows, decided: _Decided, counted: Counted | None, use: np.ndarray, labelled: bool
 ) -> pa.Table:
-    """The pairs of one source that are in use.
+    """The pairs of one source that are in use; with column ``LABEL`` if ``labelled``.
 
     Args:
-        tokens, counted: as of ``_Decided``.
+        counted: which of their tokens count; None if all do.
     """
     numbers = [name for name in (PAIR_WEIGHT, PAIR_MARGIN) if name in source.light.column_names]
     names = ["row", "number", "source", *(f"{side}_key" for side in _SIDES), *(f"{side}_tokens" for side in _SIDES)]
@@ -482,7 +486,7 @@ def _part(
     light = light if whole else light.filter(pa.array(use))
     columns: dict[str, Any] = {"pair_id": _pair_ids(light, source.name), "source": _source_names(light, source)}
     columns["weight"] = _constant(light, pa.scalar(float(source.weight)))
-    sizes = tokens if whole else tuple(each[use] for each in tokens)
+    sizes = decided.tokens if whole else tuple(each[use] for each in decided.tokens)
     for name, used in zip(("prompt", *_SIDES), sizes, strict=True):
         if source.tokens is None:
             columns[f"{name}_tokens"] = pa.array(used)
@@ -496,6 +500,9 @@ def _part(
     columns |= {name: light[name] for name in PLACE_SCHEMA.names[2:]}
     if counted is not None:
         columns |= dict(zip(COUNT_COLUMNS, counted.columns(use), strict=True))
+    if labelled:
+        pairs_alone = decided.labels is None
+        columns[LABEL] = _constant(light, pa.scalar(0, pa.int8())) if pairs_alone else pa.array(decided.labels[use])
     return pa.table(columns)
 
 

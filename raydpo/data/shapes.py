@@ -48,7 +48,7 @@ class Shapes:
         tokens: completion tokens of each group, over all its completions.
         squares: sum of the squared token counts of its completions.
         longest: tokens of prompt and longest completion.
-        rows: completions.
+        rows: completions that have tokens.
         place: position of each group in the order of the prompts' tokens.
         common: by place, tokens that a prompt shares with the one before it; 0 for the first.
     """
@@ -78,7 +78,7 @@ class Shapes:
             np.array([sum(lengths) for lengths in completions], np.int64),
             np.array([sum(length * length for length in lengths) for lengths in completions], np.int64),
             prompt + np.array([max(lengths) for lengths in completions], np.int64),
-            np.array([len(lengths) for lengths in completions], np.int64),
+            np.array([sum(length > 0 for length in lengths) for lengths in completions], np.int64),
             place,
             common,
         )
@@ -93,7 +93,7 @@ class Shapes:
             stacked.sum(0),
             (stacked**2).sum(0),
             prompt + stacked.max(0),
-            np.full(count, len(completions)),
+            (stacked > 0).sum(0),
             np.arange(count),
             np.zeros(count, np.int64),
         )

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from raydpo.config import DataConfig
 from raydpo.data.choices import always_above
 from raydpo.data.messages import LITERALS
-from raydpo.data.remarks import PROMPT_END, Remarks
+from raydpo.data.remarks import PROMPT_END, PROMPT_IN_ANSWER, Remarks
 from raydpo.data.repeats import Repeats
 from raydpo.data.scores import Contradictions
 from raydpo.errors import DataError
@@ -97,6 +97,7 @@ class SourceReport:
         malformed_records: records that gave no pair or a faulty one, because of ``malformed``.
         pairs: well-formed pairs; more than records if records rank several completions.
         kept: pairs that are left.
+        desirable, undesirable: of these, completions alone with a good and with a bad label.
         truncated: completions (not pairs) that max_length shortened.
         dropped: well-formed pairs that were dropped, by reason.
         duplicates: kept pairs with the same tokens as an earlier one, of any source.
@@ -122,6 +123,8 @@ class SourceReport:
     duplicates: int = 0
     merged: int = 0
     several_turns: int = 0
+    desirable: int = 0
+    undesirable: int = 0
     malformed: Faults = field(default_factory=Faults)
     dropped: Faults = field(default_factory=Faults)
     scores: Contradictions = field(default_factory=Contradictions)
@@ -169,31 +172,46 @@ class SourceReport:
         )
 
     def lines(self) -> list[str]:
-        parts = [f"{self.records:,} records", f"{self.kept:,} pairs kept"]
+        unit = self.unit
+        parts = [f"{self.records:,} records", f"{self._kept()} kept"]
         parts += [
             f"{count:,} {what}"
             for count, what in ((self.truncated, "completions truncated"), (self.duplicates, "exact duplicates kept"))
             if count
         ]
         lines = [f"data {self.name}: {', '.join(parts)}", *self._readings()]
-        lines += (f"data {self.name}: {each}" for each in (self.counted, self.counted_held_out) if each is not None)
+        lines += [] if self.counted is None else [f"data {self.name}: {self.counted}"]
+        lines += [] if self.counted_held_out is None else [f"data {self.name}, held out: {self.counted_held_out}"]
         if self.dropped.total:
-            lines.append(f"data {self.name}: {self.dropped.total:,} pairs dropped: {self.dropped}")
+            lines.append(f"data {self.name}: {self.dropped.total:,} {unit} dropped: {self.dropped}")
         if self.malformed.total:
             lines.append(f"warning: data {self.name}: {self.malformed_records:,} malformed records: {self.malformed}")
-        if (merged := self.merged - self.remarks.pairs[PROMPT_END]) > 0:
+        if (merged := self.merged - sum(self.remarks.pairs[kind] for kind in (PROMPT_END, PROMPT_IN_ANSWER))) > 0:
             lines.append(
-                f"warning: data {self.name}: in {merged:,} pairs the prompt is tokenised differently alone "
+                f"warning: data {self.name}: in {merged:,} {unit} the prompt is tokenised differently alone "
                 "and with its completion (tokens merge across the boundary, but no text is left out); "
                 "the completion starts where they differ"
             )
         if self.several_turns:
             lines.append(
-                f"warning: data {self.name}: in {self.several_turns:,} pairs a completion continues with user or "
-                "tool messages, and their tokens also count in the loss; data.train_on=assistant leaves them out"
+                f"warning: data {self.name}: in {self.several_turns:,} {unit} a completion continues with user or "
+                "tool messages, and their tokens also count in the loss; set data.train_on=assistant to count only what "
+                "the assistant writes"
             )
         lines += (f"warning: data {self.name}: {line}" for line in self.scores.lines(self.records))
-        return lines + self.remarks.lines(self.name, self.pairs)
+        return lines + self.remarks.lines(self.name, self.pairs, unit)
+
+    @property
+    def unit(self) -> str:
+        """What messages call the rows of this source: pairs, or rows if some are completions alone."""
+        return "rows" if self.desirable or self.undesirable else "pairs"
+
+    def _kept(self) -> str:
+        """``3 pairs``, ``3 completions with labels (2 desirable, 1 undesirable)``, or both."""
+        alone = self.desirable + self.undesirable
+        labels = f"{alone:,} completions with labels ({self.desirable:,} desirable, {self.undesirable:,} undesirable)"
+        pairs = f"{self.kept - alone:,} pairs"
+        return pairs if not alone else labels if alone == self.kept else f"{pairs} and {labels}"
 
     def _readings(self) -> list[str]:
         """How files and records were understood, and what was not read."""
@@ -219,7 +237,7 @@ class SourceReport:
             names = [f"{name[:40]!r} ({count:,})" for name, count in self.unused.most_common(MOST_LISTED)]
             rest = len(self.unused) - MOST_LISTED
             told.append(f"columns not read (records): {', '.join(names)}{f' and {rest:,} more' if rest > 0 else ''}")
-        told += self.repeats.lines()
+        told += self.repeats.lines(self.unit)
         return [
             f"{sign}data {self.name}: {each.removeprefix(sign)}"
             for each in told
@@ -241,14 +259,14 @@ class SourceReport:
         if self.dropped.total > config.max_dropped * self.pairs:
             change = ", change data.train_on" if any("(train_on" in reason for reason in self.dropped.counts) else ""
             raise DataError(
-                f"data {self.name}: {self.dropped.total:,} of {self.pairs:,} pairs would be dropped at "
+                f"data {self.name}: {self.dropped.total:,} of {self.pairs:,} {self.unit} would be dropped at "
                 f"data.max_length {config.max_length}, more than data.max_dropped ({config.max_dropped:g}) "
                 f"allows: {self.dropped}; raise data.max_length{change}, or data.max_dropped if that is intended"
             )
         if self.remarks.lost > config.max_lost * self.pairs:
             raise DataError(
-                f"data {self.name}: {self.remarks.loss(self.pairs)}; data.max_lost ({config.max_lost:g}) allows fewer; "
-                f"{self.remarks.remedy()}, or raise data.max_lost if that is intended"
+                f"data {self.name}: {self.remarks.loss(self.pairs, self.unit)}; data.max_lost ({config.max_lost:g}) "
+                f"allows fewer; {self.remarks.remedy()}, or raise data.max_lost if that is intended"
             )
         if not self.kept:
             raise DataError(

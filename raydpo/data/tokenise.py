@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from datetime import date
 from functools import cached_property, partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,7 +40,8 @@ _PROBE = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"
 
 
 class TokenisedPair(NamedTuple):
-    """Token ids, int32 arrays [tokens], not empty, not to be changed. The completions are not truncated yet."""
+    """Token ids, int32 arrays [tokens], not to be changed. The completions are not truncated yet. Empty is only the missing
+    side of a completion alone, see ``Preference.alone``."""
 
     prompt: np.ndarray
     chosen: np.ndarray
@@ -132,12 +134,13 @@ def _short(content: Any) -> str:
 def _glued(preference: Preference) -> str:
     """Where a text prompt and an answer meet, if a sentence or word ends there and the next begins without white space."""
     last = preference.prompt[-1:]
-    for answer in (preference.chosen, preference.rejected):
+    answers = [answer for _, answer in preference.sides]
+    for answer in answers:
         first = answer[:1]
         begins = first.isupper() and (last.islower() or last.isdecimal())
         if not (begins or (last in _SENTENCE_ENDS and (first.isupper() or first.islower() or first.isdecimal()))):
             return ""
-    return f"{preference.prompt[-_SHORT:]}{preference.chosen[:_SHORT]}"
+    return f"{preference.prompt[-_SHORT:]}{answers[0][:_SHORT]}"
 
 
 class Tokeniser:
@@ -177,9 +180,10 @@ class Tokeniser:
     def encode(self, preferences: Sequence[Preference]) -> list[TokenisedPair | Malformed]:
         """Tokenise preferences.
 
-        Prompt, prompt + chosen and prompt + rejected are each tokenised as a whole. The completions begin where the three
-        differ, since tokens may merge across the boundary. The EOS token is appended to completions of plain text where it
-        is missing; conversations are as the chat template renders them.
+        Prompt, prompt + chosen and prompt + rejected are each tokenised as a whole; of a completion alone, prompt and
+        prompt + completion. The completions begin where these differ, since tokens may merge across the boundary. The EOS
+        token is appended to completions of plain text where it is missing; conversations are as the chat template renders
+        them.
 
         Returns:
             Token ids of each preference, or what is wrong with it.
@@ -198,8 +202,8 @@ class Tokeniser:
             marks: where the marks of each preference are added, None of those that are malformed.
         """
         encoded: list[tuple[TokenisedPair | Malformed, list[Remark]] | None] = [None] * len(preferences)
-        plain: list[tuple[int, tuple[str, str, str], list[Remark]]] = []
-        rendered: list[tuple[int, tuple[str, str, str], list[Remark]]] = []
+        plain: list[tuple[int, tuple[str, ...], list[Remark]]] = []
+        rendered: list[tuple[int, tuple[str, ...], list[Remark]]] = []
         for index, preference in enumerate(preferences):
             if isinstance(preference.prompt, str):
                 plain.append((index, self._texts(preference), self._of_text(preference)))
@@ -212,15 +216,16 @@ class Tokeniser:
             # A template writes special tokens itself; for plain text the tokenizer adds its own, such as BOS.
             texts = [text for _, parts, _ in entries for text in parts]
             ids = iter(self._segments[conversational].encode(texts))
-            for index, _, found in entries:
-                parts = self._begun(next(ids), next(ids), next(ids), conversational=conversational, found=found)
-                encoded[index] = self._split(*parts, conversational=conversational, found=found), found
+            for index, parts, found in entries:
+                alone = preferences[index].alone
+                whole = self._begun(*islice(ids, len(parts)), conversational=conversational, found=found)
+                encoded[index] = self._split(*whole, alone=alone, conversational=conversational, found=found), found
         if marks is not None:
             marks += self._marked(preferences, encoded, [*plain, *rendered])
         return encoded  # type: ignore[return-value]
 
     def _marked(
-        self, preferences: Sequence[Preference], encoded: list[Any], entries: list[tuple[int, tuple[str, str, str], list]]
+        self, preferences: Sequence[Preference], encoded: list[Any], entries: list[tuple[int, tuple[str, ...], list]]
     ) -> list[MarkedPair | None]:
         """The marks of each preference. Those with a wrong weight of a message become malformed in ``encoded``."""
         marks: list[MarkedPair | None] = [None] * len(preferences)
@@ -229,7 +234,7 @@ class Tokeniser:
             if isinstance(pair, Malformed):
                 continue
             if not preference.conversational and self._adds_eos:
-                texts = (texts[0], *(f"{whole}{self._eos}" for whole in texts[1:]))  # type: ignore[assignment]
+                texts = (texts[0], *(f"{whole}{self._eos}" for whole in texts[1:]))
             found[:] = [remark for remark in found if remark.kind != remarks.UNTRAINED]  # they count as they say
             try:
                 marks[index] = self._marker.mark(preference, texts, pair, found)
@@ -266,7 +271,7 @@ class Tokeniser:
     def _eos(self) -> str | None:
         return self.tokenizer.eos_token
 
-    def _texts(self, preference: Preference) -> tuple[str, str, str]:
+    def _texts(self, preference: Preference) -> tuple[str, ...]:
         eos = self._eos
         if eos is None:
             raise FilesError(
@@ -274,13 +279,13 @@ class Tokeniser:
                 "eos_token in its tokenizer_config.json"
             )
         end = "" if self._adds_eos else eos
-        prompt, chosen, rejected = preference.prompt, preference.chosen, preference.rejected
-        return prompt, f"{prompt}{chosen.removesuffix(eos)}{end}", f"{prompt}{rejected.removesuffix(eos)}{end}"
+        prompt = preference.prompt
+        return prompt, *(f"{prompt}{answer.removesuffix(eos)}{end}" for _, answer in preference.sides)
 
     def _of_text(self, preference: Preference) -> list[Remark]:
         """What is odd about a preference of plain text."""
         found = []
-        for side, answer in (("chosen", preference.chosen), ("rejected", preference.rejected)):
+        for side, answer in preference.sides:
             found += self._check.remarks_of_text(side, preference.prompt, answer)
             if self._check.spelled(answer) is None:
                 continue
@@ -311,31 +316,34 @@ class Tokeniser:
                     found.append(Remark(remarks.LOST, f"{what} (beside plain text)", "", remedy))
         return found
 
-    def _render(self, preference: Preference) -> tuple[tuple[str, str, str], list[Remark]]:
-        """Prompt, prompt + chosen and prompt + rejected as the chat template renders them, and what is odd about them."""
+    def _render(self, preference: Preference) -> tuple[tuple[str, ...], list[Remark]]:
+        """Prompt, and prompt with each answer, as the chat template renders them, and what is odd about them."""
         if not self.tokenizer.chat_template:
             raise FilesError(
                 "the data are conversations, but the tokenizer has no chat template; set data.chat_template "
                 "to one, or use prompt, chosen and rejected as text"
             )
-        prompt, chosen, rejected = preference.prompt, preference.chosen, preference.rejected
+        names, answers = zip(*preference.sides, strict=True)
+        prompt = preference.prompt
         changes: set[str] = set()
-        if not (self.template.fits(prompt) and self.template.fits(chosen) and self.template.fits(rejected)):
-            prompt, chosen, rejected = (self.template.fitted(part, changes) for part in (prompt, chosen, rejected))
-        tools, arguments = preference.tools, preference.template_kwargs
+        if not (self.template.fits(prompt) and all(map(self.template.fits, answers))):
+            prompt = self.template.fitted(prompt, changes)
+            answers = [self.template.fitted(part, changes, len(prompt)) for part in answers]
+        tools, arguments = self.template.fitted_tools(preference.tools, changes), preference.template_kwargs
         try:
             texts = (
                 self.template.render(prompt, tools, generate=True, **arguments),
-                self.template.render(prompt + chosen, tools, **arguments),
-                self.template.render(prompt + rejected, tools, **arguments),
+                *(self.template.render(prompt + answer, tools, **arguments) for answer in answers),
             )
         except RaydpoError:  # a fault of ours, see ``Forms``
             raise
         except Exception as error:  # templates raise what their authors wrote
             self._refuse_template(error)
-            raise Malformed(f"the chat template refuses it: {refusal(error, self.tokenizer.chat_template)}") from None
+            told = refusal(error, self.tokenizer.chat_template)
+            told += self.template.probes.hint(prompt + max(answers, key=len))
+            raise Malformed(f"the chat template refuses it: {told}") from None
         found = self._check.remarks(preference, *texts)
-        for part, before, messages in (("prompt", [], prompt), ("chosen", prompt, chosen), ("rejected", prompt, rejected)):
+        for part, before, messages in (("prompt", [], prompt), *zip(names, (prompt, prompt), answers, strict=False)):
             for place, message in enumerate(messages):
                 if len(message) == 2 and (text := _short(message.get("content"))):
                     options = arguments if before else {"generate": True, **arguments}
@@ -376,24 +384,30 @@ class Tokeniser:
             found.append(Remark(remarks.BOS_MISSING))
         return texts
 
-    def _split(self, *texts: bytes, conversational: bool, found: list[Remark]) -> TokenisedPair | Malformed:
+    def _split(
+        self, *texts: bytes, alone: str | None, conversational: bool, found: list[Remark]
+    ) -> TokenisedPair | Malformed:
         """Args:
         texts: ids of the prompt and of the prompt with each answer, as ``Segments`` gives them.
+        alone: as of the preference.
         """
-        prompt, chosen, rejected = texts
+        prompt, *wholes = texts
         if not conversational and self._adds_eos:
             prompt = prompt[: -_ID.itemsize]
-        if not (chosen.startswith(prompt) and rejected.startswith(prompt)):
+        if not all(whole.startswith(prompt) for whole in wholes):
             ids = np.frombuffer(prompt, _ID)
-            common = min(common_prefix(ids, np.frombuffer(whole, _ID)) for whole in (chosen, rejected))
+            common = min(common_prefix(ids, np.frombuffer(whole, _ID)) for whole in wholes)
             self.merged += common < len(ids)
             prompt = prompt[: common * _ID.itemsize]
         boundary = len(prompt)
-        chosen, rejected = chosen[boundary:], rejected[boundary:]
-        for name, part in (("prompt", prompt), ("chosen", chosen), ("rejected", rejected)):
+        answers = [whole[boundary:] for whole in wholes]
+        names = ("chosen", "rejected") if alone is None else ("completion",)
+        for name, part in zip(("prompt", *names), (prompt, *answers), strict=True):
             if not part:  # the first token of a sequence is never predicted
                 return Malformed(f"{name} has no tokens")
-        if chosen == rejected:
+        if alone is not None:
+            answers.insert(0 if alone == "rejected" else 1, b"")
+        elif answers[0] == answers[1]:
             lost = [remark for remark in found if remark.kind in (remarks.LOST, remarks.THOUGHT_BETWEEN)]
             if lost:
                 what = ", ".join(sorted({remark.what for remark in lost}))
@@ -402,4 +416,4 @@ class Tokeniser:
                     f"{lost[0].remedy}"
                 )
             return Malformed("chosen and rejected have the same tokens")
-        return TokenisedPair(*(np.frombuffer(part, _ID) for part in (prompt, chosen, rejected)))
+        return TokenisedPair(*(np.frombuffer(part, _ID) for part in (prompt, *answers)))

@@ -27,7 +27,8 @@ class PromptGroup:
 
     Attributes:
         prompt: token ids, at least one.
-        completions: token ids of each completion, at least one each.
+        completions: token ids of each completion. One without tokens, the missing side of a completion alone, takes no part
+            in the computation.
     """
 
     prompt: np.ndarray
@@ -35,8 +36,8 @@ class PromptGroup:
 
     @property
     def sequences(self) -> list[np.ndarray]:
-        """The prompt joined with each completion."""
-        return [np.concatenate([self.prompt, completion]) for completion in self.completions]
+        """The prompt joined with each completion that has tokens."""
+        return [np.concatenate([self.prompt, completion]) for completion in self.completions if len(completion)]
 
 
 def shapes_of(groups: Sequence[PromptGroup]) -> Shapes:
@@ -128,7 +129,8 @@ def lay_out(groups: Sequence[PromptGroup], method: Method = PADDED) -> Layout:
     targets = torch.from_numpy(np.concatenate(completions).astype(np.int64))
     # The last prompt token predicts the first completion token; the last completion token predicts none.
     stops = [len(sequence) - 1 for sequence in sequences]
-    spans = [(row, stop - length, stop) for row, (stop, length) in enumerate(zip(stops, lengths, strict=True))]
+    filled = (length for length in lengths if length)
+    spans = [(row, stop - length, stop) for row, (stop, length) in enumerate(zip(stops, filled, strict=True))]
     if method.layout == "padded":
         input_ids = _padded(sequences)
         positions = [row * input_ids.shape[1] + np.arange(start, stop) for row, start, stop in spans]

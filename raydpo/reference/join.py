@@ -56,6 +56,7 @@ def join(cache: ReferenceCache, keys: np.ndarray, needed: np.ndarray) -> Joined:
 
     Args:
         keys: uint8 [completions, 16]; may repeat.
+        needed: 0 for the missing side of a completion alone: its sum is 0, and it is never missing.
         needed: int32 [completions].
 
     Raises:
@@ -64,7 +65,8 @@ def join(cache: ReferenceCache, keys: np.ndarray, needed: np.ndarray) -> Joined:
     """
     offsets = np.concatenate([[0], np.cumsum(needed, dtype=np.int64)])
     values, forget = _file_of(int(offsets[-1]))
-    joined = Joined(values, offsets, np.full(len(keys), np.nan), np.zeros(len(keys), bool))
+    empty = needed == 0
+    joined = Joined(values, offsets, np.where(empty, 0.0, np.nan), empty)
     for places, part, rows in cache.answers(keys, needed):
         if part.logps is None:
             joined.sums[places] = part.sums[rows]

@@ -29,8 +29,8 @@ def join_reference(table: pa.Table, cache: ReferenceCache, what: str) -> pa.Tabl
     """Add the reference's values to ``table``, in memory-mapped files.
 
     Adds ``ref_chosen_logps`` and ``ref_rejected_logps`` (list_view<float32>, of the tokens in use; NaN where the cache holds
-    only sums), and ``ref_chosen_sum`` and ``ref_rejected_sum`` (float64, nats). The sums are over the tokens that count, each
-    with its weight.
+    only sums), and ``ref_chosen_sum`` and ``ref_rejected_sum`` (float64, nats; over the tokens that count, each with its
+    weight).
 
     Raises:
         CacheMissError: if the cache lacks rows, or has too few of their tokens. Says how many, of which sources, the first
@@ -83,9 +83,11 @@ def reference_values(
         CacheMissError: if not every token counts alike, and of some completions only the sum is known.
     """
 
+    masked = not all_count(table)
+
     def values(side: str) -> Joined:
         found = join(cache, as_bytes(table[f"{side}_key"])[rows], tokens_in_use(table, side)[rows])
-        if all_count(table):
+        if not masked:
             return found
         counted = table.select(["pair_id", *COUNT_COLUMNS]).append_column(f"{side}_tokens", [tokens_in_use(table, side)])
         return _counted(found, counted.take(np.arange(table.num_rows)[rows]), side)

@@ -132,11 +132,12 @@ class Wanted(Sequence[Completion]):
         # Pair by pair: chosen, rejected, chosen, ...
         lengths = np.stack([_lengths(tables, side)[order] for side in SIDES], axis=1).ravel()
         keys = np.concatenate([np.empty((0, 2, 16), np.uint8), *map(_keys, tables)])[order].reshape(-1, 16)
-        rows = np.arange(len(sets)) if isinstance(order, slice) else order
-        self._heads = Heads(tables, rows, self._sets, self._places, None if tokens is None else light)
+        numbers = np.arange(len(sets)) if isinstance(order, slice) else order
+        self._heads = Heads(tables, numbers, self._sets, self._places, None if tokens is None else light)
         index = KeyIndex()
         index.add((keys, lengths, 0))
-        self._rows = np.sort(index.row[index.winners])  # 2 * pair + side
+        rows = np.sort(index.row[index.winners])  # 2 * pair + side
+        self._rows = rows[lengths[rows] > 0]  # the missing side of a completion alone has no tokens
         del index
         self.tokens, self._keys = lengths[self._rows], keys[self._rows]
 

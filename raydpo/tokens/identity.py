@@ -32,7 +32,7 @@ from raydpo.storage.uri import redact
 
 __all__ = ["SetIdentity", "SourceFile", "files_of", "tokenizer_facts"]
 
-RECIPE = 1
+RECIPE = 2
 """Version of raydpo's own reading and tokenising, raised whenever a change alters the rows or the account of a set."""
 _FOR_MARKS = ("marks", "spans")
 _PACKAGES = ("transformers", "tokenizers", "jinja2")

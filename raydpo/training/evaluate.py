@@ -57,7 +57,8 @@ def reference_logps(
         *tails,
         weights=at(pairs.pair_weights),
         margins=at(pairs.pair_margins),
-        mean_chosen_tokens=float(pairs.chosen_counted[index].mean()) if mean_chosen_tokens is None else mean_chosen_tokens,
+        mean_chosen_tokens=pairs.mean_chosen_tokens(index) if mean_chosen_tokens is None else mean_chosen_tokens,
+        labels=None if pairs.labels is None else send(pairs.labels[index], device),
     )
 
 
@@ -105,14 +106,20 @@ def pair_logps(
             counted_N = (weights_N > 0).long()
             before_N, sizes = counted_N.cumsum(0) - counted_N, totals(counted_N).long()
         place_N = before_N - (sizes.cumsum(0) - sizes)[owner_N]
-        shared = sizes.view(-1, 2).amin(1).repeat_interleave(2)
+        shared = sizes.view(-1, 2).amin(1)
+        if logps.labels is not None:  # a completion alone has no tail
+            shared = torch.where(logps.labels == 0, shared, sizes.max())
+        shared = shared.repeat_interleave(2)
         chosen, rejected = sums(logps_N * (place_N >= shared[owner_N]))
         logps = dataclasses.replace(logps, chosen_tail=chosen, rejected_tail=rejected)
     if more:
         # WPO (Zhou et al., arXiv 2406.11827, eq. 2): mean probability of a token that counts under the policy, divided by
         # the probability that two draws from the policy agree at that token.
         chosen, rejected = sums((logps_N - more[0]).detach())
-        weights = torch.exp(chosen / logps.chosen_tokens + rejected / logps.rejected_tokens)
+        means = chosen / logps.chosen_tokens, rejected / logps.rejected_tokens
+        if logps.sides is not None:
+            means = tuple(torch.where(there, mean, 0) for there, mean in zip(logps.sides, means, strict=True))
+        weights = torch.exp(means[0] + means[1])
         logps = dataclasses.replace(logps, weights=weights if logps.weights is None else weights * logps.weights)
     return logps
 
@@ -170,8 +177,14 @@ def evaluate(
         as_reference: the policy is the reference, so its log-probs are the stored ones, and nothing is computed. WPO, which
             needs more than log-probs, computes them all the same.
     """
-    sums = PairSums(pairs.source_names, engine.device, reference=pairs.has_reference, prompts=int(pairs.prompts.max()) + 1)
     config, rows = objective.config, np.arange(len(pairs))
+    sums = PairSums(
+        pairs.source_names,
+        engine.device,
+        reference=pairs.has_reference,
+        drift=config.estimates_drift,
+        prompts=int(pairs.prompts.max()) + 1,
+    )
     batches = _my_batches(engine, pairs, rows.tolist(), tokens_per_batch)
 
     def add(logps: PairLogps, of: Sequence[int] | np.ndarray) -> None:
@@ -185,7 +198,7 @@ def evaluate(
         everything.compute(batches)
         add(everything.join(), rows)
     else:
-        mean_chosen_tokens = float(pairs.chosen_counted.mean())
+        mean_chosen_tokens = pairs.mean_chosen_tokens(rows)
         with engine.evaluating():
             for batch, layout in batches:
                 logps = pair_logps(engine, layout, pairs, batch.pairs, config, mean_chosen_tokens)
@@ -252,7 +265,7 @@ class Gaps:
             gap_chosen, gap_rejected = (ours - stored for ours, stored in zip(live, pairs.reference(row), strict=True))
             if not pairs.has_tokens(row):  # only sums were imported: spread their difference evenly over the tokens
                 gap_chosen, gap_rejected = (
-                    np.full(len(ours), (ours.sum() - total) / len(ours))
+                    np.full(len(ours), (ours.sum() - total) / max(1, len(ours)))
                     for ours, total in zip(live, (pairs.ref_chosen[row], pairs.ref_rejected[row]), strict=True)
                 )
             every = np.abs(np.concatenate([gap_chosen, gap_rejected]))
@@ -261,7 +274,8 @@ class Gaps:
                 gap_chosen, gap_rejected = (
                     gaps[each > 0] * each[each > 0] for gaps, each in zip((gap_chosen, gap_rejected), weights, strict=True)
                 )
-            shared = min(len(gap_chosen), len(gap_rejected))
+            pair = pairs.labels is None or not pairs.labels[row]
+            shared = min(len(gap_chosen), len(gap_rejected)) if pair else len(every)
             sums = [each.sum() for each in (gap_chosen, gap_rejected, gap_chosen[shared:], gap_rejected[shared:])]
             self._found[:, self._place[row]] += torch.tensor([every.max(), every.mean(), *sums, 1.0]).to(self._found)
 

@@ -84,9 +84,10 @@ def gate_rows(pairs: TrainingPairs, first_step: np.ndarray, *, count: int, seed:
         return [row for row in range(total) if row not in known]
     wanted = max(count // 3, count - len(known))
     half = -(-wanted // 2)
-    chosen, rejected = pairs.ref_chosen / pairs.chosen_counted, pairs.ref_rejected / pairs.rejected_counted
-    lowest = _lowest(np.minimum(chosen, rejected), half + len(known))
-    highest = _lowest(-np.maximum(chosen, rejected), half + len(known))
+    with np.errstate(invalid="ignore"):  # NaN for the missing side of a completion alone, which fmin and fmax pass over
+        chosen, rejected = pairs.ref_chosen / pairs.chosen_counted, pairs.ref_rejected / pairs.rejected_counted
+    lowest = _lowest(np.fmin(chosen, rejected), half + len(known))
+    highest = _lowest(-np.fmax(chosen, rejected), half + len(known))
     extremes = np.stack([lowest, highest], axis=1).ravel()
     shuffled = np.random.default_rng(seed).permutation(total)
     rows: dict[int, None] = {}

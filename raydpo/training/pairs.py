@@ -14,7 +14,7 @@ from raydpo.data.facts import prompt_numbers
 from raydpo.data.pairs import PAIR_MARGIN, PAIR_WEIGHT
 from raydpo.data.ragged import Ragged, tokens_in_use
 from raydpo.data.rows import TokenSource
-from raydpo.data.select import COUNT_COLUMNS, TokenTables
+from raydpo.data.select import COUNT_COLUMNS, LABEL, TokenTables
 from raydpo.data.shapes import Shapes
 from raydpo.data.spool import MOST_SMALL
 from raydpo.errors import RaydpoError
@@ -27,7 +27,7 @@ _SOURCES = b"raydpo.sources"
 """Key in the metadata of ``pair_columns``: JSON list of (name, weight) of each source."""
 _PARTS = ("prompt", *SIDES)
 _COUNTED = ("chosen_counted", "rejected_counted")
-_NUMBERS = ("set", "place", PAIR_WEIGHT, PAIR_MARGIN)
+_NUMBERS = ("set", "place", PAIR_WEIGHT, PAIR_MARGIN, LABEL)
 
 
 class TrainingPairs:
@@ -49,6 +49,7 @@ class TrainingPairs:
         chosen_counted, rejected_counted: sums of the weights of the tokens in use, [pairs].
         ref_chosen, ref_rejected: sums of the reference's log-probs, each with its token's weight, nats, float64 [pairs].
         pair_weights, pair_margins: float [pairs], from ``data.weight_column`` and ``data.margin_column``; None if not set.
+        labels: int8 [pairs], as ``losses.PairLogps.labels``; None if all are pairs.
         prompts: number of the prompt of each pair among the distinct ones, int [pairs]; None if it was not wanted.
     """
 
@@ -73,7 +74,7 @@ class TrainingPairs:
             self._runs = [RunColumns(columns, side) for side in SIDES]
         self._sets, self._places = numbers_if_there("set"), numbers_if_there("place")
         self.pair_weights, self.pair_margins = numbers_if_there(PAIR_WEIGHT), numbers_if_there(PAIR_MARGIN)
-        self.prompts = numbers_if_there("prompt")
+        self.labels, self.prompts = numbers_if_there(LABEL), numbers_if_there("prompt")
         self.has_reference = logps is not None
         if self.has_reference:
             *self._logp_places, self._known, self.ref_chosen, self.ref_rejected = map(numbers, REFERENCE_COLUMNS)
@@ -123,6 +124,11 @@ class TrainingPairs:
         """Source numbers of ``rows``, int64 [rows]."""
         return send(self.sources[np.asarray(rows)].astype(np.int64), device)
 
+    def mean_chosen_tokens(self, rows: np.ndarray) -> float:
+        """Mean over ``rows`` of the counted tokens of their chosen completion. An undesirable completion alone has none."""
+        tokens = self.chosen_counted[rows]
+        return float((tokens if self.labels is None else tokens * (self.labels[rows] >= 0)).mean())
+
     def reference(self, row: int) -> tuple[np.ndarray, np.ndarray]:
         """Reference log-probs of the tokens of a pair's chosen and rejected completion; NaN if only their sum is known."""
         chosen, rejected = (int(places[row]) for places in self._logp_places)
@@ -143,12 +149,11 @@ class TrainingPairs:
 
     def reference_tails(self, rows: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """Sums of the reference log-probs of tokens beyond the length of the shorter completion, float64 [rows]. As
-        elsewhere, lengths and sums are of the tokens that count."""
-        if self.masked:
-            values = [self._weighted(row) for row in rows]
-        else:
-            values = map(self.reference, rows)
+        elsewhere, lengths and sums are of the tokens that count. 0 for a completion alone."""
+        values = map(self._weighted if self.masked else self.reference, rows)
         tails = np.array([[side[min(map(len, sides)) :].sum(dtype=np.float64) for side in sides] for sides in values])
+        if self.labels is not None:
+            tails[self.labels[np.asarray(rows)] != 0] = 0
         return tails[:, 0], tails[:, 1]
 
     def _weighted(self, row: int) -> tuple[np.ndarray, ...]:
@@ -211,13 +216,20 @@ def _placed(table: pa.Table) -> tuple[pa.Table, np.ndarray | None]:
         return table, None
     sides = [Ragged.of(table[name]) for name in names]
     (chosen, starts), (rejected, more) = (side.gather(np.arange(len(side))) for side in sides)
-    known = ~(np.isnan(chosen[starts[:-1]]) | np.isnan(rejected[more[:-1]]))
-    columns = dict(zip(REFERENCE_COLUMNS, (starts[:-1], more[:-1] + len(chosen), known.astype(np.uint8)), strict=False))
+    known = (_known(chosen, starts) & _known(rejected, more)).astype(np.uint8)
+    columns = dict(zip(REFERENCE_COLUMNS, (starts[:-1], more[:-1] + len(chosen), known), strict=False))
     both = zip(REFERENCE_COLUMNS[-2:], SIDES, ((chosen, starts), (rejected, more)), strict=True)
     columns |= {name: weighted_sums(*values, table, side) for name, side, values in both if name not in table.column_names}
     for name, column in columns.items():
         table = table if name in table.column_names else table.append_column(name, pa.array(column))
     return table, np.concatenate([chosen, rejected])
+
+
+def _known(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """Whether the values of each completion are known, and not only their sum: bool [completions]. Of no tokens they are."""
+    known, filled = np.ones(len(offsets) - 1, bool), np.flatnonzero(np.diff(offsets))
+    known[filled] = ~np.isnan(values[offsets[:-1][filled]])
+    return known
 
 
 def _one_array(column: pa.ChunkedArray | np.ndarray) -> pa.Array:

@@ -182,7 +182,7 @@ def test_answers_that_are_literals_are_a_warning_where_most_are():
     report = SourceReport("a", "a.jsonl", records=2)
     (preference,) = normalise(TEXT | {"chosen": '"Frozen water."', "rejected": '"A brick."'})
     report.understood.update(preference.notes)
-    told = "records: chosen and rejected are JSON or Python literals, read as text with all signs"
+    told = "records: the answers are JSON or Python literals, read as text with all signs"
     assert any(line.startswith(f"warning: data a: 1 of 2 {told}; if that") for line in report.lines())
     report.records = 3
     assert not any(told in line for line in report.lines())

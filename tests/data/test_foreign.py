@@ -172,12 +172,8 @@ def test_the_plain_forms_need_no_note():
 @pytest.mark.parametrize(
     "record, reason",
     [
-        (
-            {"prompt": "p", "completion": "a", "label": True},
-            r"unpaired data, one answer with a label \('completion', 'label'\): pairs are wanted",
-        ),
-        ({"messages": Q + GOOD, "label": False}, "unpaired data"),
-        ({"prompt": "p", "completion": "a"}, "one answer and none to compare it with"),
+        ({"prompt": "p", "response": "a", "label": True}, r"one answer with a label \('response', 'label'\)"),
+        ({"prompt": "p", "completion": "a"}, "one answer, and neither another to compare it with nor a label"),
         (
             {"prompt": "p", "good": "a", "bad": "b"},
             "missing column 'chosen', nearest forms: prompt .* found 'prompt', 'good', 'bad'",
@@ -260,7 +256,7 @@ def test_text_that_looks_like_messages_and_is_none_is_warned_of():
         assert preference.chosen == chosen
         assert preference.notes[0].startswith("warning: chosen and rejected look like JSON text of messages, but are read")
     (plain,) = normalise({"prompt": "q", "chosen": "[1, 2]", "rejected": '{"a": 1}'})
-    assert plain.notes == ("chosen and rejected are JSON or Python literals, read as text with all signs",)
+    assert plain.notes == ("the answers are JSON or Python literals, read as text with all signs",)
 
 
 def test_instruction_and_input_are_joined():
@@ -447,7 +443,7 @@ def test_preferred_output():
 @pytest.mark.parametrize(
     "record, reason",
     [
-        ({"messages": Q + GOOD}, "one answer and none to compare it with: .*; found 'messages'"),
+        ({"messages": Q + GOOD}, "one answer, and neither another .* nor a label: .*; found 'messages'"),
         ({"prompt": Q, "chosen": [bot({"a": 1})], "rejected": BAD}, "chosen has a message whose content is an object"),
         ({"prompt": Q, "chosen": [bot(5)], "rejected": BAD}, "chosen has a message whose content is a number"),
         ({"prompt": "q", "completions": [{"text": "a", "score": 1}, {"text": "b", "score": None}]}, "1 of 2 .* no 'score'"),

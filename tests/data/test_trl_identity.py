@@ -1,4 +1,4 @@
-"""The token ids are the same as those that TRL's DPOTrainer prepares."""
+"""The token ids are the same as those that TRL's DPOTrainer and KTOTrainer prepare."""
 
 from types import SimpleNamespace
 
@@ -28,6 +28,38 @@ CHAT = [
 ]
 IMPLICIT = [{side: row["prompt"] + row[side] for side in ("chosen", "rejected")} for row in CHAT]
 EXTRAS = [row | {"tools": '[{"name": "f"}]', "chat_template_kwargs": {"thinking": False}} for row in CHAT]
+
+
+def unpaired(rows):
+    """Both completions of each row by themselves, with labels."""
+    return [
+        {name: value for name, value in row.items() if name not in ("chosen", "rejected")}
+        | {"completion": row[side], "label": side == "chosen"}
+        for row in rows
+        for side in ("chosen", "rejected")
+    ]
+
+
+@pytest.mark.parametrize("rows", [TEXT, CHAT, EXTRAS], ids=["text", "chat", "extras"])
+def test_same_ids_of_completions_alone_as_trl(tokeniser, rows):
+    pytest.importorskip("trl")
+    from accelerate import PartialState
+    from datasets import Dataset
+    from trl.trainer.kto_trainer import KTOTrainer
+
+    PartialState(cpu=True)
+    tokenizer, rows = tokeniser.tokenizer, unpaired(rows)
+    settings = SimpleNamespace(dataset_num_proc=None, max_length=1024)
+    trainer = SimpleNamespace(_tokenizer=tokenizer, calculate_KL=False, desirable_weight=1.0, undesirable_weight=1.0)
+    theirs = KTOTrainer._prepare_dataset(trainer, Dataset.from_list(rows), tokenizer, settings, "train")
+    preferences = [preference for row in rows for preference in normalise(row)]
+    ours = [
+        (pair.prompt, pair.chosen if preference.alone == "chosen" else pair.rejected, preference.alone == "chosen")
+        for preference, pair in zip(preferences, tokeniser.encode(preferences), strict=True)
+    ]
+    assert [(prompt.tolist(), completion.tolist(), label) for prompt, completion, label in ours] == [
+        (row["prompt_ids"], row["completion_ids"], row["label"]) for row in theirs
+    ]
 
 
 @pytest.mark.parametrize("rows", [TEXT, CHAT, IMPLICIT, EXTRAS], ids=["text", "chat", "implicit", "extras"])

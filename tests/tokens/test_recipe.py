@@ -25,6 +25,8 @@ RECORDS = [
     {"prompt": "best of", "completions": ["one", "two", "three"], "scores": [1, 2, 3]},
     {"prompt": "long " * 300, "chosen": "x", "rejected": "y", "weight": -1},
     {"prompt": "same", "chosen": "x", "rejected": "x"},
+    {"prompt": [{"role": "user", "content": "Hi"}], "completion": "Hello", "label": True},
+    {"prompt": "Once upon", "completion": " the end", "label": False},
     {"prompt": "", "chosen": "x", "rejected": "y"},
     {"chosen": 3},
     None,
@@ -61,9 +63,9 @@ def test_rows_change_only_with_the_recipe():
     maker = RowMaker(tokeniser, numbers=numbers, special_tokens="refuse", most_characters=1_000)
     rows = maker.decided(False, 3).make(records)
     found.append([rows.light.to_pylist(), rows.tokens.to_pylist(), rows.account.to_state()])
-    assert [len(one[0]) for one in found[:2]] == [2, 6]
+    assert [len(one[0]) for one in found[:2]] == [2, 8]
     digest = hashlib.sha256(json.dumps(found, default=bytes.hex).encode()).hexdigest()[:16]
-    assert (RECIPE, digest) == (1, "f87e408ce96f655a"), (
+    assert (RECIPE, digest) == (2, "ac31f9f9e389a278"), (
         "rows or accounts of the same records have changed, and stored sets would keep the old ones: raise "
         "raydpo.tokens.identity.RECIPE, and write both numbers here"
     )

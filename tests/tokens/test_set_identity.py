@@ -162,7 +162,7 @@ def test_versions_and_code_of_the_tokenizer_count(place, monkeypatch):
     monkeypatch.setattr(identity, "versions", lambda *names: tuple(f"{name} 0.0" for name in names))
     assert any(line.startswith("tokenizer versions transformers: 0.0 here") for line in of(place).differences(one))
     monkeypatch.undo()
-    monkeypatch.setattr(identity, "RECIPE", 2)
+    monkeypatch.setattr(identity, "RECIPE", 3)
     monkeypatch.setattr(Tokeniser, "encode", lambda self, preferences: [preferences[0].prompt])
     assert any(line.startswith("tokenizer probe: ") for line in of(place).differences(one))
 

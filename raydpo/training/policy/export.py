@@ -73,7 +73,7 @@ def export_policy(
         for group in list(rows)[:_ROWS] or [probe_group(_PROMPT + 2 * _COMPLETION, engine.module.vocabulary)]
     ]
     with engine.evaluating():
-        policy = [logps for group in engine.module.score(groups, engine.device) for logps in group]
+        policy = [logps for group in engine.module.score(groups, engine.device) for logps in group if len(logps)]
     weights = engine.gather()
     if engine.rank != 0:
         return
@@ -241,7 +241,7 @@ class _Check:
     @torch.no_grad()
     def score(self, causal_lm: nn.Module, device: torch.device | str = "cpu") -> list[np.ndarray]:
         """Log-probs [tokens] of each completion, from the model's own logits."""
-        alone = [PromptGroup(group.prompt, (one,)) for group in self.groups for one in group.completions]
+        alone = [PromptGroup(group.prompt, (one,)) for group in self.groups for one in group.completions if len(one)]
         return [logps_by_definition(causal_lm, group, torch.device(device)) for group in alone]
 
     def compare(
