@@ -66,5 +66,5 @@ def test_five_masks_need_one_pass_and_compare_on_one_yardstick(place, on_cluster
     for point in points:
         assert f">{point.accuracy:.3f}</td>" in rows[point.name] and f">{point.moved:.3f}</td>" in rows[point.name]
     assert "<h3>Accuracy and drift</h3>" in page and "different tokens" not in page and "measured on</button>" not in page
-    assert "answer + 0.1 reasoning" in page and "No recommendation" not in page or "better than a coin" in page
+    assert ("answer + 0.1 reasoning" in page and "No recommendation" not in page) or "better than a coin" in page
     assert f"{WITHOUT_REASONING} pairs dropped" not in said, "held-out pairs are measured on whole completions"
