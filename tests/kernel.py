@@ -224,6 +224,34 @@ def tiny_pairs(count: int = 33, seed: int = 0) -> pa.Table:
     return tokenised(preferences(count, seed))
 
 
+def counting(table: pa.Table, weights_of: Any) -> pa.Table:
+    """``table`` with the columns of ``select.COUNT_COLUMNS``, and so without sums of the reference.
+
+    Args:
+        weights_of: function from side, row and number of tokens in use to the weight of each token.
+    """
+    from raydpo.data.ragged import tokens_in_use
+
+    for side in ("chosen", "rejected"):
+        starts, weights = [], []
+        for row, tokens in enumerate(tokens_in_use(table, side).tolist()):
+            each = np.asarray(weights_of(side, row, tokens), np.float32)
+            first = np.flatnonzero(np.diff(each, prepend=np.nan) != 0)
+            starts.append(first.astype(np.int32))
+            weights.append(each[first])
+        table = table.append_column(f"{side}_starts", pa.array(starts, pa.list_(pa.int32())))
+        table = table.append_column(f"{side}_weights", pa.array(weights, pa.list_(pa.float32())))
+    return table
+
+
+def part_of(side: str, row: int, tokens: int) -> np.ndarray:
+    """Weights of which some are 0 and some fractions, in several runs; at least one is above 0."""
+    random = np.random.default_rng([row, side == "chosen"])
+    weights = np.repeat(random.choice([0, 1, 1, 0.25], tokens), 2)[:tokens]
+    weights[random.integers(tokens)] = 1
+    return weights
+
+
 def unpaired(table: pa.Table) -> pa.Table:
     """Each completion of ``table`` in a row of its own, with a label: desirable if it was chosen."""
     from raydpo.data.select import LABEL

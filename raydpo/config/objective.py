@@ -217,6 +217,11 @@ class ObjectiveConfig(Section):
         return any(traits.reference for traits in self.traits.values())
 
     @property
+    def estimates_drift(self) -> bool:
+        """Whether the loss depends on an estimate of the policy's drift from the reference, as kto does."""
+        return "kto" in self.terms
+
+    @property
     def needs_whole_step(self) -> bool:
         """Whether the loss of a pair depends on the others of its step. False for losses by import path:
         ``losses.Objective`` finds it out by a trial."""

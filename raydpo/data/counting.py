@@ -13,15 +13,29 @@ import numpy as np
 import pyarrow as pa
 
 from raydpo.config import DataConfig, SourceConfig
-from raydpo.config.counting import part_weights
+from raydpo.config.counting import part_weights, train_on_text
+from raydpo.data.plan import splitmix
 from raydpo.data.ragged import Ragged, tokens_in_use
-from raydpo.data.rows import ANSWER, ASSISTANT, LAST_TURN, MARK_BITS, REASONING
+from raydpo.data.rows import (
+    ANSWER,
+    ASSISTANT,
+    LAST_TURN,
+    MARK_BITS,
+    REASONING,
+    REASONING_NOT_FOUND,
+    TURNS_NOT_FOUND,
+)
+from raydpo.data.tally import CountedTokens
 
 __all__ = [
+    "Counted",
     "RunColumns",
     "Runs",
+    "all_count",
+    "counted_of",
     "counted_tokens",
     "counts",
+    "mask_digests",
     "needs_marks",
     "token_weights",
     "train_on_of",
@@ -151,6 +165,14 @@ class RunColumns:
         return self.at(np.arange(len(self)))
 
 
+def all_count(table: pa.Table | pa.RecordBatch) -> bool:
+    """Whether every token in use counts with weight 1."""
+    if f"{_SIDES[0]}_starts" not in table.schema.names:
+        return True
+    runs = (RunColumns(table, side).every() for side in _SIDES)
+    return all(bool((each.weights == 1).all()) for each in runs)
+
+
 def token_weights(table: pa.Table, side: str, row: int) -> np.ndarray:
     """Weight of each token in use of one completion, float32 [tokens]."""
     return RunColumns(table.slice(row, 1), side).every().token_weights()
@@ -164,6 +186,15 @@ def counts(table: pa.Table, side: str) -> np.ndarray:
 def counted_tokens(table: pa.Table, side: str) -> np.ndarray:
     """Number of tokens in use of each completion of a side that have a weight above 0, int32 [rows]."""
     return RunColumns(table, side).every().counted_tokens()
+
+
+def mask_digests(table: pa.Table, side: str) -> np.ndarray:
+    """64-bit digest of the weights of each completion of a side, uint64 [rows]; 0 where every token has weight 1."""
+    runs = RunColumns(table, side).every()
+    mixed = splitmix(runs.starts.astype(np.uint64) << np.uint64(32) | runs.weights.view(np.uint32).astype(np.uint64))
+    totals = np.concatenate([np.zeros(1, np.uint64), np.cumsum(mixed, dtype=np.uint64)])
+    alike = runs.totals(runs.weights != 1) == 0
+    return np.where(alike, np.uint64(0), totals[runs.offsets[1:]] - totals[runs.offsets[:-1]])
 
 
 def weighted_sums(values: np.ndarray, offsets: np.ndarray, table: pa.Table, side: str) -> np.ndarray:
@@ -190,6 +221,67 @@ def weighted_sums(values: np.ndarray, offsets: np.ndarray, table: pa.Table, side
         counting = runs.weights != 0
         found[start:stop] = runs.totals(np.multiply(sums, runs.weights, out=np.zeros(len(sums)), where=counting))
     return found
+
+
+@dataclass(frozen=True)
+class Counted:
+    """Which tokens of the pairs of a source count.
+
+    Attributes:
+        what: what counts, in words.
+        runs: of chosen and rejected completions.
+        faults: pairs that cannot be used, by reason, bool [pairs] each.
+    """
+
+    what: str
+    runs: tuple[Runs, Runs]
+    faults: Mapping[str, np.ndarray]
+
+    def account(self, use: np.ndarray) -> CountedTokens:
+        """How many tokens of the pairs in ``use``, bool [pairs], count."""
+        of_use = [runs.of(use) for runs in self.runs]
+        total = sum(int(runs.tokens.sum(dtype=np.int64)) for runs in of_use)
+        return CountedTokens(self.what, total, sum(int(runs.counted_tokens().sum(dtype=np.int64)) for runs in of_use))
+
+    def columns(self, use: np.ndarray) -> list[pa.Array]:
+        """``select.COUNT_COLUMNS`` of the pairs in ``use``, bool [pairs]."""
+        return [column for runs in self.runs for column in runs.of(use).columns()]
+
+
+def counted_of(
+    data: DataConfig, light: pa.Table, used: tuple[np.ndarray, np.ndarray], train_on: Mapping[str, float]
+) -> Counted:
+    """Find which tokens of the pairs of a source count.
+
+    Args:
+        light: light rows of a set with marks.
+        used: tokens of chosen and rejected in use, int32 [pairs] each.
+        train_on: result of ``train_on_of``.
+
+    Raises:
+        ValueError: if the set has no marks.
+    """
+    if f"chosen_{_COLUMNS[0]}" not in light.column_names:
+        raise ValueError("the tokenised set has no marks, which data.train_on and data.spans_column need")
+    what = f"train_on {train_on_text(tuple({name: weight} for name, weight in train_on.items()))}"
+    what += f" in {data.spans_column!r}" if data.spans_column is not None else ""
+    runs = tuple(weight_runs(light, side, each, train_on) for side, each in zip(_SIDES, used, strict=True))
+    flags = light["flags"].to_numpy()
+    lost = np.zeros(len(flags), bool)
+    if any(name in _BITS for name in train_on):
+        lost = (flags & TURNS_NOT_FOUND) > 0
+    if data.spans_column is not None:  # nothing is known of such a completion, so neither where its spans are
+        for side, each in zip(_SIDES, used, strict=True):
+            lost |= (Ragged.of(light[f"{side}_{_COLUMNS[0]}"]).lengths == 0) & (each > 0)
+    faults = {f"turns not found ({what})": lost}
+    if "answer" in train_on or "reasoning" in train_on:
+        faults[f"reasoning not found ({what})"] = ~lost & ((flags & REASONING_NOT_FOUND) > 0)
+    known = ~np.logical_or.reduce(list(faults.values()))
+    for side, each in zip(_SIDES, runs, strict=True):
+        nothing = known & (each.tokens > 0) & (each.counted_tokens() == 0)
+        faults[f"no token of the {side} completion counts ({what})"] = nothing
+        known &= ~nothing
+    return Counted(what, runs, faults)
 
 
 def weight_runs(light: pa.Table, side: str, used: np.ndarray, train_on: Mapping[str, float]) -> Runs:
@@ -229,6 +321,7 @@ def weight_runs(light: pa.Table, side: str, used: np.ndarray, train_on: Mapping[
 
 
 _COLUMNS = ("marks", "factors")
+_SIDES = ("chosen", "rejected")
 
 
 def _weight_of(bits: int, train_on: Mapping[str, float]) -> float:

@@ -228,8 +228,7 @@ class Marker:
     def _turns(self, talk: _Talk, prompt: str, whole: str) -> list[_Turn] | None:
         found: list[_Turn] = []
         places = [place for place, message in enumerate(talk.messages) if message["role"] == "assistant"]
-        parts = talk.generated(whole)[-len(places) :]
-        parts = parts if len(parts) == len(places) else [(0, len(whole))] * len(places)
+        parts = talk.generated(whole) or [(0, len(whole))] * len(places)
         for place, (first, last) in zip(places, parts, strict=True):
             start = self._start(talk, place, prompt, whole)
             if first and (start is None or not start > last):
@@ -256,9 +255,11 @@ class Marker:
             return len(asked)
         around = talk.around(place)
         head = _ADDED_THOUGHT.sub("", around[0]) if around else ""
+        if not self._asks or not whole.startswith(head):
+            head = head.rstrip(" ")  # Mistral's writes it before an answer and not before a call
         if not head or not whole.startswith(head):
             return None
-        # Without words of the template before an answer, as in Mistral's, at most white space is the model's.
+        # Where the template does not ask for an answer, white space before it is the model's, and words are not.
         return len(asked) if asked is not None and not head[len(asked) :].strip() else len(head)
 
     def _end(self, talk: _Talk, place: int, start: int, whole: str) -> int | None:
@@ -370,12 +371,16 @@ class _Talk:
         return self._around[place, keep]
 
     def generated(self, whole: str) -> list[tuple[int, int]]:
-        """The parts of ``whole`` that the template itself marks as the assistant's; none if it does not."""
+        """The parts of ``whole``, one for each of the completion's turns, that the template itself marks as the assistant's;
+        none if it does not."""
+        said = [message["role"] == "assistant" for message in (*self._prompt, *self.messages)]
         try:
             found = self._template.generated(self._said(self.messages), self.tools, **self._arguments)
         except Exception:  # templates raise what their authors wrote, and transformers refuses some of these blocks
             return []
-        return found[1] if found is not None and found[0] == whole else []
+        if found is None or found[0] != whole or len(found[1]) != sum(said):
+            return []
+        return found[1][sum(said[: len(self._prompt)]) :]
 
     def _render(self, messages: list[Message], generate: bool) -> str | None:
         try:

@@ -15,7 +15,9 @@ __all__ = [
     "LITERALS",
     "MAY_BE_MEANT",
     "PLACEHOLDERS",
+    "RESULTS",
     "ROLES",
+    "THOUGHT_PARTS",
     "Malformed",
     "Message",
     "Notes",
@@ -26,6 +28,7 @@ __all__ = [
     "content_text",
     "from_text",
     "is_plain",
+    "is_thought",
     "messages",
     "names_media",
     "of_columns",
@@ -41,6 +44,16 @@ Notes = dict[str, None]
 """How a record was understood, one sentence each, in order. Those that begin with ``warning:`` need attention."""
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython", "environment")
 """Roles of messages that chat templates know."""
+RESULTS = ROLES[4:]
+"""Those of them whose messages hold the result of a tool, which may be any JSON."""
+THOUGHT_PARTS = ("thinking", "reasoning", "thought")
+"""Types of content parts that are thoughts."""
+_THOUGHT = re.compile(
+    r"reasons?|(\w+_)?(reasoning|thinking|thoughts?|rationale|cot|analysis|scratchpad|monologue)"
+    r"(_(content|text|details|steps|process|trace))?|reasoning_?content|chain_?of_?thoughts?",
+    re.IGNORECASE,
+)
+"""Fields of a message or part that hold thoughts; data sets and templates use different names."""
 CONVERSATIONS = ("messages", "conversations", "conversation")
 """Names of columns that hold a conversation."""
 _OTHER_ROLES = {
@@ -193,16 +206,22 @@ def messages(value: Any, name: str, notes: Notes) -> list[Message]:
         if (content is None or len(message) > 2) and message.get("function_call") is not None:
             _check_call(message, name)
         elif not isinstance(content, (str, list)) and not message.get("tool_calls"):
-            if content is not None:
+            if content is not None and message["role"] in RESULTS:
+                if not isinstance(content, Mapping):
+                    message = {**message, "content": json.dumps(content)}
+            elif content is None and message["role"] == "assistant" and _thinks(message):
+                message = {**message, "content": ""}
+            elif content is not None:
                 kind = "an object" if isinstance(content, Mapping) else "a number or truth value"
                 raise Malformed(f"{name} has a message whose content is {kind}: write it as text")
-            more = [key[:30] for key, entry in message.items() if entry and key not in ("role", "content")]
-            raise Malformed(
-                f"{name} has a message without content"
-                + (f", only with {', '.join(map(repr, more[:3]))}: write its text into content" if more else "")
-            )
-        if isinstance(message.get("tool_calls"), str):
-            message = {**message, "tool_calls": _parsed_calls(message["tool_calls"], name)}
+            else:
+                more = [key[:30] for key, entry in message.items() if entry and key not in ("role", "content")]
+                raise Malformed(
+                    f"{name} has a message without content"
+                    + (f", only with {', '.join(map(repr, more[:3]))}: write its text into content" if more else "")
+                )
+        if "tool_calls" in message:
+            message = {**message, "tool_calls": _listed_calls(message["tool_calls"], name)}
         if isinstance(content, list):
             _check_parts(content, name)
             if any(isinstance(part, Mapping) and None in part.values() for part in content):
@@ -213,12 +232,14 @@ def messages(value: Any, name: str, notes: Notes) -> list[Message]:
     return found
 
 
-def _parsed_calls(text: str, name: str) -> list[Any] | None:
-    """Tool calls in JSON text."""
-    if not text.strip():
+def _listed_calls(calls: Any, name: str) -> list[Any] | None:
+    """Tool calls, which may be JSON text. None if there are none: a template may ask only whether there is a list."""
+    if not isinstance(calls, str):
+        return calls or None
+    if not calls.strip():
         return None
     try:
-        calls = json.loads(text)
+        calls = json.loads(calls)
     except (ValueError, RecursionError):
         calls = None
     if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
@@ -406,16 +427,29 @@ def _is_message(value: Any) -> bool:
 
 
 def says_something(said: str | list[Message]) -> bool:
-    """Whether an answer holds any text, or calls a tool."""
+    """Whether an answer holds any text or thought, or calls a tool."""
     if isinstance(said, str):
         return bool(said.strip())
     for message in said:
         content = message.get("content")
         if (content.strip() if type(content) is str else _any_content(content)) or (
-            message.get("tool_calls") or message.get("function_call")
+            message.get("tool_calls") or message.get("function_call") or (len(message) > 2 and _thinks(message))
         ):
             return True
     return False
+
+
+@lru_cache(1000)
+def is_thought(field: Any) -> bool:
+    """Whether a field of a message or part holds a thought, by its name."""
+    return isinstance(field, str) and _THOUGHT.fullmatch(field) is not None
+
+
+def _thinks(message: Mapping[str, Any]) -> bool:
+    """Whether a field of a message holds a thought."""
+    return any(
+        is_thought(field) and bool(value.strip() if isinstance(value, str) else value) for field, value in message.items()
+    )
 
 
 def _any_content(content: Any) -> bool:
@@ -432,4 +466,6 @@ def content_text(message: Message) -> str:
     content = message.get("content")
     if isinstance(content, list):
         return "\n".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
-    return "" if content is None else str(content)
+    return (
+        json.dumps(content, ensure_ascii=False) if isinstance(content, Mapping) else "" if content is None else str(content)
+    )

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 
 from raydpo.config import DataConfig, SourceConfig, source_name
-from raydpo.data.counting import needs_marks
+from raydpo.data.counting import needs_marks, train_on_of
 from raydpo.data.messages import Malformed
 from raydpo.data.records import Record, read_records
 from raydpo.data.rows import (
@@ -147,4 +147,14 @@ def _load_source(
         if progress is not None:
             progress(account.records)
     table = light.finish()
-    return SourceRows(table, [tokens.finish()], list(labels), list(sources), account, name, source.path, source.weight)
+    return SourceRows(
+        table,
+        [tokens.finish()],
+        list(labels),
+        list(sources),
+        account,
+        name,
+        source.path,
+        source.weight,
+        train_on_of(config, None if name == HELD_OUT else source),
+    )

@@ -16,11 +16,12 @@ LOST = "left out"
 THOUGHT_BEFORE, THOUGHT_BETWEEN = "thoughts of the prompt left out", "thoughts of earlier turns left out"
 TOOLS_BEFORE = "tools of the prompt left out"
 TOOLS_INSIDE, TOOLS_INSIDE_BEFORE = "tools inside a message", "tools inside messages of the prompt left out"
-EMPTY_THOUGHT, NO_THOUGHT_BEGINS, PROMPT_END = (
+EMPTY_THOUGHT, NO_THOUGHT_BEGINS, THOUGHT_TWICE = (
     "empty thoughts added",
     "thoughts without a beginning",
-    "end of the prompt left out",
+    "thoughts written twice",
 )
+PROMPT_END, PROMPT_IN_ANSWER = "end of the prompt left out", "texts of the prompt in the completion"
 NO_END, AFTER_END, EOS_TWICE = "no end of turn", "text after the end", "EOS twice"
 REFLOWED, GLUED = "white space changed", "no white space between"
 BOS_REMOVED, BOS_TWICE, BOS_MISSING = "second BOS taken off", "BOS twice", "no BOS"
@@ -57,6 +58,15 @@ _SENTENCES = {
         "warning: the end of the prompt is left out of {count} {unit}, where the chat template writes the prompt alone "
         "otherwise than before its completion: {all}; begin the answers with that text, or use a template or "
         "chat_template_kwargs with which the prompt does not end so"
+    ),
+    PROMPT_IN_ANSWER: (
+        "warning: in {count} pairs the chat template writes the prompt otherwise before a completion, so that texts of the "
+        "prompt stand in the completion and count as its tokens: {all}; set data.train_on=assistant, which counts what the "
+        "assistant writes, or make each turn a pair of its own"
+    ),
+    THOUGHT_TWICE: (
+        "warning: in {count} pairs a thought stands in a field and in the content of a message, and the chat template "
+        "writes both: {all}; keep one of them"
     ),
     NO_END: (
         "warning: in {count} {unit} no special token follows the last text of an answer: {all}; so the model does not learn "
@@ -107,7 +117,7 @@ _SENTENCES = {
     ),
     UNTRAINED: (
         "warning: in {count} {unit} messages of the answers are marked as not to be trained or weighted: {all}; but every "
-        "message of an answer counts alike. Set data.train_on=assistant, which heeds the marks, or drop the field"
+        "message of an answer counts alike. Set data.train_on=assistant, with which these marks count, or drop the field"
     ),
     UNTRAINED_BEFORE: (
         "{count} prompts mark messages for training: {all}; nothing of a prompt is trained. Make each turn that should be "

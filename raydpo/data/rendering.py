@@ -9,7 +9,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from raydpo.data import remarks
-from raydpo.data.messages import Malformed, Message
+from raydpo.data.messages import RESULTS, THOUGHT_PARTS, Malformed, Message, is_thought
 from raydpo.data.preference import Preference
 from raydpo.data.remarks import Remark
 from raydpo.data.segments import any_of
@@ -17,13 +17,7 @@ from raydpo.data.template import TEXT_PARTS
 
 __all__ = ["MARKS", "TAGS", "RenderingCheck", "left_out", "remedy", "thoughts_of"]
 
-_THOUGHT = re.compile(
-    r"reasons?|(\w+_)?(reasoning|thinking|thoughts?|rationale|cot|analysis|scratchpad|monologue)"
-    r"(_(content|text|details|steps|process|trace))?|reasoning_?content|chain_?of_?thoughts?",
-    re.IGNORECASE,
-)
-"""Fields of a message or part that hold thoughts; data sets and templates use different names."""
-_KNOWN_FIELDS = {"role", "content", "tools", "tool_calls", "function_call"}
+_KNOWN_FIELDS = {"role", "content", "tools", "tool_calls", "function_call", "tool_call_id", "id"}
 MARKS = {"weight", "loss_weight", "train", "training", "trainable", "trained", "learn", "loss"}
 """Fields with which other tools say whether a message is trained, and how much it counts: 0 or false if not."""
 _IDS = {"type", "id", "index", "tool_use_id", "tool_call_id", "cache_control", "signature"}
@@ -145,7 +139,10 @@ class RenderingCheck:
                 start = len(prompt)
             else:
                 start = _start_of_answer(prompt, whole, messages)
-                found.append(Remark(remarks.PROMPT_END, "", prompt[start:]))
+                moved = self._moved(preference.prompt, prompt, whole, start, side)
+                if not any(one.kind == remarks.PROMPT_IN_ANSWER for one in moved):
+                    moved.append(Remark(remarks.PROMPT_END, "", prompt[start:]))
+                found += moved
             end, adds_thought = self._end_if_usual(messages, whole, start, answer=True)
             if end < 0 or whole[end:] not in self._sound_tails:
                 self._check_answer(side, messages, whole, start, found)
@@ -179,6 +176,26 @@ class RenderingCheck:
             start = place + len(content)
         return start, adds_thought
 
+    def _moved(self, messages: list[Message], prompt: str, whole: str, start: int, side: str) -> list[Remark]:
+        """A remark for each text of the prompt that ``prompt`` holds, and that ``whole``, the rendering with an answer,
+        leaves out or holds behind ``start``, where the answer begins."""
+        more: list[str] = []
+        wanted = [text for turn, message in enumerate(messages) for text in _texts(message, turn, more)]
+        absent = set(left_out(prompt, wanted, more))
+        behind = [one for one in left_out(whole[:start], wanted, more) if one not in absent]
+        if not behind:
+            return []
+        lost = set(left_out(whole, wanted, more)) - absent
+        return [
+            Remark(
+                _LOST_IN_PROMPT.get(one.what, remarks.LOST) if one in lost else remarks.PROMPT_IN_ANSWER,
+                f"{one.what} (prompt, before {side})",
+                one.text,
+                remedy(one.what) if one in lost else "",
+            )
+            for one in behind
+        ]
+
     def _check_prompt(self, preference: Preference, prompt: str, found: list[Remark]) -> None:
         wanted, more = _tool_texts(preference.tools) if preference.tools else ([], [])
         fields: list[Text] = []
@@ -198,9 +215,11 @@ class RenderingCheck:
         wanted: list[Text] = []
         more: list[str] = []
         fields: list[Text] = []
+        region = whole[start:]
         for turn, message in enumerate(messages):
             wanted += _texts(message, turn, more)
             fields += _fields(message)
+            found += [Remark(remarks.THOUGHT_TWICE, side, thought) for thought in _written_twice(message, region)]
             found += [
                 Remark(remarks.UNTRAINED, f"{key} ({side})", str(message[key]))
                 for key in message.keys() & MARKS
@@ -208,7 +227,6 @@ class RenderingCheck:
             ]
         texts = [one.text for one in wanted]
         self._check_spelling(side, texts, found)
-        region = whole[start:]
         self._check_spelling_of_others(side, region, [*more, *(one.text for one in fields)], found)
         _check_fields(region, fields, wanted, more, found)
         lost = left_out(region, wanted, more)
@@ -306,20 +324,20 @@ def _texts(message: Message, turn: int, more: list[str]) -> list[Text]:
     """All texts of a message. Adds to ``more`` texts that a rendering may hold, but need not."""
     content, what = message.get("content"), f"content of role {message['role']!r}"
     found: list[Text] = []
+    any_json = message["role"] in RESULTS
     for part in content if isinstance(content, list) else [content]:
         if isinstance(part, str):
             found.append(Text(what, part, turn))
         elif isinstance(part, Mapping):
+            is_text, thinks = _is_text(part), part.get("type") in THOUGHT_PARTS
             for key, value in part.items():
-                if key not in _IDS and (not _is_text(part) or key == "text" or _is_thought(key)):
-                    kind = remarks.THOUGHTS if _is_thought(key) else what
+                if (not is_text or key == "text" or is_thought(key)) and (key not in _IDS or (any_json and not is_text)):
+                    kind = remarks.THOUGHTS if thinks or is_thought(key) else what
+                    value = _without_ids(value) if kind == remarks.THOUGHTS else value
                     found += [Text(kind, leaf, turn) for leaf in _leaves(value, more)]
     said = " ".join(one.text for one in found)
-    thoughts = dict.fromkeys(
-        leaf for field in message if _is_thought(field) for leaf in _leaves(_without_ids(message[field]), more)
-    )
     within = _TAG.search(said) is not None
-    for thought in thoughts:  # content may hold it, too; a word or two stand there by chance
+    for thought in _thoughts(message, more):  # content may hold it, too; a word or two stand there by chance
         if thought.strip() not in said or not (within or len(thought.split(maxsplit=_FEW_WORDS)) > _FEW_WORDS):
             found.append(Text(remarks.THOUGHTS, thought, turn))
     tools = _parsed(message.get("tools"))
@@ -340,14 +358,24 @@ def thoughts_of(message: Message) -> list[str]:
     parts = (
         [part for part in message["content"] if isinstance(part, Mapping)] if type(message.get("content")) is list else []
     )
-    fields = [value for each in (message, *parts) for field, value in each.items() if _is_thought(field)]
+    fields = [value for each in (message, *parts) for field, value in each.items() if is_thought(field)]
     return [leaf.strip() for value in fields for leaf in _leaves(_without_ids(value), []) if leaf.strip()]
 
 
-@lru_cache(1000)
-def _is_thought(field: str) -> bool:
-    """Whether a field holds a thought, by its name."""
-    return isinstance(field, str) and _THOUGHT.fullmatch(field) is not None
+def _thoughts(message: Message, more: list[str]) -> dict[str, None]:
+    """The thoughts in fields of a message."""
+    return dict.fromkeys(
+        leaf for field in message if is_thought(field) for leaf in _leaves(_without_ids(message[field]), more)
+    )
+
+
+def _written_twice(message: Message, rendered: str) -> list[str]:
+    """Thoughts that a field of a message and its content hold, and ``rendered`` twice."""
+    content = message.get("content")
+    if len(message) == 2 or type(content) is not str or not any(closer in content for closer in _CLOSERS):
+        return []
+    thoughts = [thought.strip() for thought in _thoughts(message, [])]
+    return [each for each in thoughts if each and content.count(each) == 1 and rendered.count(each) > 1]
 
 
 def _without_ids(value: Any) -> Any:
@@ -402,13 +430,13 @@ def _tool_texts(tools: list[Any]) -> tuple[list[Text], list[str]]:
 def _fields(message: Message) -> list[Text]:
     """The texts of fields that few templates read, such as ``name``, each under the name of its field."""
     content = message.get("content")
-    others = [(str(key)[:40], message[key]) for key in message.keys() - _KNOWN_FIELDS - MARKS if not _is_thought(key)]
+    others = [(str(key)[:40], message[key]) for key in message.keys() - _KNOWN_FIELDS - MARKS if not is_thought(key)]
     others += [
         (f"{str(key)[:40]} of a content part", value)
         for part in (content if isinstance(content, list) else [])
         if _is_text(part)
         for key, value in part.items()
-        if key not in ("text", *_IDS) and not _is_thought(key)
+        if key not in ("text", *_IDS) and not is_thought(key)
     ]
     return [
         Text(key, leaf.strip())
@@ -426,6 +454,8 @@ def _is_text(part: Any) -> bool:
 def _check_fields(rendered: str, fields: list[Text], wanted: list[Text], more: list[str], found: list[Remark]) -> None:
     """Note the fields that ``rendered`` does not hold beside the texts that it must hold. Many templates have no place for
     them."""
+    called = {one.text for one in wanted if one.what == remarks.CALLS}
+    fields = [one for one in fields if one.what != "name" or one.text not in called]  # of a result, which its call says
     if fields:
         others = [*more, *(one.text for one in wanted)]
         found += [Remark(remarks.FIELD, one.what, one.text) for one in left_out(rendered, fields, others)]

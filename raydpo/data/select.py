@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
 from typing import Any
@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raydpo.config import DataConfig
+from raydpo.data.counting import Counted, counted_of, needs_marks, train_on_of
 from raydpo.data.index import KeyIndex, as_bytes
 from raydpo.data.ragged import Ragged
 from raydpo.data.rows import (
@@ -103,6 +104,7 @@ class SourceRows:
         name: the source's name in counts and metrics.
         path: where it was read from.
         weight: uses of each pair in an epoch.
+        train_on: which tokens of its completions count, as ``counting.train_on_of`` gives them; needed if not all do.
     """
 
     light: pa.Table
@@ -113,6 +115,7 @@ class SourceRows:
     name: str
     path: str
     weight: float
+    train_on: Mapping[str, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -177,14 +180,19 @@ class _Decided:
 
     Attributes:
         keep: which are not dropped, bool [pairs].
+        fits: which are not dropped for their length, bool [pairs].
         tokens: of prompt, chosen and rejected in use, int32 [pairs] each; means nothing for dropped ones.
         report: on the source, without duplicates.
+        trained, measured: which tokens of pairs to train on and of held-out pairs count; None if every token does.
         labels: column ``LABEL``, int8 [pairs]; None if all are pairs.
     """
 
     keep: np.ndarray
+    fits: np.ndarray
     tokens: tuple[np.ndarray, np.ndarray, np.ndarray]
     report: SourceReport
+    trained: Counted | None = None
+    measured: Counted | None = None
     labels: np.ndarray | None = None
 
 
@@ -207,7 +215,7 @@ def window(config: DataConfig, source: SourceRows, number: int, start: int, stop
     length = None if stop is None else stop - start
     part = replace(source, light=source.light.slice(start, length), tokens=None)
     decided = _decided(config, part)
-    table = _part(number, part, decided, decided.keep, decided.labels is not None)
+    table = _part(number, part, decided, decided.trained, decided.keep, decided.labels is not None)
     place = table.column_names.index("place")
     return table.set_column(place, "place", pc.add(table["place"], start))
 
@@ -230,17 +238,27 @@ def select(
 
     Returns:
         Tables without a copy of tokens: their lists are views of ``SourceRows.tokens``. Without those, columns
-        prompt_tokens, chosen_tokens and rejected_tokens, int32, the tokens in use, stand in place of the ids.
+        prompt_tokens, chosen_tokens and rejected_tokens, int32, the tokens in use, stand in place of the ids. With
+        ``COUNT_COLUMNS`` if not every token counts alike (``counting.needs_marks``).
 
     Raises:
-        DataError: if more of a source is malformed or dropped than allowed, no pair is left of it, all pairs have the same
-            prompt and some should be held out, or all weights are 0.
+        DataError: if more of a source is malformed or dropped than allowed, no pair is left of it or to be held out, all
+            pairs have the same prompt and some should be held out, or all weights are 0.
     """
     every = [*sources, *([] if held is None else [held])]
     decided = []
     for source in every:
         decided.append(_decided(config, source))
         decided[-1].report.check(config)
+    out: list[np.ndarray] | None = None
+    if config.eval is not None and config.eval.fraction is not None:
+        # Which prompts are held out depends on no ``train_on``, so that runs with different ones can be compared.
+        fits = [one.fits for one in decided]
+        out = _divided(fits, held_out(_digests(sources, fits, "prompt_digest"), config.eval.fraction))
+        if config.eval.train_on is not None:
+            decided = [_decided(config, source, rows) for source, rows in zip(sources, out, strict=True)]
+            for one in decided:
+                one.report.check(config)
     report = DataReport([one.report for one in decided], template_date=template_date)
     trained = [one.keep for one in decided[: len(sources)]]
     for one, count in zip(decided, _duplicates(sources, trained), strict=False):
@@ -250,9 +268,10 @@ def select(
         (decided[-1].report.duplicates,) = _duplicates([held], [decided[-1].keep])
         measured = [*(np.zeros(len(keep), bool) for keep in trained), decided[-1].keep]
         trained = [*trained, np.zeros(held.light.num_rows, bool)]
-    elif config.eval is not None and config.eval.fraction is not None:
-        mask = held_out(_digests(sources, trained, "prompt_digest"), config.eval.fraction)
-        trained, measured = _divided(trained, ~mask), _divided(trained, mask)
+    elif out is not None:
+        measured = [use & rows for use, rows in zip(trained, out, strict=True)]
+        trained = [use & ~rows for use, rows in zip(trained, out, strict=True)]
+        _check_both_sides(config, trained, measured)
     if measured is not None:
         report.leaked = _leaked(every, trained, measured)
     if config.fraction != 1:
@@ -260,8 +279,8 @@ def select(
         mask = kept(_digests(every, trained, "prompt_digest"), config.fraction, config.fraction_seed)
         trained = _divided(trained, mask)
         report.thinned = int(mask.sum()), before
-    train = _table(every, decided, trained)
-    evaluated = None if measured is None else _table(every, decided, measured)
+    train = _table(every, decided, [one.trained for one in decided], trained)
+    evaluated = None if measured is None else _table(every, decided, [one.measured for one in decided], measured)
     for name, pairs, use in (("training", train, "learned"), ("held-out", evaluated, "measured")):
         weighted = pairs is not None and pairs.num_rows and config.weight_column is not None
         if weighted and not pc.any(pc.greater(pairs[PAIR_WEIGHT], 0)).as_py():
@@ -272,8 +291,23 @@ def select(
     return PairSets(train, evaluated, report, tokens, tuple(every))
 
 
-def _decided(config: DataConfig, source: SourceRows) -> _Decided:
-    """Truncate and drop pairs of one source. Each completion is cut by itself, as TRL does."""
+def _check_both_sides(config: DataConfig, trained: Sequence[np.ndarray], measured: Sequence[np.ndarray]) -> None:
+    """Refuse a split of which one side is empty, since no token of its completions counts."""
+    for uses, what in ((trained, "to train on"), (measured, "to hold out")):
+        if not any(use.any() for use in uses):
+            raise DataError(
+                f"no pair is left {what}: of all pairs on that side of data.eval.fraction {config.eval.fraction:g} no token "
+                "counts, or those that count were not found; correct data.train_on or data.eval.train_on, or change the "
+                "fraction"
+            )
+
+
+def _decided(config: DataConfig, source: SourceRows, out: np.ndarray | None = None) -> _Decided:
+    """Truncate and drop pairs of one source. Each completion is cut by itself, as TRL does.
+
+    Args:
+        out: bool [pairs], the pairs in which ``data.eval.train_on`` says what counts.
+    """
     light, report = source.light, copy.deepcopy(source.account)
     report.name, report.path = source.name, redact(source.path)
     prompt, chosen, rejected, agree = (
@@ -294,6 +328,19 @@ def _decided(config: DataConfig, source: SourceRows) -> _Decided:
         faults[TOO_LONG] = beyond
     else:
         faults[SAME] = beyond & (used[0] == used[1]) & (agree >= used[0])
+    fits = ~(dropped | np.logical_or.reduce(list(faults.values())))
+    trained = measured = None
+    if needs_marks(config):
+        if source.train_on is None:
+            raise ValueError(f"what counts in {source.name} is not known; see counting.train_on_of")
+        trained = measured = counted_of(config, light, used, source.train_on)
+        uncounted = trained.faults
+        if out is not None:
+            measured = counted_of(config, light, used, train_on_of(config, None))
+            uncounted = {reason: mask & ~out for reason, mask in trained.faults.items()}
+            for reason, mask in measured.faults.items():
+                uncounted[reason] = uncounted.get(reason, False) | (mask & out)
+        faults |= {reason: mask & fits for reason, mask in uncounted.items()}
     found = [(reason, np.flatnonzero(mask)) for reason, mask in faults.items() if mask.any()]
     for reason, rows in sorted(found, key=lambda fault: int(fault[1][0])):
         dropped[rows] = True
@@ -303,10 +350,14 @@ def _decided(config: DataConfig, source: SourceRows) -> _Decided:
     report.kept = int(keep.sum())
     report.truncated = sum(int((keep & (short < full)).sum()) for short, full in zip(used, (chosen, rejected), strict=True))
     flags = light["flags"].to_numpy()
-    report.several_turns = int((keep & ((flags & SEVERAL_TURNS) > 0)).sum())
+    if trained is None or ("completion" in source.train_on and config.spans_column is None):
+        report.several_turns = int((keep & ((flags & SEVERAL_TURNS) > 0)).sum())
     labels = ((flags & DESIRABLE) > 0).astype(np.int8) - ((flags & UNDESIRABLE) > 0).astype(np.int8)
     report.desirable, report.undesirable = (int((keep & (labels == label)).sum()) for label in (1, -1))
-    return _Decided(keep, (prompt, *used), report, labels if labels.any() else None)
+    if trained is not None:
+        report.counted = trained.account(keep if out is None else keep & ~out)
+        report.counted_held_out = None if out is None else measured.account(keep & out)
+    return _Decided(keep, fits, (prompt, *used), report, trained, measured, labels if labels.any() else None)
 
 
 def _first_places(source: SourceRows, rows: np.ndarray) -> list[str]:
@@ -402,19 +453,31 @@ def _halves(keys: Sequence[np.ndarray]) -> list[np.ndarray]:
     return [np.ascontiguousarray(each).view(np.uint64) for each in keys]
 
 
-def _table(sources: Sequence[SourceRows], decided: Sequence[_Decided], uses: Sequence[np.ndarray]) -> pa.Table:
+def _table(
+    sources: Sequence[SourceRows],
+    decided: Sequence[_Decided],
+    counted: Sequence[Counted | None],
+    uses: Sequence[np.ndarray],
+) -> pa.Table:
     """The pairs in use of all sources."""
     labelled = any(one.labels is not None and one.labels[use].any() for one, use in zip(decided, uses, strict=True))
+    every = list(zip(sources, decided, counted, uses, strict=True))
     parts = [
-        _part(number, source, one, use, labelled)
-        for number, (source, one, use) in enumerate(zip(sources, decided, uses, strict=True))
-        if use.any()
-    ] or [_part(0, sources[0], decided[0], uses[0], labelled)]
+        _part(number, source, one, tokens, use, labelled)
+        for number, (source, one, tokens, use) in enumerate(every)
+        if use.any() or (number == 0 and not any(map(np.any, uses)))
+    ]
     return pa.concat_tables(parts)
 
 
-def _part(number: int, source: SourceRows, decided: _Decided, use: np.ndarray, labelled: bool) -> pa.Table:
-    """The pairs of one source that are in use; with column ``LABEL`` if ``labelled``."""
+def _part(
+    number: int, source: SourceRows, decided: _Decided, counted: Counted | None, use: np.ndarray, labelled: bool
+) -> pa.Table:
+    """The pairs of one source that are in use; with column ``LABEL`` if ``labelled``.
+
+    Args:
+        counted: which of their tokens count; None if all do.
+    """
     numbers = [name for name in (PAIR_WEIGHT, PAIR_MARGIN) if name in source.light.column_names]
     names = ["row", "number", "source", *(f"{side}_key" for side in _SIDES), *(f"{side}_tokens" for side in _SIDES)]
     names += [*PLACE_SCHEMA.names[2:], *numbers]
@@ -435,6 +498,8 @@ def _part(number: int, source: SourceRows, decided: _Decided, use: np.ndarray, l
     columns["set"] = _constant(light, pa.scalar(number, pa.int16()))
     columns["place"] = pa.array(np.flatnonzero(use))
     columns |= {name: light[name] for name in PLACE_SCHEMA.names[2:]}
+    if counted is not None:
+        columns |= dict(zip(COUNT_COLUMNS, counted.columns(use), strict=True))
     if labelled:
         pairs_alone = decided.labels is None
         columns[LABEL] = _constant(light, pa.scalar(0, pa.int8())) if pairs_alone else pa.array(decided.labels[use])

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 from datetime import date
-from typing import Any
+from typing import Any, NamedTuple
 
 from raydpo.config import DataConfig
 from raydpo.data.choices import always_above
 from raydpo.data.messages import LITERALS
-from raydpo.data.remarks import PROMPT_END, Remarks
+from raydpo.data.remarks import PROMPT_END, PROMPT_IN_ANSWER, Remarks
 from raydpo.data.repeats import Repeats
 from raydpo.data.scores import Contradictions
 from raydpo.errors import DataError
@@ -72,6 +72,22 @@ class Faults:
         return {reason: {"count": count, "first": self.places[reason]} for reason, count in self.counts.most_common()}
 
 
+class CountedTokens(NamedTuple):
+    """Completion tokens of the pairs of a source, and how many of them have a weight above 0.
+
+    Attributes:
+        what: what counts, in words.
+    """
+
+    what: str
+    tokens: int
+    counted: int
+
+    def __str__(self) -> str:
+        share = f" ({self.counted / self.tokens:.0%})".replace("%", " %") if self.tokens else ""
+        return f"{self.what}: {self.counted:,} of {self.tokens:,} completion tokens count{share}"
+
+
 @dataclass
 class SourceReport:
     """Report on one source.
@@ -86,12 +102,15 @@ class SourceReport:
         dropped: well-formed pairs that were dropped, by reason.
         duplicates: kept pairs with the same tokens as an earlier one, of any source.
         merged: pairs whose prompt, tokenised alone, is no prefix of prompt and completion.
-        several_turns: pairs with a completion that continues beyond the assistant's first turn.
+        several_turns: pairs with a completion that continues beyond the assistant's first turn, where all of it counts.
         remarks: what is odd about well-formed pairs, such as texts that the chat template leaves out.
         files: which files were read, and how.
         understood: records by how they were understood, where they have not the plain form.
         unused: records by columns that were not read.
         repeats: answers that repeat their prompt.
+        counted: which tokens of the pairs that are left count; None if all do.
+        counted_held_out: the same of the held-out ones, where ``data.eval.train_on`` says it; ``counted`` is then of the
+            others.
     """
 
     name: str
@@ -114,6 +133,8 @@ class SourceReport:
     understood: Counter[str] = field(default_factory=Counter)
     unused: Counter[str] = field(default_factory=Counter)
     repeats: Repeats = field(default_factory=Repeats)
+    counted: CountedTokens | None = None
+    counted_held_out: CountedTokens | None = None
 
     def merge(self, other: SourceReport) -> None:
         """Add the account of later records of the same source. Name and path stay."""
@@ -159,11 +180,13 @@ class SourceReport:
             if count
         ]
         lines = [f"data {self.name}: {', '.join(parts)}", *self._readings()]
+        lines += [] if self.counted is None else [f"data {self.name}: {self.counted}"]
+        lines += [] if self.counted_held_out is None else [f"data {self.name}, held out: {self.counted_held_out}"]
         if self.dropped.total:
             lines.append(f"data {self.name}: {self.dropped.total:,} {unit} dropped: {self.dropped}")
         if self.malformed.total:
             lines.append(f"warning: data {self.name}: {self.malformed_records:,} malformed records: {self.malformed}")
-        if (merged := self.merged - self.remarks.pairs[PROMPT_END]) > 0:
+        if (merged := self.merged - sum(self.remarks.pairs[kind] for kind in (PROMPT_END, PROMPT_IN_ANSWER))) > 0:
             lines.append(
                 f"warning: data {self.name}: in {merged:,} {unit} the prompt is tokenised differently alone "
                 "and with its completion (tokens merge across the boundary, but no text is left out); "
@@ -172,7 +195,8 @@ class SourceReport:
         if self.several_turns:
             lines.append(
                 f"warning: data {self.name}: in {self.several_turns:,} {unit} a completion continues with user or "
-                "tool messages, and their tokens also count in the loss"
+                "tool messages, and their tokens also count in the loss; set data.train_on=assistant to count only what "
+                "the assistant writes"
             )
         lines += (f"warning: data {self.name}: {line}" for line in self.scores.lines(self.records))
         return lines + self.remarks.lines(self.name, self.pairs, unit)
@@ -233,10 +257,11 @@ class SourceReport:
                 "map columns with the source's 'columns', or raise data.max_malformed"
             )
         if self.dropped.total > config.max_dropped * self.pairs:
+            change = ", change data.train_on" if any("(train_on" in reason for reason in self.dropped.counts) else ""
             raise DataError(
                 f"data {self.name}: {self.dropped.total:,} of {self.pairs:,} {self.unit} would be dropped at "
                 f"data.max_length {config.max_length}, more than data.max_dropped ({config.max_dropped:g}) "
-                f"allows: {self.dropped}; raise data.max_length, or data.max_dropped if that is intended"
+                f"allows: {self.dropped}; raise data.max_length{change}, or data.max_dropped if that is intended"
             )
         if self.remarks.lost > config.max_lost * self.pairs:
             raise DataError(
@@ -253,7 +278,9 @@ class SourceReport:
     def to_dict(self) -> dict[str, Any]:
         parts = {name: getattr(self, name).to_dict() for name in ("malformed", "dropped", "remarks", "scores")}
         parts |= {"understood": dict(self.understood), "unused": dict(self.unused), "repeats": vars(self.repeats).copy()}
-        return vars(self) | parts
+        counted = {name: getattr(self, name) for name in ("counted", "counted_held_out")}
+        counted = {name: None if each is None else each._asdict() for name, each in counted.items()}
+        return vars(self) | parts | counted
 
 
 _COUNTS = ("records", "malformed_records", "pairs", "kept", "truncated", "duplicates", "merged", "several_turns")

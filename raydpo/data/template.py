@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import date, datetime
 from functools import cached_property
+from hashlib import blake2b
 from typing import Any
 
 from raydpo.config.data import PINNED_DATE
 from raydpo.data.forms import Forms
-from raydpo.data.messages import Malformed, Message
+from raydpo.data.messages import RESULTS, THOUGHT_PARTS, Malformed, Message, is_thought
+from raydpo.data.probes import ONE, Probes
 
 __all__ = ["ChatTemplate"]
 
@@ -22,6 +24,12 @@ ARGUMENTS_AS_OBJECT, ARGUMENTS_AS_TEXT = (
     "arguments of calls, given as JSON text",
 )
 CALL_AS_TOOL_CALL, FUNCTION_AS_TOOL = "function_call, given as tool_calls", "role 'function', given as 'tool'"
+RESULT_AS_TEXT = "results of tools that are objects, given as JSON text"
+CALL_WRAPPED, TOOL_WRAPPED = "calls without 'function', given with it", "tools without 'function', given with it"
+NO_ARGUMENTS, IDS = (
+    "calls without arguments, given with an empty object",
+    "calls and results of tools, given with the ids and names that it asks for",
+)
 TEXT_PARTS = (None, "text", "input_text", "output_text")
 """Types of content parts that are text."""
 
@@ -36,9 +44,8 @@ _GIVEN = {
     "raise_exception", _CLOCK, "system", "role", "content",
 }  # fmt: skip
 """Variables that transformers sets, that a column of a record is read into, or that loops of templates set."""
-_ONE, _TWO = "raydpoOne", "raydpoTwo"
-"""Texts of probes, found in no template."""
-_USER: Message = {"role": "user", "content": "x"}
+_SHORT_ID = re.compile("[a-zA-Z0-9]{9}")
+"""Ids that Mistral's templates take."""
 
 
 class ChatTemplate:
@@ -50,15 +57,15 @@ class ChatTemplate:
     Attributes:
         tokenizer: the transformers tokenizer.
         day: the day that a template is told instead of today.
+        probes: what the template reads.
     """
 
     def __init__(self, tokenizer: Any, day: date = PINNED_DATE) -> None:
         self.tokenizer = tokenizer
         self.day = day
-        self._content: dict[str, str | None] = {}
-        self._reads_text: set[str] = set()
-        self._arguments: str | None = None
+        self.probes = Probes(self.render)
         self._pinned: dict[str, str] = {}
+        self._generating: dict[str, bool] = {}
         self._names: dict[str, frozenset[str]] = {}
         self._forms = Forms(tokenizer)
         self._written: dict[tuple[Any, ...], bool] = {}
@@ -119,7 +126,9 @@ class ChatTemplate:
             Exception: whatever the template raises.
         """
         template = self.tokenizer.get_chat_template(None, tools)
-        if _GENERATION.search(template) is None:
+        if template not in self._generating:
+            self._generating[template] = _GENERATION.search(template) is not None
+        if not self._generating[template]:
             return None
         from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -149,34 +158,62 @@ class ChatTemplate:
         """Whether the content of the message at ``place`` is written, which is tried once for each sequence of roles."""
         key = (tuple(message["role"] for message in messages), place, tools is not None, kwargs.get("generate"))
         if key not in self._written:
-            content = _ONE if isinstance(messages[place]["content"], str) else [{"type": "text", "text": _ONE}]
+            content = ONE if isinstance(messages[place]["content"], str) else [{"type": "text", "text": ONE}]
             probe = [*messages[:place], messages[place] | {"content": content}, *messages[place + 1 :]]
-            rendered = self._tried(probe, tools=tools, **kwargs)
-            self._written[key] = not rendered or _ONE.lower() in rendered.lower()
+            rendered = self.probes.tried(probe, tools=tools, **kwargs)
+            self._written[key] = not rendered or ONE.lower() in rendered.lower()
         return self._written[key]
 
     def fits(self, messages: list[Message]) -> bool:
         """Whether the template reads ``messages`` as they are, as far as a quick look tells."""
+        reads_text = self.probes.reads_text
         for message in messages:
-            if type(message.get("content")) is not str or message["role"] not in self._reads_text or "tool_calls" in message:
+            if type(message.get("content")) is not str or message["role"] not in reads_text:
                 return False
-            if "function_call" in message:
+            if len(message) > 2 and any(
+                key in ("tool_calls", "function_call", "tool_call_id") or is_thought(key) for key in message
+            ):
                 return False
         return True
 
-    def fitted(self, messages: list[Message], changes: set[str]) -> list[Message]:
+    def fitted(self, messages: list[Message], changes: set[str], start: int = 0) -> list[Message]:
         """``messages`` as the template reads them. Adds what was changed to ``changes``.
+
+        Args:
+            start: number of messages of the conversation before them.
 
         Raises:
             Malformed: if content is parts that are not all text, and the template takes text only.
         """
-        return [self._fitted(message, changes) for message in messages]
+        fitted = [self._fitted(message, changes) for message in messages]
+        if not any(message.get("tool_calls") or message["role"] in RESULTS for message in fitted):
+            return fitted
+        if self.probes.wants_short_ids or self.probes.wants_names:
+            return _with_ids(fitted, start, _short_id if self.probes.wants_short_ids else str, changes)
+        return fitted
+
+    def fitted_tools(self, tools: list[Any] | None, changes: set[str]) -> list[Any] | None:
+        """``tools`` as the template reads them. Adds what was changed to ``changes``."""
+        if not tools or all(not _is_bare(tool) for tool in tools) or self.probes.reads_bare_tools:
+            return tools
+        changes.add(TOOL_WRAPPED)
+        return [_wrapped_tool(tool) if _is_bare(tool) else tool for tool in tools]
 
     def _fitted(self, message: Message, changes: set[str]) -> Message:
+        if (role := self.probes.role_for(message["role"])) != message["role"]:
+            changes.add(f"role {message['role']!r}, given as {role!r}")
+            message = message | {"role": role}
         if self._translates_calls:
             message = self._with_tool_calls(message, changes)
+        if message["role"] == "assistant":
+            message = self._with_thought(message, changes)
         content, role = message.get("content"), message["role"]
-        form = self._form_of_content(role) if isinstance(content, str) or content else "parts"
+        if role in RESULTS and _is_object(content):
+            if self.probes.writes_objects(role, content):
+                return message
+            changes.add(RESULT_AS_TEXT)
+            content = json.dumps(content, ensure_ascii=False)
+        form = self.probes.form_of_content(role) if isinstance(content, str) or content else "parts"
         if isinstance(content, list) and form != "parts" and (form != "part" or len(content) > 1):
             content = _joined(content, role)
             if isinstance(content, str):
@@ -185,15 +222,46 @@ class ChatTemplate:
             content = _typed(content)
             if content is not message["content"]:
                 changes.add(PARTS_OF_TEXT)
-        elif isinstance(content, str) and role not in self._reads_text:
+        elif isinstance(content, str) and role not in self.probes.reads_text:
             changes.add(TEXT_AS_PARTS)
-        if isinstance(content, str) and role not in self._reads_text:
+        if isinstance(content, str) and role not in self.probes.reads_text:
             content = [{"type": "text", "text": content}]
         if content is not message.get("content"):
             message = message | {"content": content}
         if isinstance(message.get("tool_calls"), list):
             message = message | {"tool_calls": [self._fitted_call(call, changes) for call in message["tool_calls"]]}
+        if not message.get("content"):
+            if message.get("tool_calls"):
+                rest = {key: entry for key, entry in message.items() if key != "content"}
+                message = rest | (self.probes.beside_calls if "content" not in message else self.probes.beside_calls_empty)
+            elif message.get("function_call"):
+                message = {"content": ""} | message
         return message
+
+    def _with_thought(self, message: Message, changes: set[str]) -> Message:
+        """A message of the assistant with its thought in the field that the template reads, if it is in another field or in
+        content parts, and content has no text but the answer."""
+        content = message.get("content")
+        parts = [part for part in content if _is_thought_part(part)] if isinstance(content, list) else []
+        fields = [key for key in message if is_thought(key) and message[key]]
+        if parts and not fields and not self.probes.reads_thought_parts and self.probes.thought_fields:
+            thought = "\n\n".join(map(_text_of_thought, parts))
+            rest = [part for part in content if not _is_thought_part(part)]  # type: ignore[union-attr]
+            message = message | {"content": rest or ""}
+        elif len(fields) == 1 and isinstance(message[fields[0]], str) and not parts:
+            thought, said = message[fields[0]], content if isinstance(content, str) else json.dumps(content)
+            if (
+                not self.probes.thought_fields
+                or fields[0] in self.probes.thought_fields
+                or thought.strip() in said
+                or "</" in said
+            ):
+                return message
+            message = {key: entry for key, entry in message.items() if key != fields[0]}
+        else:
+            return message
+        changes.add(f"thoughts, given in the field {self.probes.thought_fields[0]!r}")
+        return message | {self.probes.thought_fields[0]: thought}
 
     def _with_tool_calls(self, message: Message, changes: set[str]) -> Message:
         """A message with the call or the result of a function in OpenAI's older form, as one with those of a tool."""
@@ -209,13 +277,20 @@ class ChatTemplate:
         return message
 
     def _fitted_call(self, call: Any, changes: set[str]) -> Any:
+        if isinstance(call, Mapping) and _is_bare(call) and not self.probes.reads_bare_calls:
+            changes.add(CALL_WRAPPED)
+            function = {key: call[key] for key in ("name", "arguments") if key in call}
+            call = {key: call[key] for key in call if key not in function} | {"type": "function", "function": function}
         function = call.get("function") if isinstance(call, Mapping) else None
-        if not isinstance(function, Mapping) or "arguments" not in function:
+        if not isinstance(function, Mapping):
             return call
-        arguments, form = function["arguments"], self._form_of_arguments()
+        arguments, form = function.get("arguments"), self.probes.form_of_arguments()
+        if arguments is None or (isinstance(arguments, str) and not arguments.strip()):
+            changes.add(NO_ARGUMENTS)
+            return {**call, "function": {**function, "arguments": "{}" if form == "text" else {}}}
         if form == "object" and isinstance(arguments, str):
             try:
-                arguments = json.loads(arguments) if arguments.strip() else {}
+                arguments = json.loads(arguments)
             except (ValueError, RecursionError):
                 return call
             if not isinstance(arguments, dict):
@@ -227,68 +302,6 @@ class ChatTemplate:
         else:
             return call
         return {**call, "function": {**function, "arguments": arguments}}
-
-    # -- what the template reads ------------------------------------------------------------------------------------------
-
-    def _tried(self, messages: list[Message], **kwargs: Any) -> str:
-        """The rendering of a probe, empty if the template refuses it."""
-        try:
-            return self.render(messages, **kwargs)
-        except Exception:  # templates raise what their authors wrote
-            return ""
-
-    def _form_of_content(self, role: str) -> str | None:
-        """How the template reads content of ``role``.
-
-        ``text``; ``parts``, a list of any number of parts; ``part``, a list of one part; None if it shows none of them.
-        """
-        if role not in self._content:
-            as_text = self._shown(role, f"{_ONE} {_TWO}")
-            as_parts = self._shown(role, [{"type": "text", "text": _ONE}, {"type": "text", "text": _TWO}])
-            if as_parts and not _printed(as_parts, as_text):
-                self._content[role] = "parts"
-            elif not as_text and _reads(self._shown(role, [{"type": "text", "text": f"{_ONE} {_TWO}"}])):
-                self._content[role] = "part"
-            else:
-                self._content[role] = "text" if as_text else None
-            if as_text or self._content[role] is None:  # a template that shows nothing is left to the check
-                self._reads_text.add(role)
-        return self._content[role]
-
-    def _shown(self, role: str, content: Any) -> str:
-        """A short conversation with this content, as rendered, if it is shown there whole, else empty."""
-        for user in (_USER, _USER | {"content": [{"type": "text", "text": _USER["content"]}]}):
-            before, after = _around(role, user)
-            text = self._tried([*before, {"role": role, "content": content}, *after])
-            if _ONE in text and _TWO in text:
-                return text
-        return ""
-
-    def _form_of_arguments(self) -> str:
-        """``object`` or ``text`` if the template reads arguments of calls right only so, else ``any``."""
-        if self._arguments is None:
-            value = {_ONE: _TWO}
-            as_object, as_text = (self._call(arguments) for arguments in (value, json.dumps(value)))
-            takes_object = _TWO in as_object and str(value) not in as_object
-            takes_text = json.dumps(value) in as_text
-            if takes_object and as_object != as_text:
-                self._arguments = "object"
-            else:
-                self._arguments = "text" if takes_text and not takes_object else "any"
-        return self._arguments
-
-    def _call(self, arguments: Any) -> str:
-        """A conversation with one call of these arguments, as rendered, empty if the template refuses all such probes."""
-        call = {"id": "callprobe", "type": "function", "function": {"name": "probe", "arguments": arguments}}
-        said: Message = {"role": "assistant", "tool_calls": [call]}
-        got: Message = {"role": "tool", "tool_call_id": "callprobe", "name": "probe", "content": "y"}
-        tool = {"type": "function", "function": {"name": "probe", "description": "d", "parameters": {"type": "object"}}}
-        probes = [[_USER, said], [_USER, said | {"content": ""}], [_USER, said | {"content": ""}, got]]
-        for messages in probes:
-            for tools in (None, [tool]):
-                if _TWO in (text := self._tried(messages, tools=tools)):
-                    return text
-        return ""
 
 
 def _variables(template: str) -> frozenset[str]:
@@ -304,25 +317,65 @@ def _variables(template: str) -> frozenset[str]:
         return frozenset(re.findall(r"\w+", template))
 
 
-def _printed(rendered: str, as_text: str = "") -> bool:
-    """Whether a template that takes text only has printed a list of parts as Python or JSON does."""
-    return any(rendered.count(word) > as_text.count(word) for word in ("'text'", '"text"'))
+def _is_object(content: Any) -> bool:
+    """Whether the result of a tool is an object or a list of more than texts."""
+    if isinstance(content, list):
+        return not all(isinstance(part, str) or (isinstance(part, Mapping) and "text" in part) for part in content)
+    return isinstance(content, Mapping)
 
 
-def _reads(rendered: str) -> bool:
-    return bool(rendered) and not _printed(rendered)
+def _is_bare(entry: Any) -> bool:
+    """Whether a tool or call has its name beside it, and not in ``function``."""
+    return isinstance(entry, Mapping) and "function" not in entry and isinstance(entry.get("name"), str)
 
 
-def _around(role: str, user: Message) -> tuple[list[Message], list[Message]]:
-    """Messages before and after one of ``role`` in a conversation that templates take."""
-    if role in ("system", "developer"):
-        return [], [user]
-    if role == "user":
-        return [], []
-    if role == "assistant":
-        return [user], []
-    call = {"id": "callprobe", "type": "function", "function": {"name": "probe", "arguments": {}}}
-    return [user, {"role": "assistant", "content": "", "tool_calls": [call]}], []
+def _wrapped_tool(tool: Mapping[str, Any]) -> dict[str, Any]:
+    """A tool with ``function``. Anthropic's ``input_schema`` is what others call ``parameters``."""
+    function = {("parameters" if key == "input_schema" else key): entry for key, entry in tool.items() if key != "type"}
+    return {"type": "function", "function": function}
+
+
+def _is_thought_part(part: Any) -> bool:
+    return isinstance(part, Mapping) and part.get("type") in THOUGHT_PARTS
+
+
+def _text_of_thought(part: Mapping[str, Any]) -> str:
+    """The text of a content part that is a thought, which may be parts of its own."""
+    value = next((part[key] for key in (part["type"], "text", "content") if part.get(key)), "")
+    if isinstance(value, list):
+        return "".join(str(piece.get("text") or "") if isinstance(piece, Mapping) else str(piece) for piece in value)
+    return str(value)
+
+
+def _with_ids(messages: list[Message], start: int, as_id: Callable[[Any], str], changes: set[str]) -> list[Message]:
+    """``messages`` whose calls and results have ids, and results without an id the name of the tool. Such results belong to
+    the calls before them, in order."""
+    found, waiting = [], {}
+    for place, message in enumerate(messages, start):
+        new = message
+        if isinstance(message.get("tool_calls"), list):
+            calls = [
+                {**call, "id": as_id(call.get("id") or _short_id(f"{place} {number}"))}
+                if isinstance(call, Mapping)
+                else call
+                for number, call in enumerate(message["tool_calls"])
+            ]
+            waiting = {call["id"]: (call.get("function") or call).get("name") for call in calls if isinstance(call, Mapping)}
+            new = message | {"tool_calls": calls}
+        elif message["role"] in RESULTS:
+            given = message.get("tool_call_id")
+            mine = as_id(given) if given else next(iter(waiting), _short_id(f"{place}"))
+            name = waiting.pop(mine, None)
+            new = ({"name": name} if name and not given else {}) | message | {"tool_call_id": mine}
+        if new != message:
+            changes.add(IDS)
+        found.append(new)
+    return found
+
+
+def _short_id(name: Any) -> str:
+    name = str(name)
+    return name if _SHORT_ID.fullmatch(name) else blake2b(name.encode(), digest_size=5).hexdigest()[:9]
 
 
 def _typed(parts: list[Any]) -> list[Any]:
@@ -355,6 +408,15 @@ def _joined(parts: list[Any], role: str) -> Any:
         )
         raise Malformed(
             f"content of role {role!r} has parts other than text ({', '.join(others[:3]) or 'no type'}), which the chat "
-            "template cannot take"
+            f"template cannot take{_remedy_of_parts(others)}"
         )
     return parts  # the result of a tool may be any JSON
+
+
+def _remedy_of_parts(kinds: Sequence[str]) -> str:
+    """What to do about content parts of these types, in words."""
+    if any(kind in THOUGHT_PARTS for kind in kinds):
+        return "; write thoughts into the text, in <think> and </think>"
+    if any(kind in ("tool_use", "tool_result") for kind in kinds):
+        return "; write tool_calls, and results as messages of role 'tool'"
+    return "; write their text as parts of type 'text'"

@@ -327,8 +327,9 @@ class Tokeniser:
         prompt = preference.prompt
         changes: set[str] = set()
         if not (self.template.fits(prompt) and all(map(self.template.fits, answers))):
-            prompt, *answers = (self.template.fitted(part, changes) for part in (prompt, *answers))
-        tools, arguments = preference.tools, preference.template_kwargs
+            prompt = self.template.fitted(prompt, changes)
+            answers = [self.template.fitted(part, changes, len(prompt)) for part in answers]
+        tools, arguments = self.template.fitted_tools(preference.tools, changes), preference.template_kwargs
         try:
             texts = (
                 self.template.render(prompt, tools, generate=True, **arguments),
@@ -338,7 +339,9 @@ class Tokeniser:
             raise
         except Exception as error:  # templates raise what their authors wrote
             self._refuse_template(error)
-            raise Malformed(f"the chat template refuses it: {refusal(error, self.tokenizer.chat_template)}") from None
+            told = refusal(error, self.tokenizer.chat_template)
+            told += self.template.probes.hint(prompt + max(answers, key=len))
+            raise Malformed(f"the chat template refuses it: {told}") from None
         found = self._check.remarks(preference, *texts)
         for part, before, messages in (("prompt", [], prompt), *zip(names, (prompt, prompt), answers, strict=False)):
             for place, message in enumerate(messages):

@@ -82,13 +82,13 @@ class Objective:
             losses = losses * logps.weights
         return PreferenceLoss(losses, *implicit_rewards(config, seen, beta), self._threshold(seen, beta))
 
-    def _threshold(self, logps: PairLogps, beta: float) -> Tensor | float:
+    def _threshold(self, logps: PairLogps, beta: float) -> Tensor | float | None:
         """As ``PreferenceLoss.threshold``. Of a mixture it is that of kto, or else of bco."""
-        if logps.labels is None:
-            return 0.0
-        if "kto" in self.config.terms:
-            return beta * logps.drift.clamp(min=0)
-        return logps.reward_mean if "bco" in self.config.terms else 0.0
+        if not self.config.needs_reference:
+            return None
+        if self.config.estimates_drift:
+            return logps.drift.clamp(min=0)
+        return logps.reward_mean / beta if "bco" in self.config.terms else 0.0
 
     def remember(self, logps: PairLogps, beta: float, memory: ObjectiveState) -> tuple[float, ObjectiveState]:
         """Beta of a step, and the state after it, from the step's log-probs.

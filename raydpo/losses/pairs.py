@@ -72,14 +72,19 @@ class PairLogps:
         return (labels >= 0) & (self.chosen_tokens > 0), (labels <= 0) & (self.rejected_tokens > 0)
 
     @property
+    def drift_samples(self) -> tuple[Tensor, Tensor]:
+        """Which chosen and which rejected completions tell of the policy's drift from the reference, bool [B] each: both of
+        a pair, and the mismatched one beside a completion alone."""
+        labels = torch.zeros_like(self.chosen_tokens) if self.labels is None else self.labels
+        return (labels <= 0) & (self.chosen_tokens > 0), (labels >= 0) & (self.rejected_tokens > 0)
+
+    @property
     def drift(self) -> Tensor:
-        """Mean log-ratio of the completions by which the policy's drift from the reference is estimated, a scalar, nats a
-        completion, without gradient: both completions of a pair, and the mismatched one beside a completion alone."""
+        """Mean log-ratio of the ``drift_samples``: a scalar, nats a completion, without gradient. 0 without samples."""
         chosen, rejected = self.chosen_logratio.detach(), self.rejected_logratio.detach()
-        if self.labels is None:
+        if self.labels is None and self.lists is None:
             return torch.cat((chosen, rejected)).mean()
-        samples = (self.labels <= 0) & (self.chosen_tokens > 0), (self.labels >= 0) & (self.rejected_tokens > 0)
-        return mean_over(torch.cat((chosen, rejected)), torch.cat(samples))
+        return mean_over(torch.cat((chosen, rejected)), torch.cat(self.drift_samples))
 
     def with_light_tails(self, alpha: float) -> PairLogps:
         """LD-DPO (arXiv 2409.06411): weight ``alpha`` for tokens beyond the length of the shorter completion.
@@ -113,14 +118,14 @@ class PreferenceLoss:
     if it normalises), without gradient.
 
     Attributes:
-        threshold: reward above which the loss takes a completion for desirable, a scalar. It is used only for completions
-            that are alone.
+        threshold: log-ratio in nats above which the loss takes a completion that is alone for desirable, a scalar; None
+            without a reference.
     """
 
     losses: Tensor
     chosen_rewards: Tensor
     rejected_rewards: Tensor
-    threshold: Tensor | float = 0.0
+    threshold: Tensor | float | None = None
 
 
 TIE = 1e-5

@@ -52,7 +52,7 @@ def audit_prepared(prepared: Prepared, console: Console) -> Audit:
 
     storage = Storage(prepared.config.run_dir)
     _refuse_other_pairs(storage, prepared)
-    pairs = prepared.sets.train
+    pairs = prepared.own.train  # mismatched completions teach nothing
     everything = pair_facts(pairs)
     sample = draw(digests_of(pairs, "prompt"), prepared.config.train.seed)
     facts = everything if sample.whole else everything.take(pa.array(sample.rows))

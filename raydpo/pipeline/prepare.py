@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -18,9 +18,12 @@ from raydpo.cluster.resources import Resources, bfloat16_is_faster
 from raydpo.cluster.waiting import wait_for
 from raydpo.config import Config, Verb, is_hub_name
 from raydpo.config.filter import PairFilter
+from raydpo.data.counting import all_count, mask_digests
+from raydpo.data.imbalance import label_doubts
 from raydpo.data.index import as_bytes
+from raydpo.data.mismatch import with_mismatched
 from raydpo.data.rows import PAIR_MARGIN, PAIR_WEIGHT
-from raydpo.data.select import PairSets
+from raydpo.data.select import LABEL, PairSets
 from raydpo.data.tokenise import Tokeniser
 from raydpo.losses import own_sources
 from raydpo.model.rotary import ROTARY, rope_line
@@ -36,6 +39,7 @@ __all__ = [
     "Prepared",
     "checked",
     "measured_pairs",
+    "mismatched_run",
     "native_dtype",
     "open_reference",
     "reference_line",
@@ -77,6 +81,8 @@ class Prepared:
     Attributes:
         dtype: precision of the policy.
         policy_dir: local directory of the policy as it starts.
+        own: the pairs.
+        sets: ``own``, with the mismatched completions that the loss needs.
         pairs_digest: digest of the training pairs. Computed once; copies made with ``dataclasses.replace`` share it.
     """
 
@@ -84,6 +90,7 @@ class Prepared:
     dtype: str
     policy_dir: str
     tokeniser: Tokeniser
+    own: PairSets
     sets: PairSets
     reference: ReferenceSpec
     cache: ReferenceCache
@@ -101,7 +108,10 @@ class Prepared:
         native = native_dtype()
         dtype = native if model.dtype == "auto" else model.dtype
         policy_dir = resolve_model(model.path)
-        tokeniser, sets = (both := tokenised or Tokenised.of(config, console)).tokeniser, both.sets
+        tokeniser, own = (both := tokenised or Tokenised.of(config, console)).tokeniser, both.sets
+        sets = _as_trained(own, config)
+        for line in label_doubts(own.train, config.train):
+            console.warn(line)
         spec, cache = open_reference(config, native)
         if config.needs_reference:
             console.say(reference_line(config, spec))
@@ -114,7 +124,14 @@ class Prepared:
                 )
         if spec.identity.rope_length is not None:
             console.say(rope_line(spec.identity.rope_length, config.data.max_length))
-        return cls(config, dtype, policy_dir, tokeniser, sets, spec, cache, functools.cache(lambda: _digest(sets.train)))
+        digest = functools.cache(lambda: _digest(sets.train))
+        return cls(config, dtype, policy_dir, tokeniser, own, sets, spec, cache, digest)
+
+    def trained_by(self, config: Config) -> Prepared:
+        """The same pairs and models for another configuration, whose loss may need other mismatched completions."""
+        sets = _as_trained(self.own, config)
+        digest = functools.cache(lambda: _digest(sets.train))
+        return replace(self, config=config, sets=sets, pairs_digest=digest)
 
     @property
     def filter_by_reference(self) -> PairFilter | None:
@@ -171,6 +188,16 @@ class Prepared:
         )
 
 
+def mismatched_run(config: Config) -> int | None:
+    """Rows within which completions are mismatched (``data.mismatch.with_mismatched``); None if the loss needs none."""
+    return config.train.pairs_per_step if config.train.estimates_drift else None
+
+
+def _as_trained(own: PairSets, config: Config) -> PairSets:
+    run = mismatched_run(config)
+    return own if run is None else with_mismatched(own, run, config.data.max_length)
+
+
 def native_dtype() -> str:
     """Precision for dtype ``auto`` on this Ray's machines."""
     return "bfloat16" if bfloat16_is_faster() else "float32"
@@ -209,13 +236,20 @@ def reference_line(config: Config, spec: ReferenceSpec) -> str:
 
 
 def measured_pairs(table: pa.Table | None) -> str | None:
-    """Digest of the keys and truncated lengths of held-out pairs, in any order; None without pairs."""
+    """Digest of the keys and truncated lengths of held-out pairs and of the tokens that count, in any order; None without
+    pairs."""
     if table is None:
         return None
-    pairs = np.empty((table.num_rows, 2), _KEY_AND_TOKENS)
+    masked = not all_count(table)
+    kind = np.dtype([*_KEY_AND_TOKENS.descr, ("mask", "<u8")]) if masked else _KEY_AND_TOKENS
+    pairs = np.empty((table.num_rows, 2), kind)
     for column, side in enumerate(("chosen", "rejected")):
-        pairs[:, column] = np.concatenate([pairs[:0, column], *_keys_and_tokens(table, side)])
-    return hashlib.sha256(np.sort(pairs.view(f"V{2 * _KEY_AND_TOKENS.itemsize}").ravel()).tobytes()).hexdigest()[:32]
+        found = np.concatenate([np.empty(0, _KEY_AND_TOKENS), *_keys_and_tokens(table, side)])
+        for name in _KEY_AND_TOKENS.names:
+            pairs[name][:, column] = found[name]
+        if masked:
+            pairs["mask"][:, column] = mask_digests(table, side)
+    return hashlib.sha256(np.sort(pairs.view(f"V{2 * kind.itemsize}").ravel()).tobytes()).hexdigest()[:32]
 
 
 _KEY_AND_TOKENS = np.dtype([("key", "V16"), ("tokens", "<u4")])
@@ -231,14 +265,16 @@ def _keys_and_tokens(table: pa.Table, side: str) -> Iterator[np.ndarray]:
 
 
 def _digest(table: pa.Table) -> str:
-    """Digest of the pairs in their order: keys, truncated lengths, sources and weights."""
+    """Digest of the pairs in their order: keys, truncated lengths, sources and weights, and which tokens count."""
     digest = hashlib.sha256()
     for side in ("chosen", "rejected"):
         for rows in _keys_and_tokens(table, side):
             digest.update(rows.tobytes())
-    for column in (PAIR_WEIGHT, PAIR_MARGIN):
+    for column in (PAIR_WEIGHT, PAIR_MARGIN, LABEL):
         if column in table.column_names:
             digest.update(f"{column}\0".encode() + np.ascontiguousarray(table[column].to_numpy()).tobytes())
+    for side in () if all_count(table) else ("chosen", "rejected"):
+        digest.update(f"{side} mask\0".encode() + mask_digests(table, side).tobytes())
     for batch in table.select(["source", "weight"]).to_batches():
         names, weights = batch[0].dictionary_encode(), batch[1].to_numpy()
         numbers = names.indices.to_numpy()

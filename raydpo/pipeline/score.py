@@ -71,11 +71,11 @@ def score_prepared(
 
     Args:
         tables: pairs to score; None = those of ``prepared``.
-        report: of a build that has just scored them.
+        report: of a build that has just scored them, without mismatched completions.
     """
     config, cache, sets = prepared.config, prepared.cache, prepared.sets
     if config.needs_reference:
-        if report is None:
+        if report is None or sets is not prepared.own:
             stored = {"tokens": sets.tokens, "light": [source.light for source in sets.sources]} if tables is None else {}
             report = fill_cache(tables or prepared.tables, prepared.reference, cache, config, console, **stored)
     else:

@@ -9,16 +9,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from raydpo.cluster.preflight import check_cluster
 from raydpo.cluster.resources import Resources, resources_for
 from raydpo.cluster.session import owns_ray, session
 from raydpo.config import Config
-from raydpo.data.filter import filter_pairs
+from raydpo.data.facts import pair_facts
+from raydpo.data.filter import left_out, pairs_to_keep
+from raydpo.data.ragged import tokens_in_use
 from raydpo.model.cost import ModelCost
 from raydpo.pipeline.checks import check_labels
 from raydpo.pipeline.prepare import Prepared, checked, measured_pairs, wait_for_workers
-from raydpo.reference.pairs import place_reference
+from raydpo.reference.pairs import SIDES, place_reference
 from raydpo.reports.write import write_report_or_warn
 from raydpo.rundir.card import model_card
 from raydpo.rundir.directory import CONFIG, EVAL, METRICS, PAIRS, RUN, SUMMARY
@@ -112,15 +115,18 @@ def join_sets(prepared: Prepared, folder: PairFolder, console: Console) -> Joine
     compares, cache = prepared.config.needs_reference, prepared.cache
     pairs, logps = place_reference(prepared.sets.train, cache, "training") if compares else (prepared.sets.train, ())
     if prepared.filter_by_reference is not None:
-        sums = (pairs[f"ref_{side}_sum"].to_numpy() for side in ("chosen", "rejected"))
-        pairs, line = filter_pairs(prepared.filter_by_reference, pairs, *sums)
-        console.say(line)
+        own, condition = prepared.own.train, prepared.filter_by_reference  # no condition on mismatched completions
+        sums = (np.where(tokens_in_use(own, side) > 0, pairs[f"ref_{side}_sum"], 0.0) for side in SIDES)
+        facts = pair_facts(own, *sums)
+        keep = pairs_to_keep(condition, facts)
+        pairs = pairs.filter(pa.array(keep))
+        console.say(left_out(condition, facts, keep))
     held_out = prepared.sets.eval
     held_logps: Sequence[np.ndarray] = ()
     if held_out is not None and compares:
         held_out, held_logps = place_reference(held_out, cache, "held-out")
     # Workers read stored sets by themselves. What is in memory here is written for them.
-    tokens = prepared.sets.tokens if isinstance(prepared.sets.tokens, StoredTokens) else None
+    tokens = prepared.sets.tokens if isinstance(prepared.own.tokens, StoredTokens) else None
     return Joined(
         folder.write(pairs, logps, tokens),
         None if held_out is None else folder.write(held_out, held_logps, tokens, prompts=True),
@@ -142,7 +148,7 @@ def _begin_run(prepared: Prepared, job: TrainJob, console: Console) -> None:
             "trained and measured. The adapter in final/ on the quantized model is"
         )
     storage.write(CONFIG, config.to_yaml().encode())
-    described = {"fingerprint": dict(job.fingerprint), "held_out": measured_pairs(prepared.sets.eval)}
+    described = {"fingerprint": dict(job.fingerprint), "held_out": measured_pairs(prepared.own.eval)}
     storage.write(PAIRS, pairs_record(prepared.sets.train))
     storage.write(RUN, json.dumps(described, indent=2).encode())
 

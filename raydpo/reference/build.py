@@ -18,6 +18,7 @@ import pyarrow as pa
 from raydpo.cluster.actors import over_actors
 from raydpo.cluster.resources import Resources
 from raydpo.data.index import KeyIndex
+from raydpo.data.mismatch import MismatchedTokens
 from raydpo.data.rows import TokenSource
 from raydpo.data.select import TokenTables
 from raydpo.errors import CacheError, ModelError
@@ -337,7 +338,7 @@ def _score_on_ray(
         return
     check_rows = prompt_groups(read_groups(first[0].take(slice(CHECK_COMPLETIONS)), source))[:CHECK_ROWS]
     alone = min(resources.teams, len(first)) == 1
-    tokens = ray.put(source) if isinstance(source, TokenTables) else source
+    tokens = ray.put(source) if isinstance(source, (TokenTables, MismatchedTokens)) else source
     arguments = (spec, cache.storage.uri, cache.builder, frozenset(known), resources, tokens_per_batch, check_rows, alone)
     # Two calls at once: while one shard is computed, the previous one is written, or the next one is read and claimed.
     given = {"calls_at_once": 2, "environment": resources.environment, "tell": tell}

@@ -8,8 +8,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from raydpo.data.counting import RunColumns, all_count, weighted_sums
 from raydpo.data.index import as_bytes
 from raydpo.data.ragged import tokens_in_use
+from raydpo.data.select import COUNT_COLUMNS
 from raydpo.errors import CacheMissError
 from raydpo.reference.identity import QUANTIZED, ReferenceIdentity
 from raydpo.reference.join import Joined, join
@@ -27,7 +29,8 @@ def join_reference(table: pa.Table, cache: ReferenceCache, what: str) -> pa.Tabl
     """Add the reference's values to ``table``, in memory-mapped files.
 
     Adds ``ref_chosen_logps`` and ``ref_rejected_logps`` (list_view<float32>, of the tokens in use; NaN where the cache holds
-    only sums), and ``ref_chosen_sum`` and ``ref_rejected_sum`` (float64).
+    only sums), and ``ref_chosen_sum`` and ``ref_rejected_sum`` (float64, nats; over the tokens that count, each with its
+    weight).
 
     Raises:
         CacheMissError: if the cache lacks rows, or has too few of their tokens. Says how many, of which sources, the first
@@ -43,7 +46,8 @@ def place_reference(table: pa.Table, cache: ReferenceCache, what: str) -> tuple[
     """Add to ``table`` the sums of the reference's log-probs, and where those of the tokens in use are.
 
     Adds ``ref_chosen_place`` and ``ref_rejected_place`` (int64), ``ref_known`` (uint8, 0 if of one of both completions only
-    the sum is known), ``ref_chosen_sum`` and ``ref_rejected_sum`` (float64, nats).
+    the sum is known), ``ref_chosen_sum`` and ``ref_rejected_sum`` (float64, nats; over the tokens that count, each with its
+    weight).
 
     Returns:
         The table, and the log-probs: float32 arrays in memory-mapped files. Column ``ref_chosen_place`` counts from the
@@ -72,12 +76,41 @@ def _complete_values(table: pa.Table, cache: ReferenceCache, what: str) -> tuple
 def reference_values(
     table: pa.Table, cache: ReferenceCache, rows: np.ndarray | slice = slice(None)
 ) -> tuple[Joined, Joined]:
-    """Cached values of the chosen and of the rejected completions of the pairs in ``rows``."""
+    """Cached values of the chosen and of the rejected completions of the pairs in ``rows``. Their sums are over the tokens
+    that count, each with its weight.
+
+    Raises:
+        CacheMissError: if not every token counts alike, and of some completions only the sum is known.
+    """
+
+    masked = not all_count(table)
 
     def values(side: str) -> Joined:
-        return join(cache, as_bytes(table[f"{side}_key"])[rows], tokens_in_use(table, side)[rows])
+        found = join(cache, as_bytes(table[f"{side}_key"])[rows], tokens_in_use(table, side)[rows])
+        if not masked:
+            return found
+        counted = table.select(["pair_id", *COUNT_COLUMNS]).append_column(f"{side}_tokens", [tokens_in_use(table, side)])
+        return _counted(found, counted.take(np.arange(table.num_rows)[rows]), side)
 
     return values("chosen"), values("rejected")
+
+
+def _counted(found: Joined, table: pa.Table, side: str) -> Joined:
+    """``found`` with sums over the tokens that count, of completions of ``table``."""
+    sums = weighted_sums(found.values, found.offsets, table, side)
+    whole = np.flatnonzero(~found.known & ~np.isnan(found.sums))
+    if len(whole):
+        of_whole = RunColumns(table, side).at(whole)
+        partly = whole[of_whole.totals(of_whole.lengths * (of_whole.weights != 1)) > 0]
+        if len(partly):
+            raise CacheMissError(
+                f"of {len(partly):,} {side} completions (first: {table['pair_id'][int(partly[0])].as_py()}) the cache holds "
+                "only imported sums over all tokens, and by data.train_on or data.spans_column not all of them count. Count "
+                "all (data.train_on=completion), or set cache.allow_unverified=false and run 'raydpo score', which "
+                "computes the log-prob of each token"
+            )
+        sums[whole] = found.sums[whole]
+    return dataclasses.replace(found, sums=sums)
 
 
 def _miss(table: pa.Table, lacking: np.ndarray, cache: ReferenceCache, what: str) -> CacheMissError:

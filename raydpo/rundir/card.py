@@ -66,7 +66,11 @@ def model_card(config: Config, summary: dict[str, Any]) -> str:
     before, after = summary["eval_before"], summary["eval_after"]
     if before and after:
         lines += ["", f"## Held-out pairs ({summary['held_out_pairs']:,})", "", "| | before | after |", "|---|---|---|"]
-        lines += [f"| {label} | {before[key]:.3f} | {after[key]:.3f} |" for key, label in EVALUATION_TABLE if key in after]
+        lines += [
+            f"| {label} | {before[key]:.3f} | {after[key]:.3f} |"
+            for key, label in EVALUATION_TABLE
+            if key in after and key in before
+        ]
     lines += [
         "",
         "Preference tuning on a fixed set of pairs takes over that set's biases, favours length where the set "

@@ -58,18 +58,17 @@ class TrainingDisplay:
         if self._line is None:  # begins with the first step: gate and first evaluation would distort the rate
             progress = self.console.progress("training", self._total, "steps", done=int(row["step"]))
             self._line = self._bar.enter_context(progress)
-        self._line.update(
-            int(row["step"]),
-            f"loss {row['loss']:.4f}  accuracy {row['rewards/accuracies']:.2f}  {row['tokens_per_second']:,.0f} tokens/s",
-        )
+        accuracy = f"  accuracy {row['rewards/accuracies']:.2f}" if "rewards/accuracies" in row else ""
+        self._line.update(int(row["step"]), f"loss {row['loss']:.4f}{accuracy}  {row['tokens_per_second']:,.0f} tokens/s")
         if int(row["step"]) == self._total:
             self._bar.close()  # evaluation, checkpoint and export that follow are no steps
 
     def _evaluated(self, row: dict[str, float]) -> None:
-        self.console.say(
-            f"  held out, step {int(row['step'])}: loss {row['eval_loss']:.4f}, accuracy "
-            f"{row['eval_rewards/accuracies']:.3f}, margin {row['eval_rewards/margins']:z.3f}"
-        )
+        told = [f"loss {row['eval_loss']:.4f}"]
+        for name, metric in (("accuracy", "accuracies"), ("margin", "margins")):  # either may be unknown with labels
+            if (value := row.get(f"eval_rewards/{metric}")) is not None:
+                told.append(f"{name} {value:z.3f}")
+        self.console.say(f"  held out, step {int(row['step'])}: {', '.join(told)}")
 
     def _note(self, line: str) -> None:
         self.console.say(line)

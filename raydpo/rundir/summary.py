@@ -21,6 +21,7 @@ EVALUATION_TABLE = (
     ("eval_logps/rejected", "log-prob of rejected, nats"),
     ("eval_logps/chosen_fell", "pairs whose chosen fell"),
     ("eval_length/margin_correlation", "margin ~ length difference (r)"),
+    ("eval_kl", "drift by mismatched answers, nats"),
 )
 """Metrics in the table of before and after, and their labels."""
 
@@ -32,7 +33,7 @@ def print_summary(console: Console, summary: dict[str, Any]) -> None:
         console.table(
             f"held-out pairs: {summary['held_out_pairs']:,}",
             ("", "before", "after"),
-            [(label, _figure(before[key]), _figure(after[key])) for key, label in EVALUATION_TABLE if key in after],
+            [(label, _figure(before.get(key)), _figure(after[key])) for key, label in EVALUATION_TABLE if key in after],
         )
     for sample in summary["samples"]:
         console.print(f"[bold]prompt[/bold]  {escape(_end(plain_text(sample['prompt'])))}")

@@ -24,7 +24,7 @@ from raydpo.config.counting import counting_texts
 from raydpo.errors import ConfigError, RaydpoError
 from raydpo.pipeline.checks import check, check_labels, check_models, pythons_of
 from raydpo.pipeline.evaluate import evaluate, pairs_to_evaluate, protocol
-from raydpo.pipeline.prepare import Prepared, measured_pairs
+from raydpo.pipeline.prepare import Prepared, measured_pairs, mismatched_run
 from raydpo.pipeline.score import score_prepared
 from raydpo.pipeline.tokenised import Tokenised
 from raydpo.pipeline.train import Joined, TrialContext, join_sets, train_prepared
@@ -132,12 +132,16 @@ def _prepare(trials: list[Trial], tokenised: dict[str, Tokenised | None], consol
         ConfigError: if they do not share one reference.
     """
     groups: dict[str, Prepared] = {}
+    trained: dict[tuple[str, int | None], Prepared] = {}
     prepared: dict[str, Prepared] = {}
     for trial in trials:
         key = _shared(trial.config)
         if key not in groups:
             groups[key] = Prepared.of(trial.config, console, tokenised[key])
-        prepared[trial.name] = dataclasses.replace(groups[key], config=trial.config)
+            trained[key, mismatched_run(trial.config)] = groups[key]
+        if (alike := (key, mismatched_run(trial.config))) not in trained:
+            trained[alike] = groups[key].trained_by(trial.config)
+        prepared[trial.name] = dataclasses.replace(trained[alike], config=trial.config)
     first, *others = prepared.items()
     ours = first[1].reference.identity
     for name, other in others:
@@ -167,9 +171,9 @@ def _on_same_pairs(config: Config, prepared: dict[str, Prepared], console: Conso
         if storage.exists(RUN):
             digests.append(json.loads(storage.read(RUN)).get("held_out"))
         if not storage.exists(SUMMARY):
-            if id(one.sets) not in now:
-                now[id(one.sets)] = measured_pairs(one.sets.eval)
-            digests.append(now[id(one.sets)])
+            if id(one.own) not in now:
+                now[id(one.own)] = measured_pairs(one.own.eval)
+            digests.append(now[id(one.own)])
         elif storage.exists(CONFIG):  # its figures are of the tokens that counted then
             settings = yaml.safe_load(storage.read(CONFIG))
         for digest in filter(None, digests):
@@ -367,7 +371,7 @@ class _Sweep:
         config, storage = prepared.config, Storage(prepared.config.run_dir)
         if not storage.exists(EVALUATION):
             return False
-        pairs = prepared.sets.eval
+        pairs = prepared.own.eval
         if config.evaluate.data is not None:
             with self._loading:  # once for all trials that measure on them
                 key = (id(prepared.sets), config.evaluate.model_dump_json(include={"data", "subsets", "chat"}))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from functools import cached_property
 from pathlib import Path
 
 from raydpo.config import DataConfig, SourceConfig, source_name
+from raydpo.data.counting import train_on_of
 from raydpo.data.pairs import HELD_OUT, held_out_source
 from raydpo.data.select import PairSets, SourceRows, check_source, select
 from raydpo.data.tokenise import Tokeniser
@@ -28,11 +29,13 @@ class SourceSet:
 
     Attributes:
         name: the source's name in counts and metrics.
+        train_on: which tokens of its completions count, as ``counting.train_on_of`` gives them.
     """
 
     source: SourceConfig
     name: str
     stored: TokenSet
+    train_on: Mapping[str, float]
 
     def rows(self, blocks: Sequence[BlockInfo] | None = None) -> SourceRows:
         """Light rows of the pairs in ``blocks``, or of the whole set.
@@ -40,8 +43,13 @@ class SourceSet:
         Raises:
             CacheError: if the set is not whole, or a file of it cannot be read.
         """
-        named = {"name": self.name, "path": self.source.path, "weight": self.source.weight}
-        return dataclasses.replace(self.stored.light(blocks), **named)
+        return dataclasses.replace(
+            self.stored.light(blocks),
+            name=self.name,
+            path=self.source.path,
+            weight=self.source.weight,
+            train_on=self.train_on,
+        )
 
 
 class OpenSets:
@@ -71,13 +79,13 @@ class OpenSets:
         trust_remote_code: bool = False,
     ) -> None:
         self.data, self.storage = data, storage
-        named = [(source, source_name(source)) for source in data.train]
+        named = [(source, source_name(source), train_on_of(data, source)) for source in data.train]
         if data.eval is not None and data.eval.path is not None:
-            named.append((held_out_source(data), HELD_OUT))
+            named.append((held_out_source(data), HELD_OUT, train_on_of(data, None)))
         self.every = []
-        for source, name in named:
+        for source, name, train_on in named:
             identity = SetIdentity.of(source, data, directory, load, trust_remote_code=trust_remote_code)
-            self.every.append(SourceSet(source, name, TokenSet(storage, identity)))
+            self.every.append(SourceSet(source, name, TokenSet(storage, identity), train_on))
 
     @cached_property
     def tokens(self) -> StoredTokens:

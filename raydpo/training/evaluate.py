@@ -40,7 +40,7 @@ def reference_logps(
     index = np.asarray(rows)
 
     def at(values: np.ndarray | None) -> Tensor | None:
-        return None if values is None else send(np.asarray(values, np.float64)[index], device)
+        return None if values is None else send(np.asarray(values[index], np.float64), device)
 
     chosen, rejected = at(pairs.ref_chosen), at(pairs.ref_rejected)
     tails: Sequence[Tensor | None] = (None, None)
@@ -51,13 +51,14 @@ def reference_logps(
         rejected,
         chosen,
         rejected,
-        at(pairs.chosen_tokens),
-        at(pairs.rejected_tokens),
+        at(pairs.chosen_counted),
+        at(pairs.rejected_counted),
         *tails,
         *tails,
         weights=at(pairs.pair_weights),
         margins=at(pairs.pair_margins),
-        mean_chosen_tokens=float(pairs.chosen_tokens[index].mean()) if mean_chosen_tokens is None else mean_chosen_tokens,
+        mean_chosen_tokens=pairs.mean_chosen_tokens(index) if mean_chosen_tokens is None else mean_chosen_tokens,
+        labels=None if pairs.labels is None else send(pairs.labels[index], device),
     )
 
 
@@ -85,25 +86,40 @@ def pair_logps(
     both = np.stack([pairs.chosen_tokens[index], pairs.rejected_tokens[index]], 1).ravel().astype(np.int64)
     lengths = send(both, device)
     owner_N = torch.repeat_interleave(torch.arange(len(lengths), device=device), lengths, output_size=len(logps_N))
+    weights_N = send(pairs.weights_of(index), device) if pairs.masked else None
+
+    def totals(values_N: Tensor) -> Tensor:
+        # float64: the margin is a small difference of sums of hundreds of nats.
+        return torch.zeros(len(lengths), dtype=torch.float64, device=device).index_add(0, owner_N, values_N.double())
 
     def sums(values_N: Tensor) -> tuple[Tensor, Tensor]:
-        # float64: the margin is a small difference of sums of hundreds of nats.
-        totals = torch.zeros(len(lengths), dtype=torch.float64, device=device).index_add(0, owner_N, values_N.double())
-        return totals.view(-1, 2).unbind(1)
+        values_N = values_N if weights_N is None else values_N.double() * weights_N
+        return totals(values_N).view(-1, 2).unbind(1)
 
     logps = reference_logps(pairs, rows, config, device, mean_chosen_tokens)
     chosen, rejected = sums(logps_N)
     logps = dataclasses.replace(logps, chosen=chosen, rejected=rejected)
     if config.ld_alpha is not None:
-        place_N = torch.arange(len(logps_N), device=device) - (lengths.cumsum(0) - lengths)[owner_N]
-        shared = lengths.view(-1, 2).amin(1).repeat_interleave(2)
+        # Number of the tokens before this one in its completion, of those that count.
+        before_N, sizes = torch.arange(len(logps_N), device=device), lengths
+        if weights_N is not None:
+            counted_N = (weights_N > 0).long()
+            before_N, sizes = counted_N.cumsum(0) - counted_N, totals(counted_N).long()
+        place_N = before_N - (sizes.cumsum(0) - sizes)[owner_N]
+        shared = sizes.view(-1, 2).amin(1)
+        if logps.labels is not None:  # a completion alone has no tail
+            shared = torch.where(logps.labels == 0, shared, sizes.max())
+        shared = shared.repeat_interleave(2)
         chosen, rejected = sums(logps_N * (place_N >= shared[owner_N]))
         logps = dataclasses.replace(logps, chosen_tail=chosen, rejected_tail=rejected)
     if more:
-        # WPO (Zhou et al., arXiv 2406.11827, eq. 2): mean probability of a token under the policy, divided by the
-        # probability that two draws from the policy agree at that token.
+        # WPO (Zhou et al., arXiv 2406.11827, eq. 2): mean probability of a token that counts under the policy, divided by
+        # the probability that two draws from the policy agree at that token.
         chosen, rejected = sums((logps_N - more[0]).detach())
-        weights = torch.exp(chosen / logps.chosen_tokens + rejected / logps.rejected_tokens)
+        means = chosen / logps.chosen_tokens, rejected / logps.rejected_tokens
+        if logps.sides is not None:
+            means = tuple(torch.where(there, mean, 0) for there, mean in zip(logps.sides, means, strict=True))
+        weights = torch.exp(means[0] + means[1])
         logps = dataclasses.replace(logps, weights=weights if logps.weights is None else weights * logps.weights)
     return logps
 
@@ -161,8 +177,14 @@ def evaluate(
         as_reference: the policy is the reference, so its log-probs are the stored ones, and nothing is computed. WPO, which
             needs more than log-probs, computes them all the same.
     """
-    sums = PairSums(pairs.source_names, engine.device, reference=pairs.has_reference, prompts=int(pairs.prompts.max()) + 1)
     config, rows = objective.config, np.arange(len(pairs))
+    sums = PairSums(
+        pairs.source_names,
+        engine.device,
+        reference=pairs.has_reference,
+        drift=config.estimates_drift,
+        prompts=int(pairs.prompts.max()) + 1,
+    )
     batches = _my_batches(engine, pairs, rows.tolist(), tokens_per_batch)
 
     def add(logps: PairLogps, of: Sequence[int] | np.ndarray) -> None:
@@ -176,7 +198,7 @@ def evaluate(
         everything.compute(batches)
         add(everything.join(), rows)
     else:
-        mean_chosen_tokens = float(pairs.chosen_tokens.mean())
+        mean_chosen_tokens = pairs.mean_chosen_tokens(rows)
         with engine.evaluating():
             for batch, layout in batches:
                 logps = pair_logps(engine, layout, pairs, batch.pairs, config, mean_chosen_tokens)
@@ -208,6 +230,8 @@ class Comparison:
         mean_gap: mean absolute difference of a token.
         chosen_gap, rejected_gap: difference of the sums over the completion; 0 if the policy is the reference.
         chosen_tail_gap, rejected_tail_gap: the same for the tokens beyond the length of the shorter completion.
+
+    The first two compare every token; the others those that count, each with its weight.
     """
 
     rows: np.ndarray
@@ -241,11 +265,17 @@ class Gaps:
             gap_chosen, gap_rejected = (ours - stored for ours, stored in zip(live, pairs.reference(row), strict=True))
             if not pairs.has_tokens(row):  # only sums were imported: spread their difference evenly over the tokens
                 gap_chosen, gap_rejected = (
-                    np.full(len(ours), (ours.sum() - total) / len(ours))
+                    np.full(len(ours), (ours.sum() - total) / max(1, len(ours)))
                     for ours, total in zip(live, (pairs.ref_chosen[row], pairs.ref_rejected[row]), strict=True)
                 )
             every = np.abs(np.concatenate([gap_chosen, gap_rejected]))
-            shared = min(len(gap_chosen), len(gap_rejected))
+            if pairs.masked:
+                weights = np.split(pairs.weights_of([row]), [len(gap_chosen)])
+                gap_chosen, gap_rejected = (
+                    gaps[each > 0] * each[each > 0] for gaps, each in zip((gap_chosen, gap_rejected), weights, strict=True)
+                )
+            pair = pairs.labels is None or not pairs.labels[row]
+            shared = min(len(gap_chosen), len(gap_rejected)) if pair else len(every)
             sums = [each.sum() for each in (gap_chosen, gap_rejected, gap_chosen[shared:], gap_rejected[shared:])]
             self._found[:, self._place[row]] += torch.tensor([every.max(), every.mean(), *sums, 1.0]).to(self._found)
 

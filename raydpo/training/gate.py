@@ -85,7 +85,7 @@ def gate_rows(pairs: TrainingPairs, first_step: np.ndarray, *, count: int, seed:
     wanted = max(count // 3, count - len(known))
     half = -(-wanted // 2)
     with np.errstate(invalid="ignore"):  # NaN for the missing side of a completion alone, which fmin and fmax pass over
-        chosen, rejected = pairs.ref_chosen / pairs.chosen_tokens, pairs.ref_rejected / pairs.rejected_tokens
+        chosen, rejected = pairs.ref_chosen / pairs.chosen_counted, pairs.ref_rejected / pairs.rejected_counted
     lowest = _lowest(np.fmin(chosen, rejected), half + len(known))
     highest = _lowest(-np.fmax(chosen, rejected), half + len(known))
     extremes = np.stack([lowest, highest], axis=1).ravel()

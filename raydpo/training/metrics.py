@@ -5,7 +5,7 @@ All sums are one float64 vector: a step needs one all-reduce, and metrics do not
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -16,27 +16,39 @@ from raydpo.losses.pairs import TIE
 
 __all__ = ["PairSums"]
 
-_MEANS = (
-    "loss",
-    *("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"),
-    *("logps/chosen", "logps/rejected", "logps/accuracies", "logps/chosen_fell"),
-)
-"""Metrics that are means over pairs."""
-_LENGTHS = ("length/chosen", "length/rejected")
+_OF = {
+    "loss": "pairs",
+    "rewards/chosen": "chosen",
+    "rewards/rejected": "rejected",
+    "rewards/margins": "both",
+    "rewards/accuracies": "judged",
+    "logps/chosen": "chosen",
+    "logps/rejected": "rejected",
+    "logps/accuracies": "both",
+    "logps/chosen_fell": "chosen",
+    "length/chosen": "chosen",
+    "length/rejected": "rejected",
+}
+"""Metrics that are means, and the number of rows that each is a mean over."""
+_COUNTS = ("pairs", "chosen", "rejected", "both", "judged")
+"""Numbers of rows: all, those with a chosen, a rejected, and both completions, and those that are right or wrong."""
 _FIELDS = (
-    "pairs",
-    *_MEANS,
-    *_LENGTHS,
+    *_COUNTS,
+    *_OF,
     "logratio/chosen",
     "logratio/rejected",
     "difference",
     "difference_sq",
     "margin_sq",
     "product",
+    "drift",
+    "samples",
 )
-"""Names of the sums; ``product`` is margin times difference of lengths."""
+"""Names of the sums; ``product`` is margin times difference of lengths, ``samples`` the completions that drift is the sum
+over."""
 _AGAINST_REFERENCE = ("logps/chosen_fell", "logratio/chosen_per_token", "logratio/rejected_per_token")
-_SOURCE_FIELDS = ("pairs", "loss", "rewards/margins", "rewards/accuracies")
+_OF_A_SOURCE = ("loss", "rewards/margins", "rewards/accuracies")
+_SOURCE_FIELDS = (*_COUNTS, *_OF_A_SOURCE, "rewards/chosen", "rewards/rejected")
 
 
 class PairSums:
@@ -45,14 +57,21 @@ class PairSums:
     Args:
         source_names: names of the sources; more than one adds metrics for each.
         reference: whether the reference's log-probs are known; without them, metrics against it are left out.
+        drift: whether to measure the drift that the loss estimates.
         prompts: number of distinct prompts, if ``add`` gets the prompt of each pair. Then the effective number of pairs is
             measured too, which a standard error of the accuracy needs.
     """
 
     def __init__(
-        self, source_names: Sequence[str], device: torch.device, *, reference: bool = True, prompts: int = 0
+        self,
+        source_names: Sequence[str],
+        device: torch.device,
+        *,
+        reference: bool = True,
+        drift: bool = False,
+        prompts: int = 0,
     ) -> None:
-        self.reference, self.prompts = reference, prompts
+        self.reference, self.drift, self.prompts = reference, drift, prompts
         self.source_names = list(source_names)
         self._end = len(_FIELDS) + len(_SOURCE_FIELDS) * len(self.source_names)
         self.values = torch.zeros(self._end + 2 * prompts, dtype=torch.float64, device=device)
@@ -65,8 +84,13 @@ class PairSums:
         chosen_logratio, rejected_logratio = chosen - logps.ref_chosen.double(), rejected - logps.ref_rejected.double()
         alike = (chosen_logratio - rejected_logratio).abs() <= TIE * (logps.chosen_tokens + logps.rejected_tokens)
         wins = torch.where(alike, 0.5, _wins(margins))
+        every = torch.ones_like(margins)
         columns = {
-            "pairs": torch.ones_like(margins),
+            "pairs": every,
+            "chosen": every,
+            "rejected": every,
+            "both": every,
+            "judged": every,
             "loss": loss.losses.detach().double(),
             "rewards/chosen": loss.chosen_rewards.double(),
             "rewards/rejected": loss.rejected_rewards.double(),
@@ -84,14 +108,19 @@ class PairSums:
             "difference_sq": difference**2,
             "margin_sq": margins**2,
             "product": margins * difference,
+            "drift": chosen_logratio + rejected_logratio,
+            "samples": 2 * every,
         }
+        if logps.sides is not None:
+            columns |= _of_own_sides(columns, logps, loss.threshold)
+            wins = columns["rewards/accuracies"]
         self.values[: len(_FIELDS)] += torch.stack([columns[name].sum() for name in _FIELDS])
         by_source = self.values[len(_FIELDS) : self._end].view(len(_SOURCE_FIELDS), -1)
         for row, name in enumerate(_SOURCE_FIELDS):
             by_source[row].index_add_(0, sources, columns[name])
         if prompts is not None:
             by_prompt = self.values[self._end :].view(2, -1)
-            by_prompt[0].index_add_(0, prompts, columns["pairs"])
+            by_prompt[0].index_add_(0, prompts, columns["judged"])
             by_prompt[1].index_add_(0, prompts, wins)
 
     def metrics(self) -> dict[str, float]:
@@ -101,32 +130,78 @@ class PairSums:
         half, so a policy that equals the reference has 0.5. ``logps/accuracies`` is the share of pairs whose chosen
         completion has the higher log-prob under the policy. ``logps/chosen_fell`` is the share whose chosen log-prob is
         below the reference's. ``length/margin_correlation`` is Pearson's correlation of margin and chosen minus rejected
-        tokens.
+        tokens. ``kl`` is the estimate of the drift, in nats a completion, at least 0, as TRL logs it.
+
+        With completions that are alone, figures of chosen and rejected completions are means over those that are there, and
+        ``rewards/margins`` is the difference of their mean rewards, as in TRL. A completion alone is right if its reward is
+        on the side of the loss's threshold that its label says. What nothing is known of is left out.
 
         With prompts also: numbers of ``pairs`` and ``prompts``, and ``effective_pairs``, how many independent pairs
         would measure the accuracy as precisely (``data.interval.effective_count``).
         """
         total = dict(zip(_FIELDS, self.values[: len(_FIELDS)].tolist(), strict=True))
         pairs = total["pairs"]
-        row = {name: total[name] / pairs for name in _MEANS}
+        row = _means(total, _OF)
         for side in ("chosen", "rejected"):
-            row[f"logratio/{side}_per_token"] = total[f"logratio/{side}"] / total[f"length/{side}"]
-        row |= {name: total[name] / pairs for name in _LENGTHS}
-        row["length/margin_correlation"] = _correlation(total)
+            if total[f"length/{side}"]:
+                row[f"logratio/{side}_per_token"] = total[f"logratio/{side}"] / total[f"length/{side}"]
+        if total["both"]:
+            row["length/margin_correlation"] = _correlation(total)
         if not self.reference:
             row = {name: value for name, value in row.items() if name not in _AGAINST_REFERENCE}
+        if self.drift:
+            row["kl"] = max(0.0, total["drift"] / max(1.0, total["samples"]))
         if len(self.source_names) > 1:
             by_source = self.values[len(_FIELDS) : self._end].view(len(_SOURCE_FIELDS), -1).tolist()
             for index, name in enumerate(self.source_names):
-                count, *sums = (column[index] for column in by_source)
-                if count:
-                    row |= {f"{name}/{metric}": each / count for metric, each in zip(_SOURCE_FIELDS[1:], sums, strict=True)}
+                one = {field: column[index] for field, column in zip(_SOURCE_FIELDS, by_source, strict=True)}
+                row |= {f"{name}/{metric}": each for metric, each in _means(one, _OF_A_SOURCE).items()}
         if self.prompts:
             sizes, wins = self.values[self._end :].view(2, -1).cpu().numpy()
             seen = sizes > 0
             row |= {"pairs": pairs, "prompts": float(seen.sum())}
             row["effective_pairs"] = effective_count(wins[seen], sizes[seen])
         return row
+
+
+def _of_own_sides(columns: Mapping[str, Tensor], logps: PairLogps, threshold: Tensor | float | None) -> dict[str, Tensor]:
+    """The columns of rows of which some lack a side: 0 where a metric is not of that row."""
+    (chosen, rejected), labels = logps.sides, logps.labels
+    both = chosen & rejected
+    masks = {"pairs": torch.ones_like(chosen), "chosen": chosen, "rejected": rejected, "both": both}
+    own = torch.where(chosen, columns["logratio/chosen"], columns["logratio/rejected"])
+    tokens = torch.where(chosen, logps.chosen_tokens, logps.rejected_tokens)
+    above = own - (0.0 if threshold is None else threshold)
+    sides = torch.where(above.abs() <= TIE * tokens, 0.5, ((above > 0) == chosen).double())
+    alone = torch.zeros_like(both) if threshold is None or labels is None else labels != 0
+    masks["judged"] = both | alone
+    wins = torch.where(alone, sides, columns["rewards/accuracies"])
+    found = {name: torch.where(masks[of], columns[name], 0.0) for name, of in _OF.items() if name != "rewards/accuracies"}
+    found |= {
+        f"logratio/{side}": torch.where(masks[side], columns[f"logratio/{side}"], 0.0) for side in ("chosen", "rejected")
+    }
+    of_pairs = ("difference", "difference_sq", "margin_sq", "product")
+    found |= {name: torch.where(both, columns[name], 0.0) for name in of_pairs}
+    found |= {name: mask.double() for name, mask in masks.items()}
+    found["rewards/accuracies"] = torch.where(masks["judged"], wins, 0.0)
+    samples = logps.drift_samples
+    found["samples"] = samples[0].double() + samples[1].double()
+    found["drift"] = sum(
+        torch.where(there, columns[f"logratio/{side}"], 0.0)
+        for there, side in zip(samples, ("chosen", "rejected"), strict=True)
+    )
+    return found
+
+
+def _means(total: Mapping[str, float], names: Iterable[str]) -> dict[str, float]:
+    """The metrics ``names`` of sums, without those that no row has."""
+    row = {name: total[name] / total[_OF[name]] for name in names if total[_OF[name]]}
+    if total["both"] < total["pairs"] and "rewards/margins" in names:
+        row.pop("rewards/margins", None)
+        if total["chosen"] and total["rejected"]:
+            sides = (total[f"rewards/{side}"] / total[side] for side in ("chosen", "rejected"))
+            row["rewards/margins"] = next(sides) - next(sides)
+    return row
 
 
 def _wins(margins: Tensor) -> Tensor:
@@ -136,7 +211,7 @@ def _wins(margins: Tensor) -> Tensor:
 
 def _correlation(total: dict[str, float]) -> float:
     """Pearson's correlation of margin and length difference; 0 if one of them varies by no more than rounding."""
-    n, margins = total["pairs"], total["rewards/margins"]
+    n, margins = total["both"], total["rewards/margins"]
     covariance = total["product"] - margins * total["difference"] / n
     margin_variance = total["margin_sq"] - margins**2 / n
     difference_variance = total["difference_sq"] - total["difference"] ** 2 / n

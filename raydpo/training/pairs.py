@@ -9,11 +9,12 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from raydpo.data.counting import RunColumns, all_count, counts, weighted_sums
 from raydpo.data.facts import prompt_numbers
 from raydpo.data.pairs import PAIR_MARGIN, PAIR_WEIGHT
 from raydpo.data.ragged import Ragged, tokens_in_use
 from raydpo.data.rows import TokenSource
-from raydpo.data.select import TokenTables
+from raydpo.data.select import COUNT_COLUMNS, LABEL, TokenTables
 from raydpo.data.shapes import Shapes
 from raydpo.data.spool import MOST_SMALL
 from raydpo.errors import RaydpoError
@@ -25,7 +26,8 @@ __all__ = ["TrainingPairs", "pair_columns", "send"]
 _SOURCES = b"raydpo.sources"
 """Key in the metadata of ``pair_columns``: JSON list of (name, weight) of each source."""
 _PARTS = ("prompt", *SIDES)
-_NUMBERS = ("set", "place", PAIR_WEIGHT, PAIR_MARGIN)
+_COUNTED = ("chosen_counted", "rejected_counted")
+_NUMBERS = ("set", "place", PAIR_WEIGHT, PAIR_MARGIN, LABEL)
 
 
 class TrainingPairs:
@@ -43,8 +45,11 @@ class TrainingPairs:
         sources: number of the source of each pair, int [pairs].
         weights: weight of each source, float [sources].
         prompt_tokens, chosen_tokens, rejected_tokens: lengths in use, int [pairs].
-        ref_chosen, ref_rejected: sums of the reference's log-probs, nats, float64 [pairs].
+        masked: whether some token does not count with weight 1.
+        chosen_counted, rejected_counted: sums of the weights of the tokens in use, [pairs].
+        ref_chosen, ref_rejected: sums of the reference's log-probs, each with its token's weight, nats, float64 [pairs].
         pair_weights, pair_margins: float [pairs], from ``data.weight_column`` and ``data.margin_column``; None if not set.
+        labels: int8 [pairs], as ``losses.PairLogps.labels``; None if all are pairs.
         prompts: number of the prompt of each pair among the distinct ones, int [pairs]; None if it was not wanted.
     """
 
@@ -62,9 +67,14 @@ class TrainingPairs:
 
         self.sources = numbers("source")
         self.prompt_tokens, self.chosen_tokens, self.rejected_tokens = (numbers(f"{part}_tokens") for part in _PARTS)
+        self.masked = _COUNTED[0] in columns.schema.names
+        self.chosen_counted, self.rejected_counted = self.chosen_tokens, self.rejected_tokens
+        if self.masked:
+            self.chosen_counted, self.rejected_counted = map(numbers, _COUNTED)
+            self._runs = [RunColumns(columns, side) for side in SIDES]
         self._sets, self._places = numbers_if_there("set"), numbers_if_there("place")
         self.pair_weights, self.pair_margins = numbers_if_there(PAIR_WEIGHT), numbers_if_there(PAIR_MARGIN)
-        self.prompts = numbers_if_there("prompt")
+        self.labels, self.prompts = numbers_if_there(LABEL), numbers_if_there("prompt")
         self.has_reference = logps is not None
         if self.has_reference:
             *self._logp_places, self._known, self.ref_chosen, self.ref_rejected = map(numbers, REFERENCE_COLUMNS)
@@ -114,18 +124,43 @@ class TrainingPairs:
         """Source numbers of ``rows``, int64 [rows]."""
         return send(self.sources[np.asarray(rows)].astype(np.int64), device)
 
+    def mean_chosen_tokens(self, rows: np.ndarray) -> float:
+        """Mean over ``rows`` of the counted tokens of their chosen completion. An undesirable completion alone has none."""
+        tokens = self.chosen_counted[rows]
+        return float((tokens if self.labels is None else tokens * (self.labels[rows] >= 0)).mean())
+
     def reference(self, row: int) -> tuple[np.ndarray, np.ndarray]:
         """Reference log-probs of the tokens of a pair's chosen and rejected completion; NaN if only their sum is known."""
         chosen, rejected = (int(places[row]) for places in self._logp_places)
         values = self._logps
         return values[chosen : chosen + self.chosen_tokens[row]], values[rejected : rejected + self.rejected_tokens[row]]
 
-    def reference_tails(self, rows: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """Sums of the reference log-probs of tokens beyond the length of the shorter completion, float64 [rows]."""
-        tails = np.array(
-            [[side[min(map(len, sides)) :].sum(dtype=np.float64) for side in sides] for sides in map(self.reference, rows)]
+    def weights_of(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Weight of each completion token of ``rows``, chosen and rejected of each pair in turn, float32 [their tokens]."""
+        rows = np.asarray(rows)
+        if not self.masked:
+            return np.ones(int((self.chosen_tokens[rows] + self.rejected_tokens[rows]).sum()), np.float32)
+        both = [side.at(rows) for side in self._runs]
+        order = np.argsort(np.concatenate([2 * runs.owners + place for place, runs in enumerate(both)]), kind="stable")
+        weights, lengths = (
+            np.concatenate(each) for each in zip(*((runs.weights, runs.lengths) for runs in both), strict=True)
         )
+        return np.repeat(weights[order], lengths[order])
+
+    def reference_tails(self, rows: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Sums of the reference log-probs of tokens beyond the length of the shorter completion, float64 [rows]. As
+        elsewhere, lengths and sums are of the tokens that count. 0 for a completion alone."""
+        values = map(self._weighted if self.masked else self.reference, rows)
+        tails = np.array([[side[min(map(len, sides)) :].sum(dtype=np.float64) for side in sides] for sides in values])
+        if self.labels is not None:
+            tails[self.labels[np.asarray(rows)] != 0] = 0
         return tails[:, 0], tails[:, 1]
+
+    def _weighted(self, row: int) -> tuple[np.ndarray, ...]:
+        """Reference log-probs times weights of the tokens that count, of chosen and rejected."""
+        weights = np.split(self.weights_of([row]), [self.chosen_tokens[row]])
+        both = zip(self.reference(row), weights, strict=True)
+        return tuple(logps[each > 0].astype(np.float64) * each[each > 0] for logps, each in both)
 
     def sums_only(self) -> np.ndarray:
         """Rows of which only the sums of the reference log-probs are known."""
@@ -141,7 +176,7 @@ def pair_columns(table: pa.Table, *, prompts: bool) -> pa.RecordBatch:
 
     Columns: pair_id; source (number); set and place, pair_weight and pair_margin, and those that ``place_reference`` adds,
     where ``table`` has them; prompt_tokens, chosen_tokens, rejected_tokens; prompt (number of the prompt among the distinct
-    ones), if ``prompts``.
+    ones), if ``prompts``; ``select.COUNT_COLUMNS`` and the sums of weights, if some token does not count with weight 1.
 
     Args:
         table: rows of ``data.pairs.PAIR_SCHEMA``.
@@ -152,6 +187,9 @@ def pair_columns(table: pa.Table, *, prompts: bool) -> pa.RecordBatch:
     columns |= {f"{part}_tokens": tokens_in_use(table, part) for part in _PARTS}
     if prompts:
         columns["prompt"] = prompt_numbers(table)
+    if not all_count(table):
+        columns |= {name: table[name] for name in COUNT_COLUMNS}
+        columns |= {name: counts(table, side) for name, side in zip(_COUNTED, SIDES, strict=True)}
     columns |= {name: table[name] for name in (*_NUMBERS, *REFERENCE_COLUMNS) if name in table.column_names}
     arrays = [_one_array(column) for column in columns.values()]
     metadata = {_SOURCES: json.dumps(list(zip(names, weights, strict=True))).encode()}
@@ -180,7 +218,8 @@ def _placed(table: pa.Table) -> tuple[pa.Table, np.ndarray | None]:
     (chosen, starts), (rejected, more) = (side.gather(np.arange(len(side))) for side in sides)
     known = (_known(chosen, starts) & _known(rejected, more)).astype(np.uint8)
     columns = dict(zip(REFERENCE_COLUMNS, (starts[:-1], more[:-1] + len(chosen), known), strict=False))
-    columns |= {name: side.sums() for name, side in zip(REFERENCE_COLUMNS[-2:], sides, strict=True)}
+    both = zip(REFERENCE_COLUMNS[-2:], SIDES, ((chosen, starts), (rejected, more)), strict=True)
+    columns |= {name: weighted_sums(*values, table, side) for name, side, values in both if name not in table.column_names}
     for name, column in columns.items():
         table = table if name in table.column_names else table.append_column(name, pa.array(column))
     return table, np.concatenate([chosen, rejected])

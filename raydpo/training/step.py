@@ -152,9 +152,10 @@ class Stepper:
         """Add the gradients of this rank's micro-batches. Returns the sums of the metrics, and by micro-batch a value of
         each pair that is not finite if the pair spoils the step."""
         pairs, engine, clock = self.pairs, self.engine, self.clock
-        sums = PairSums(pairs.source_names, engine.device, reference=pairs.has_reference)
+        drift = self.objective.config.estimates_drift
+        sums = PairSums(pairs.source_names, engine.device, reference=pairs.has_reference, drift=drift)
         losses: list[tuple[MicroBatch, Tensor]] = []
-        mean_chosen_tokens = float(pairs.chosen_tokens[step.rows].mean())
+        mean_chosen_tokens = pairs.mean_chosen_tokens(step.rows)
         for index, (batch, layout) in enumerate(step.batches):
             last = index == len(step.batches) - 1
             with clock.phase("forward"):

@@ -50,6 +50,7 @@ class WholeStep:
         self._places = torch.from_numpy(places).to(logps.chosen.device)
         self._slopes = {name: self._by_row(slope) for name, slope in zip(inputs, slopes, strict=True) if slope is not None}
         self._loss = [self._by_row(value.detach()) for value in (loss.losses, loss.chosen_rewards, loss.rejected_rewards)]
+        self._threshold = loss.threshold
 
     def _by_row(self, values: Tensor) -> Tensor:
         """[pairs] -> [distinct rows]. A row that occurs twice, at two quantiles, gets the mean."""
@@ -60,4 +61,4 @@ class WholeStep:
         """Losses and rewards of one micro-batch, and a number whose gradient is that of the losses' sum."""
         place = send(np.searchsorted(self._distinct, np.asarray(rows)), logps.chosen.device)
         carrier = sum((slope[place] * getattr(logps, name)).sum() for name, slope in self._slopes.items())
-        return PreferenceLoss(*(value[place] for value in self._loss)), carrier
+        return PreferenceLoss(*(value[place] for value in self._loss), self._threshold), carrier

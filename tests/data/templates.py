@@ -103,6 +103,40 @@ DEEPSEEK = (
     "{% endfor %}{{ eos_token }}{% endif %}{% endfor %}{% if add_generation_prompt %}"
     "{{ '<|Assistant|><think>\n' }}{% endif %}"
 )
+STRICT = (
+    "{{- bos_token }}{%- if messages[0].role == 'system' %}{%- set first = messages[0].content %}"
+    "{%- set messages = messages[1:] %}{%- endif %}{%- set ns = namespace(last='') %}"
+    "{%- for message in messages %}{%- if message.role in ['user', 'assistant'] and not message.tool_calls %}"
+    "{%- if ns.last == message.role or (loop.first and message.role != 'user') %}"
+    "{{- raise_exception('Roles must alternate') }}{%- endif %}{%- set ns.last = message.role %}{%- endif %}"
+    "{%- if message.role == 'user' %}{{- '[INST]' + (first + '\n\n' if first and loop.last else '') + message.content }}"
+    "{{- '[/INST]' }}{%- elif message.tool_calls is defined and message.tool_calls is not none %}{{- '[TOOL_CALLS]' }}"
+    "{%- for call in message.tool_calls %}{%- if not call.id is defined or call.id | length != 9 %}"
+    "{{- raise_exception('Tool call IDs should have length 9!') }}{%- endif %}"
+    "{{- call.function | tojson + call.id }}{%- endfor %}{{- eos_token }}"
+    "{%- elif message.role == 'tool' %}{%- if not message.tool_call_id is defined or message.tool_call_id | length != 9 %}"
+    "{{- raise_exception('Tool call IDs should have length 9!') }}{%- endif %}"
+    "{{- '[TOOL_RESULTS]' + message.content + message.tool_call_id + '[/TOOL_RESULTS]' }}"
+    "{%- elif message.role == 'assistant' %}{{- ' ' + message.content + eos_token }}"
+    "{%- else %}{{- raise_exception('Only user and assistant roles are supported') }}{%- endif %}{%- endfor %}"
+)
+"""As those of Mistral: strict, short ids, and the system message before the last message of the user."""
+HARMONY = (
+    "{%- if tools %}{{- '<|start|>developer<|message|>' }}{%- for tool in tools %}"
+    "{{- '// ' + tool.function.description + '\ntype ' + tool.function.name + ';\n' }}{%- endfor %}{{- '<|end|>' }}"
+    "{%- endif %}{%- for message in messages %}{%- if message.role == 'assistant' %}{%- if message.thinking %}"
+    "{{- '<|start|>assistant<|channel|>analysis<|message|>' + message.thinking + '<|end|>' }}{%- endif %}"
+    "{%- if 'tool_calls' in message %}{%- set call = message.tool_calls[0].function %}"
+    "{{- '<|start|>assistant<|channel|>commentary to=' + call.name + '<|message|>' + call.arguments | tojson }}"
+    "{{- '<|call|>' }}{%- else %}"
+    "{{- '<|start|>assistant<|channel|>final<|message|>' + message.content + '<|return|>' }}{%- endif %}"
+    "{%- elif message.role == 'tool' %}{{- '<|start|>functions to=assistant<|message|>' + message.content | tojson }}"
+    "{{- '<|end|>' }}{%- elif message.role in ['system', 'user'] %}"
+    "{{- '<|start|>' + message.role + '<|message|>' + message.content + '<|end|>' }}"
+    "{%- else %}{{- raise_exception('Unexpected message role.') }}{%- endif %}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|start|>assistant' }}{%- endif %}"
+)
+"""As that of gpt-oss: channels, the field ``thinking``, one call a message."""
 DROPS_THOUGHTS = (
     "{% for message in messages %}<s>{{ message.role }}"
     "\n{{ message.content.split('</think>')[-1].lstrip('\n') }}</s>\n{% endfor %}" + GENERATE
@@ -114,6 +148,23 @@ CALLS = (
     "{{ call.function.arguments | tojson }}]{% endfor %}</s>\n{% endfor %}" + GENERATE
 )
 """Writes everything, arguments of calls as JSON."""
+MARKED = (
+    "{% for message in messages %}{% if message.role == 'assistant' %}{% generation %}<|im_start|>assistant\n"
+    "{{ message.content }}{% for call in message.tool_calls or [] %}<call>{{ call.function | tojson }}</call>{% endfor %}"
+    "<|im_end|>\n{% endgeneration %}{% else %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""Marks its turns itself, with their headers and the line break after them, as some do."""
+OPENS = (
+    "{%- set ns = namespace(asked=0) %}{%- for message in messages %}{%- if message.role == 'user' %}"
+    "{%- set ns.asked = loop.index0 %}{%- endif %}{%- endfor %}"
+    "{%- for message in messages %}{{- '<|im_start|>' + message.role + '\n' }}"
+    "{%- if message.role == 'assistant' and loop.index0 > ns.asked %}"
+    "{{- '<think>\n' + (message.reasoning_content or '') + '\n</think>\n\n' }}{%- endif %}"
+    "{{- message.content + '<|im_end|>\n' }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n<think>\n' }}{%- endif %}"
+)
+"""Begins each thought in the prompt, and drops those of earlier turns."""
 
 
 def tokenizer_for(template: str | None, bos: bool = False):

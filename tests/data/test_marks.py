@@ -1,16 +1,25 @@
-"""Which tokens of a completion are the assistant's, its last turn, its answer and its reasoning."""
+"""Which tokens of a completion are the assistant's, its last turn, its answer and its reasoning.
+
+All expected texts of the tables are written by hand.
+"""
 
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import templates
 from samples import bot, user
+from templates import say
 
 from raydpo.data.marks import ANSWER, ASSISTANT, LAST_TURN, MARK_BITS, REASONING
 from raydpo.data.preference import Preference
 from raydpo.data.tokenise import Tokeniser
 
 PARTS = {"assistant": ASSISTANT, "last_turn": LAST_TURN, "answer": ANSWER, "reasoning": REASONING}
+THOUGHT = "<think>\nhm\n</think>\n\n"
+AGAIN = "<think>\nok\n</think>\n\n"
+EMPTY = "<think>\n\n</think>\n\n"
+CALL = templates.calling(arguments={"zone": "UTC"})
 
 
 def marked(template, preference, bos=False):
@@ -30,18 +39,157 @@ def counted(tokenizer, ids, runs, part):
     return [tokenizer.decode(ids[start:stop]) for start, stop in edges.reshape(-1, 2)]
 
 
-def test_turns_of_chatml():
-    said = [bot("<think>\nhm\n</think>\n\nblue"), user("sure?"), bot("yes 🙂")]
-    tokenizer, ids, pair, _ = marked(templates.CHATML, Preference([user("sky?")], said, [bot("green")]))
-    found = {part: counted(tokenizer, ids.chosen, pair.chosen, part) for part in ["completion", *PARTS]}
-    assert found == {
-        "completion": [
-            "<think>\nhm\n</think>\n\nblue<|im_end|>\n<|im_start|>user\nsure?<|im_end|>\n"
-            "<|im_start|>assistant\nyes 🙂<|im_end|>\n"
+def of_chosen(template, chosen, **more):
+    """The texts that count for each value of ``train_on`` in ``chosen``, and the flags."""
+    preference = Preference([user("sky?")], chosen, [bot("green")], **more)
+    tokenizer, ids, pair, _ = marked(template, preference)
+    found = [counted(tokenizer, ids.chosen, pair.chosen, part) for part in ("completion", *PARTS)]
+    return found, pair.flags
+
+
+# completion, then runs of: assistant, last_turn, answer, reasoning
+CASES = {
+    "ChatML, one turn": (
+        templates.CHATML, [bot("blue")], {},
+        "blue<|im_end|>\n", ["blue<|im_end|>"], ["blue<|im_end|>"], ["blue<|im_end|>"], [],
+    ),
+    "ChatML, two turns": (
+        templates.CHATML, [bot("blue"), user("sure?"), bot("yes 🙂")], {},
+        "blue<|im_end|>\n<|im_start|>user\nsure?<|im_end|>\n<|im_start|>assistant\nyes 🙂<|im_end|>\n",
+        ["blue<|im_end|>", "yes 🙂<|im_end|>"], ["yes 🙂<|im_end|>"], ["blue<|im_end|>", "yes 🙂<|im_end|>"], [],
+    ),
+    "ChatML, a tool's result between": (
+        templates.CHATML, [bot("clock()"), say("tool", "12:00"), bot("noon")], {},
+        "clock()<|im_end|>\n<|im_start|>tool\n12:00<|im_end|>\n<|im_start|>assistant\nnoon<|im_end|>\n",
+        ["clock()<|im_end|>", "noon<|im_end|>"], ["noon<|im_end|>"], ["clock()<|im_end|>", "noon<|im_end|>"], [],
+    ),
+    "ChatML, thoughts in content": (
+        templates.CHATML, [bot(f"{THOUGHT}blue"), user("sure?"), bot(f"{AGAIN}yes")], {},
+        f"{THOUGHT}blue<|im_end|>\n<|im_start|>user\nsure?<|im_end|>\n<|im_start|>assistant\n{AGAIN}yes<|im_end|>\n",
+        [f"{THOUGHT}blue<|im_end|>", f"{AGAIN}yes<|im_end|>"], [f"{AGAIN}yes<|im_end|>"],
+        ["blue<|im_end|>", "yes<|im_end|>"], [THOUGHT, AGAIN],
+    ),
+    "ChatML, two thoughts in a turn": (
+        templates.CHATML, [bot(f"{THOUGHT}blue\n{AGAIN}yes")], {},
+        f"{THOUGHT}blue\n{AGAIN}yes<|im_end|>\n", [f"{THOUGHT}blue\n{AGAIN}yes<|im_end|>"],
+        [f"{THOUGHT}blue\n{AGAIN}yes<|im_end|>"], ["blue\n", "yes<|im_end|>"], [THOUGHT, AGAIN],
+    ),
+    "Llama 3, two turns": (
+        templates.LLAMA, [bot(" blue "), user("sure?"), bot("yes")], {},
+        "blue<|eot|><|head|>user<|/head|>\n\nsure?<|eot|><|head|>assistant<|/head|>\n\nyes<|eot|>",
+        ["blue<|eot|>", "yes<|eot|>"], ["yes<|eot|>"], ["blue<|eot|>", "yes<|eot|>"], [],
+    ),
+    "Llama 3, one turn with a thought": (
+        templates.LLAMA, [bot(f"{THOUGHT}blue")], {},
+        f"{THOUGHT}blue<|eot|>", [f"{THOUGHT}blue<|eot|>"], [f"{THOUGHT}blue<|eot|>"], ["blue<|eot|>"], [THOUGHT],
+    ),
+    "Llama 3, tools": (
+        templates.LLAMA, [*CALL, say("tool", "12:00"), bot("noon")], {"tools": [templates.tool("clock")]},
+        '{"name": "clock", "parameters": {"zone": "UTC"}}<|eot|><|head|>ipython<|/head|>\n\n"12:00"<|eot|>'
+        "<|head|>assistant<|/head|>\n\nnoon<|eot|>",
+        ['{"name": "clock", "parameters": {"zone": "UTC"}}<|eot|>', "noon<|eot|>"], ["noon<|eot|>"],
+        ['{"name": "clock", "parameters": {"zone": "UTC"}}<|eot|>', "noon<|eot|>"], [],
+    ),
+    "Qwen3, a thought in content": (
+        templates.QWEN, [bot(f"{THOUGHT}blue")], {},
+        f"{THOUGHT}blue<|im_end|>\n", [f"{THOUGHT}blue<|im_end|>"], [f"{THOUGHT}blue<|im_end|>"], ["blue<|im_end|>"],
+        [THOUGHT],
+    ),
+    "Qwen3, a thought in its field": (
+        templates.QWEN, [say("assistant", "blue", reasoning_content="hm")], {},
+        f"{THOUGHT}blue<|im_end|>\n", [f"{THOUGHT}blue<|im_end|>"], [f"{THOUGHT}blue<|im_end|>"], ["blue<|im_end|>"],
+        [THOUGHT],
+    ),
+    "Qwen3, an empty thought added": (
+        templates.QWEN, [bot("blue")], {},
+        f"{EMPTY}blue<|im_end|>\n", [f"{EMPTY}blue<|im_end|>"], [f"{EMPTY}blue<|im_end|>"], ["blue<|im_end|>"], [],
+    ),
+    "Qwen3, an empty thought of the prompt": (
+        templates.QWEN, [bot("blue")], {"template_kwargs": {"enable_thinking": False}},
+        "blue<|im_end|>\n", ["blue<|im_end|>"], ["blue<|im_end|>"], ["blue<|im_end|>"], [],
+    ),
+    "Qwen3, thoughts of earlier turns dropped": (
+        templates.QWEN, [bot(f"{THOUGHT}blue"), user("sure?"), bot(f"{AGAIN}yes")], {},
+        f"blue<|im_end|>\n<|im_start|>user\nsure?<|im_end|>\n<|im_start|>assistant\n{AGAIN}yes<|im_end|>\n",
+        ["blue<|im_end|>", f"{AGAIN}yes<|im_end|>"], [f"{AGAIN}yes<|im_end|>"], ["blue<|im_end|>", "yes<|im_end|>"], [AGAIN],
+    ),
+    "Qwen3, tools": (
+        templates.QWEN,
+        [CALL[0] | {"reasoning_content": "hm"}, say("tool", "12:00"), say("assistant", "noon", reasoning_content="ok")],
+        {"tools": [templates.tool("clock")]},
+        f'{THOUGHT}\n<tool_call>\n{{"name": "clock", "arguments": {{"zone": "UTC"}}}}\n</tool_call><|im_end|>\n'
+        f"<|im_start|>tool\n12:00<|im_end|>\n<|im_start|>assistant\n{AGAIN}noon<|im_end|>\n",
+        [
+            f'{THOUGHT}\n<tool_call>\n{{"name": "clock", "arguments": {{"zone": "UTC"}}}}\n</tool_call><|im_end|>',
+            f"{AGAIN}noon<|im_end|>",
         ],
-        "assistant": ["<think>\nhm\n</think>\n\nblue<|im_end|>", "yes 🙂<|im_end|>"],
-        "last_turn": ["yes 🙂<|im_end|>"],
-        "answer": ["blue<|im_end|>", "yes 🙂<|im_end|>"],
-        "reasoning": ["<think>\nhm\n</think>\n\n"],
-    }
-    assert counted(tokenizer, ids.rejected, pair.rejected, "answer") == ["green<|im_end|>"]
+        [f"{AGAIN}noon<|im_end|>"],
+        ['<tool_call>\n{"name": "clock", "arguments": {"zone": "UTC"}}\n</tool_call><|im_end|>', "noon<|im_end|>"],
+        [f"{THOUGHT}\n", AGAIN],
+    ),
+    "Mistral, two turns": (
+        templates.MISTRAL, [bot("blue"), user("sure?"), bot("yes")], {},
+        " blue</s>[INST]sure?[/INST] yes</s>", [" blue</s>", " yes</s>"], [" yes</s>"], [" blue</s>", " yes</s>"], [],
+    ),
+    "Mistral, tools and a question after them": (
+        templates.MISTRAL, [*CALL, say("tool", "12:00"), bot("noon"), user("sure?"), bot("yes")],
+        {"tools": [templates.tool("clock")]},
+        # The prompt alone has the tools before this question, so the completion begins there.
+        '[INST]sky?[/INST][TOOL_CALLS][{"name": "clock", "arguments": {"zone": "UTC"}}]</s>'
+        '[TOOL_RESULTS]{"content": "12:00"}[/TOOL_RESULTS] noon</s>'
+        '[AVAILABLE_TOOLS][{"type": "function", "function": {"name": "clock", "description": "Asks for clock.", '
+        '"parameters": {"type": "object", "properties": {"zone": {"type": "string", "description": "Zone of clock."}}}}}]'
+        "[/AVAILABLE_TOOLS][INST]sure?[/INST] yes</s>",
+        ['[TOOL_CALLS][{"name": "clock", "arguments": {"zone": "UTC"}}]</s>', " noon</s>", " yes</s>"], [" yes</s>"],
+        ['[TOOL_CALLS][{"name": "clock", "arguments": {"zone": "UTC"}}]</s>', " noon</s>", " yes</s>"], [],
+    ),
+    "Gemma, two turns": (
+        templates.GEMMA, [bot("blue\n"), user("sure?"), bot(f"{THOUGHT}yes")], {},
+        f"blue<end_of_turn>\n<start_of_turn>user\nsure?<end_of_turn>\n<start_of_turn>model\n{THOUGHT}yes<end_of_turn>\n",
+        ["blue<end_of_turn>", f"{THOUGHT}yes<end_of_turn>"], [f"{THOUGHT}yes<end_of_turn>"],
+        ["blue<end_of_turn>", "yes<end_of_turn>"], [THOUGHT],
+    ),
+    "generation markers, tools": (
+        templates.MARKED, [*CALL, say("tool", "12:00"), bot(f"{THOUGHT}noon")], {},
+        '<call>{"name": "clock", "arguments": {"zone": "UTC"}}</call><|im_end|>\n<|im_start|>tool\n12:00<|im_end|>\n'
+        f"<|im_start|>assistant\n{THOUGHT}noon<|im_end|>\n",
+        ['<call>{"name": "clock", "arguments": {"zone": "UTC"}}</call><|im_end|>', f"{THOUGHT}noon<|im_end|>"],
+        [f"{THOUGHT}noon<|im_end|>"],
+        ['<call>{"name": "clock", "arguments": {"zone": "UTC"}}</call><|im_end|>', "noon<|im_end|>"], [THOUGHT],
+    ),
+    "the prompt opens the thought": (
+        templates.OPENS, [say("assistant", "blue", reasoning_content="hm")], {},
+        "hm\n</think>\n\nblue<|im_end|>\n", ["hm\n</think>\n\nblue<|im_end|>"], ["hm\n</think>\n\nblue<|im_end|>"],
+        ["blue<|im_end|>"], ["hm\n</think>\n\n"],
+    ),
+    "the prompt opens the thought, and earlier ones are dropped": (
+        templates.OPENS, [bot("blue"), user("sure?"), say("assistant", "yes", reasoning_content="ok")], {},
+        f"blue<|im_end|>\n<|im_start|>user\nsure?<|im_end|>\n<|im_start|>assistant\n{AGAIN}yes<|im_end|>\n",
+        ["blue<|im_end|>", "ok\n</think>\n\nyes<|im_end|>"], ["ok\n</think>\n\nyes<|im_end|>"],
+        ["blue<|im_end|>", "yes<|im_end|>"], ["ok\n</think>\n\n"],
+    ),
+    "the prompt opens the thought, and there is none": (
+        templates.OPENS, [bot("blue")], {},
+        "\n</think>\n\nblue<|im_end|>\n", ["\n</think>\n\nblue<|im_end|>"], ["\n</think>\n\nblue<|im_end|>"],
+        ["blue<|im_end|>"], [],
+    ),
+    "an empty thought that begins otherwise than the prompt ends": (
+        templates.OPENS.replace("'<think>\n' + (message.reasoning_content or '') + '\n</think>\n\n'", "'<think></think>\n'"),
+        [bot("blue")], {},
+        "</think>\nblue<|im_end|>\n", ["</think>\nblue<|im_end|>"], ["</think>\nblue<|im_end|>"], ["blue<|im_end|>"], [],
+    ),
+    "no words before an answer are asked for": (
+        "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}",
+        [bot("blue"), user("sure?"), bot("yes")], {},
+        "<s>assistant\nblue</s>\n<s>user\nsure?</s>\n<s>assistant\nyes</s>\n",
+        ["blue</s>", "yes</s>"], ["yes</s>"], ["blue</s>", "yes</s>"], [],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("template", "chosen", "more", "completion", "assistant", "last_turn", "answer", "reasoning"),
+                         CASES.values(), ids=CASES)  # fmt: skip
+def test_which_tokens_count(template, chosen, more, completion, assistant, last_turn, answer, reasoning):
+    found, flags = of_chosen(template, chosen, **more)
+    assert found == [[completion], assistant, last_turn, answer, reasoning]
+    assert flags == 0

@@ -105,7 +105,8 @@ def test_other_parts_are_refused_where_the_template_takes_text():
     thought = answer([{"type": "thinking", "thinking": "hm"}, *parts("Red.")])
     reason = ids_of(CHAT_TEMPLATE, [user("q")], thought, answer("b"))
     assert reason == (
-        "content of role 'assistant' has parts other than text (thinking), which the chat template cannot take"
+        "content of role 'assistant' has parts other than text (thinking), which the chat template cannot take; write "
+        "thoughts into the text, in <think> and </think>"
     )
 
 

@@ -36,7 +36,7 @@ USE = commands(block(README, "", "raydpo doctor"))
 OWN_LOSS = commands(block(OBJECTIVES, "", "my_module:my_loss"))
 PAGES = [
     command
-    for name in ("data", "evaluation", "runs", "sweeps")
+    for name in ("data", "counting", "evaluation", "runs", "sweeps")
     for _, text in blocks(GUIDE[name])
     for command in commands(text)
 ]

@@ -6,10 +6,11 @@ import inspect
 import json
 import re
 
+import draw_betas
+import draw_counting
 import pytest
 import yaml
 from documented import DOCUMENTS, GUIDE, GUIDES, ROOT, block, blocks, commands, not_run
-from draw_betas import PICTURE, picture
 
 from raydpo.config import LOSSES, Config, load_config
 from raydpo.config.load import _OTHER_NAMES, _all_keys
@@ -245,8 +246,22 @@ def test_every_page_is_linked_from_the_index_and_from_readme():
 
 
 def test_the_picture_shows_the_table():
-    assert PICTURE.read_text() == picture(), "run: python tests/guide/draw_betas.py"
-    assert all(figure in PICTURE.read_text() for figure in ("0.877", "0.947")) and PICTURE.stat().st_size < 100_000
+    place = draw_betas.PICTURE
+    assert place.read_text() == draw_betas.picture(), "run: python tests/guide/draw_betas.py"
+    assert all(figure in place.read_text() for figure in ("0.877", "0.947")) and place.stat().st_size < 100_000
+
+
+def test_the_picture_of_what_counts_is_what_counts():
+    """By hand: the parts of each line of a conversation with a call of a tool."""
+    place, lines = draw_counting.PICTURE, draw_counting.lines_of()
+    assert place.read_text() == draw_counting.picture(), "run: python tests/guide/draw_counting.py"
+    assert place.stat().st_size < 30_000
+    thought, answer, other = [1, 1, 0, 0, 1, 0.1], [1, 1, 0, 1, 0, 1], [1, 0, 0, 0, 0, 0]
+    last = lambda each: [*each[:2], 1, *each[3:]]  # noqa: E731
+    turns = [*[thought] * 3, *[answer] * 3, *[other] * 5, *[last(thought)] * 3, last(answer)]
+    assert [weights for _, weights in lines["chosen"]] == turns
+    assert [weights for _, weights in lines["rejected"]] == [*[last(thought)] * 3, last(answer)]
+    assert lines["chosen"][6][0] == "<|im_start|>user" and lines["chosen"][-1][0].endswith("<|im_end|>")
 
 
 def test_pages_show_what_the_benchmark_measured():
