@@ -46,6 +46,8 @@ def place(tmp_path_factory, tiny_llama):
     asked, said = [{"role": "user", "content": "Hello?"}], {"role": "assistant"}
     _write(place / "chat.jsonl", lambda n: (asked, [said | {"content": f"a {n}"}], [said | {"content": f"b {n}"}]))
     _write(place / "no_prompt.jsonl", lambda n: ("", f"a {n}", f"b {n}"))
+    labelled = [{"prompt": f"a {n} ", "completion": f"b {n}", "label": n % 2 > 0} for n in range(5)]
+    (place / "labels.jsonl").write_text("".join(json.dumps(record) + "\n" for record in labelled))
     (place / "empty.jsonl").write_text("")
     (place / "nothing").mkdir()
     (place / "broken.parquet").write_text("no parquet")
@@ -128,6 +130,17 @@ BAD = [
     (ALL, "data.train={place}/no_prompt.jsonl", "12 of 12 records are malformed"),
     (ALL, "data.train={place}/b.jsonl", "but there is no such file"),
     (ALL, "data.eval.path={place}/b.jsonl; data.eval.fraction=null", "'data.eval.path'"),
+    (
+        TRAINING,
+        "data.train={place}/labels.jsonl",
+        "sigmoid needs pairs, but 5 rows of labels (among its first 1,000 records)",
+    ),
+    (TRAINING, "data.train={place}/labels.jsonl; data.filter=prompt_tokens>0", "needs pairs, but 5 rows of labels hold one"),
+    (
+        ("train", "run"),
+        "data.train={place}/labels.jsonl; train.loss=[{kto: 1.0}, {hinge: 1.0}]",
+        "train.loss hinge needs pairs",
+    ),
     (("score", *TRAINING, "audit"), "data.train={place}/empty.jsonl", "holds no records"),
     (("score", *TRAINING, "audit"), "data.train={place}/nothing", "holds no .jsonl"),
     (("run", "eval"), "data.eval={path: '{place}/config.yaml'}", "has an unknown suffix"),
@@ -181,6 +194,20 @@ def test_bad_input_is_refused_before_ray(verb, settings, said, place, no_ray, mo
     assert error.startswith("error: ") and said in error and "Traceback" not in error, error
     assert "configuration':" not in error
     assert not (place / "runs" / "checked" / "run.json").exists()
+
+
+@pytest.mark.parametrize("loss, wrong", [("kto", False), ("[{bco: 1.0}, {sft: 0.1}]", False), ("sigmoid", True)])
+def test_completions_with_labels_are_scored_whatever_the_loss(loss, wrong, place, no_ray, monkeypatch, capfd):
+    monkeypatch.chdir(place)
+    words = [str(place / "config.yaml"), f"data.train={place}/labels.jsonl", f"train.loss={loss}"]
+    assert main(["score", *words]) == 1  # got as far as Ray
+    told = (
+        "warning: train.loss sigmoid needs pairs, but 5 rows of labels (among its first 1,000 records) hold one completion"
+    )
+    output = capfd.readouterr()
+    assert (told in output.out + output.err) == wrong
+    if not wrong:
+        assert main(["train", *words]) == 1
 
 
 @pytest.mark.parametrize("verb", TRAINING)

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from raydpo.config.counting import TrainOn
+from raydpo.config.counting import TrainOn, train_on_text
 from raydpo.config.section import Float, Int, PathOrUri, Section
 from raydpo.storage.uri import is_uri
 
@@ -141,7 +141,8 @@ class DataConfig(Section):
     max_malformed: Float = Field(default=0.01, ge=0, le=1)
     """Largest share of malformed records in a source; more is an error."""
     max_dropped: Float = Field(default=0.1, ge=0, le=1)
-    """Largest share of pairs of a source that may be dropped for their length; more is an error."""
+    """Largest share of pairs of a source that may be dropped for their length, or because no token of theirs counts; more
+    is an error."""
 
     @model_validator(mode="after")
     def _check(self) -> DataConfig:
@@ -149,6 +150,19 @@ class DataConfig(Section):
         twice = {name for name in names if names.count(name) > 1}
         if twice:
             raise ValueError(f"two sources are both named {sorted(twice)[0]!r}; give each its own name")
+        own = [source.train_on for source in self.train]
+        held_out_file = self.eval is not None and self.eval.path is not None and self.eval.train_on is None
+        if self.train_on != "completion" and None not in own and not (held_out_file and any(one != own[0] for one in own)):
+            raise ValueError(
+                f"data.train_on {train_on_text(self.train_on)!r} has no effect: each source has its own train_on; drop "
+                "it, or theirs"
+            )
+        for name in ("weight_column", "margin_column"):
+            if self.spans_column is not None and self.spans_column == getattr(self, name):
+                raise ValueError(
+                    f"data.spans_column and data.{name} are both {self.spans_column!r}, but one column holds spans and the "
+                    "other a number; name a column for each"
+                )
         return self
 
 

@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from raydpo.config import DataConfig, SourceConfig
 from raydpo.config.counting import part_weights, train_on_text
+from raydpo.data.plan import splitmix
 from raydpo.data.ragged import Ragged, tokens_in_use
 from raydpo.data.rows import (
     ANSWER,
@@ -34,6 +35,7 @@ __all__ = [
     "counted_of",
     "counted_tokens",
     "counts",
+    "mask_digests",
     "needs_marks",
     "token_weights",
     "train_on_of",
@@ -184,6 +186,15 @@ def counts(table: pa.Table, side: str) -> np.ndarray:
 def counted_tokens(table: pa.Table, side: str) -> np.ndarray:
     """Number of tokens in use of each completion of a side that have a weight above 0, int32 [rows]."""
     return RunColumns(table, side).every().counted_tokens()
+
+
+def mask_digests(table: pa.Table, side: str) -> np.ndarray:
+    """64-bit digest of the weights of each completion of a side, uint64 [rows]; 0 where every token has weight 1."""
+    runs = RunColumns(table, side).every()
+    mixed = splitmix(runs.starts.astype(np.uint64) << np.uint64(32) | runs.weights.view(np.uint32).astype(np.uint64))
+    totals = np.concatenate([np.zeros(1, np.uint64), np.cumsum(mixed, dtype=np.uint64)])
+    alike = runs.totals(runs.weights != 1) == 0
+    return np.where(alike, np.uint64(0), totals[runs.offsets[1:]] - totals[runs.offsets[:-1]])
 
 
 def weighted_sums(values: np.ndarray, offsets: np.ndarray, table: pa.Table, side: str) -> np.ndarray:

@@ -78,23 +78,25 @@ def load_pairs(
     return select(config, sources, held, TokenTables([each.tokens or () for each in loaded]), template_date=day)
 
 
-def check_first_records(source: SourceConfig, name: str, config: DataConfig, reader: Reader = read_records) -> None:
-    """Read the first records of a source without a tokenizer.
+def check_first_records(source: SourceConfig, name: str, config: DataConfig, reader: Reader = read_records) -> int:
+    """Read the first records of a source without a tokenizer. Returns how many of them are completions with a label.
 
     Raises:
         DataError: if the source cannot be read, all of these are malformed, or too many of a short source are.
     """
-    account, numbers = SourceReport(name, redact(source.path)), number_columns(config)
+    account, numbers, labelled = SourceReport(name, redact(source.path)), number_columns(config), 0
     for record in islice(reader(source), FIRST_RECORDS):
         account.records += 1
         try:
-            preferences_of(record, account, numbers, config.spans_column, lists=config.ranked == "lists")
+            found = preferences_of(record, account, numbers, config.spans_column, lists=config.ranked == "lists")
+            labelled += found[0].alone is not None
         except Malformed as error:
             account.malformed.add(str(error), record.where)
             account.malformed_records += 1
     account.kept = account.records - account.malformed_records
     if not account.kept or account.records < FIRST_RECORDS:
         account.check(config)
+    return labelled
 
 
 def held_out_source(config: DataConfig) -> SourceConfig:

@@ -210,7 +210,8 @@ def check_source(config: DataConfig, source: SourceRows) -> None:
 
 
 def window(config: DataConfig, source: SourceRows, number: int, start: int, stop: int | None = None) -> pa.Table:
-    """The pairs of a set with ``start <= place < stop`` that are not dropped: as ``select`` gives them without tokens.
+    """The pairs of a set with ``start <= place < stop`` that are not dropped: as ``select`` gives them without tokens. With
+    ``data.eval.train_on`` also those of which no token counts, as long as it is not known which are held out.
 
     Args:
         number: of the set.
@@ -219,7 +220,10 @@ def window(config: DataConfig, source: SourceRows, number: int, start: int, stop
     length = None if stop is None else stop - start
     part = replace(source, light=source.light.slice(start, length), tokens=None)
     decided = _decided(config, part)
-    table = _part(number, part, decided, decided.trained, decided.keep, decided.labels is not None)
+    # Which of these are held out is not known yet, and what counts in them may be something else.
+    apart = config.eval is not None and config.eval.fraction is not None and config.eval.train_on is not None
+    use = decided.fits if apart else decided.keep
+    table = _part(number, part, decided, decided.trained, use, decided.labels is not None)
     place = table.column_names.index("place")
     return table.set_column(place, "place", pc.add(table["place"], start))
 

@@ -182,7 +182,8 @@ class SourceReport:
             if count
         ]
         lines = [f"data {self.name}: {', '.join(parts)}", *self._readings()]
-        lines += (f"data {self.name}: {each}" for each in (self.counted, self.counted_held_out) if each is not None)
+        lines += [] if self.counted is None else [f"data {self.name}: {self.counted}"]
+        lines += [] if self.counted_held_out is None else [f"data {self.name}, held out: {self.counted_held_out}"]
         if self.dropped.total:
             lines.append(f"data {self.name}: {self.dropped.total:,} {unit} dropped: {self.dropped}")
         if self.malformed.total:

@@ -7,15 +7,20 @@ only for what the configuration names on the hub or at a URI.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from raydpo.cluster.preflight import missing_vllm
 from raydpo.cluster.session import starts_own_ray
-from raydpo.config import Config, SourceConfig, Verb, check_verb, source_name
+from raydpo.config import LOSSES, Config, SourceConfig, Verb, check_verb, source_name
 from raydpo.data.pairs import HELD_OUT, check_first_records, held_out_source
 from raydpo.data.records import read_records
+from raydpo.data.rows import FIRST_RECORDS
+from raydpo.data.select import LABEL
 from raydpo.data.tokenise import has_tokenizer, load_tokenizer
 from raydpo.errors import ConfigError, FilesError, ModelError
 from raydpo.evaluation.policy import policy_files
@@ -29,7 +34,10 @@ from raydpo.reference.identity import identify, resolve_model
 from raydpo.storage.memory import program, remembered, stamp
 from raydpo.terminal.console import Console
 
-__all__ = ["check", "check_models", "pythons_of"]
+__all__ = ["check", "check_labels", "check_models", "pythons_of"]
+
+_TRAINING = ("train", "run", "sweep")
+"""Verbs that need a loss for the pairs."""
 
 
 def check(config: Config, verb: Verb, console: Console, trials: Sequence[Config] = ()) -> None:
@@ -52,7 +60,7 @@ def check(config: Config, verb: Verb, console: Console, trials: Sequence[Config]
         Objective(each.train)  # imports a loss of the user's own and tries it on made-up rows
         if verb != "eval":
             _check_reference(each)
-    _check_data(configs, verb)
+    _check_data(configs, verb, console)
     trusted = [each for each in configs if each.model.trust_remote_code]
     models = [path for each in trusted for path in (each.model.path, each.reference_path)]
     if verb == "eval":
@@ -88,7 +96,7 @@ def check_models(config: Config, verb: Verb, console: Console, trials: Sequence[
         else:
             wanted[each.model.path, each.model.adapter, trusted] = None
         wanted[each.reference_path, each.reference_adapter, trusted] = None
-        if verb in ("train", "run", "sweep"):
+        if verb in _TRAINING:
             _check_optimizer(each)
         if each.evaluate.reward_model is not None and _evaluates(config, verb):
             rewards[each.evaluate.reward_model, trusted] = None
@@ -139,7 +147,42 @@ def _check_reference(config: Config) -> None:
             )
 
 
-def _check_data(configs: Sequence[Config], verb: Verb) -> None:
+def check_labels(config: Config, tables: Sequence[pa.Table | None]) -> None:
+    """Refuse completions with labels if the loss needs pairs.
+
+    Args:
+        tables: training and held-out pairs, as ``data.select.select`` gives them.
+
+    Raises:
+        ConfigError: with their sources, their number, and the losses that take them.
+    """
+    labelled: dict[str, int] = {}
+    for table in tables:
+        if table is not None and LABEL in table.column_names:
+            found = pc.value_counts(table["source"].filter(pc.not_equal(table[LABEL], 0))).to_pylist()
+            labelled |= {each["values"]: labelled.get(each["values"], 0) + each["counts"] for each in found}
+    if labelled and (problem := _needs_pairs(config, labelled)):
+        raise ConfigError(problem)
+
+
+def _needs_pairs(config: Config, labelled: Mapping[str, int], first: str = "") -> str | None:
+    """What is wrong if the loss cannot take completions with labels, whose number is given by source; else None.
+
+    Args:
+        first: which records were read, if not all.
+    """
+    needing = [name for name, traits in config.train.traits.items() if not traits.unpaired]
+    if not needing:
+        return None
+    counts = " and ".join(f"{count:,} {'row' if count == 1 else 'rows'} of {name}" for name, count in labelled.items())
+    return (
+        f"train.loss {' and '.join(needing)} needs pairs, but {counts}{first} "
+        f"{'holds' if counts.startswith('1 ') else 'hold'} one completion with a label; set train.loss to one that takes it "
+        f"({', '.join(name for name, traits in LOSSES.items() if traits.unpaired)}), or leave these rows out"
+    )
+
+
+def _check_data(configs: Sequence[Config], verb: Verb, console: Console) -> None:
     """Read the first records of each local source of pairs."""
     sources: dict[str, tuple[SourceConfig, str, Config]] = {}
     for config in configs:
@@ -153,7 +196,14 @@ def _check_data(configs: Sequence[Config], verb: Verb) -> None:
     for source, name, config in sources.values():
         if Path(source.path).exists():  # not on the hub or at a URI
             reader = reading(config.evaluate) if verb == "eval" else read_records
-            check_first_records(source, name, config.data, reader)
+            labelled = check_first_records(source, name, config.data, reader)
+            if not labelled or verb == "eval" or config.data.filter:
+                continue
+            first = f" (among its first {FIRST_RECORDS:,} records)"
+            for problem in filter(None, (_needs_pairs(each, {name: labelled}, first) for each in configs)):
+                if verb in _TRAINING:
+                    raise ConfigError(problem)
+                console.warn(problem)
 
 
 def _check_values(configs: Sequence[Config], verb: Verb, console: Console) -> None:

@@ -18,6 +18,7 @@ from raydpo.cluster.resources import Resources, bfloat16_is_faster
 from raydpo.cluster.waiting import wait_for
 from raydpo.config import Config, Verb, is_hub_name
 from raydpo.config.filter import PairFilter
+from raydpo.data.counting import all_count, mask_digests
 from raydpo.data.imbalance import label_doubts
 from raydpo.data.index import as_bytes
 from raydpo.data.lists import all_pairs, begins
@@ -27,7 +28,7 @@ from raydpo.data.select import LABEL, LIST_COLUMNS, PairSets
 from raydpo.data.tokenise import Tokeniser
 from raydpo.losses import own_sources
 from raydpo.model.rotary import ROTARY, rope_line
-from raydpo.pipeline.checks import check, check_models
+from raydpo.pipeline.checks import check, check_labels, check_models
 from raydpo.pipeline.tokenised import Tokenised
 from raydpo.reference.identity import ReferenceIdentity, earlier_identity, identify, resolve_model
 from raydpo.reference.score import ReferenceSpec
@@ -66,6 +67,8 @@ def checked(config: Config, verb: Verb, console: Console) -> Tokenised | None:
     check(config, verb, console)
     console.begin("reading pairs")
     tokenised = Tokenised.before_ray(config, console)
+    if tokenised is not None and verb != "score":
+        check_labels(config, [tokenised.sets.train, tokenised.sets.eval])
     console.begin("checking model files")
     check_models(config, verb, console)
     console.begin("Ray")
@@ -234,14 +237,21 @@ def reference_line(config: Config, spec: ReferenceSpec) -> str:
 
 
 def measured_pairs(table: pa.Table | None) -> str | None:
-    """Digest of the keys and truncated lengths of held-out pairs, in any order; None without pairs."""
+    """Digest of the keys and truncated lengths of held-out pairs and of the tokens that count, in any order; None without
+    pairs."""
     if table is None:
         return None
     table = all_pairs(table)  # as they are compared
-    pairs = np.empty((table.num_rows, 2), _KEY_AND_TOKENS)
+    masked = not all_count(table)
+    kind = np.dtype([*_KEY_AND_TOKENS.descr, ("mask", "<u8")]) if masked else _KEY_AND_TOKENS
+    pairs = np.empty((table.num_rows, 2), kind)
     for column, side in enumerate(("chosen", "rejected")):
-        pairs[:, column] = np.concatenate([pairs[:0, column], *_keys_and_tokens(table, side)])
-    return hashlib.sha256(np.sort(pairs.view(f"V{2 * _KEY_AND_TOKENS.itemsize}").ravel()).tobytes()).hexdigest()[:32]
+        found = np.concatenate([np.empty(0, _KEY_AND_TOKENS), *_keys_and_tokens(table, side)])
+        for name in _KEY_AND_TOKENS.names:
+            pairs[name][:, column] = found[name]
+        if masked:
+            pairs["mask"][:, column] = mask_digests(table, side)
+    return hashlib.sha256(np.sort(pairs.view(f"V{2 * kind.itemsize}").ravel()).tobytes()).hexdigest()[:32]
 
 
 _KEY_AND_TOKENS = np.dtype([("key", "V16"), ("tokens", "<u4")])
@@ -257,7 +267,7 @@ def _keys_and_tokens(table: pa.Table, side: str) -> Iterator[np.ndarray]:
 
 
 def _digest(table: pa.Table) -> str:
-    """Digest of the pairs in their order: keys, truncated lengths, ranks, sources and weights."""
+    """Digest of the pairs in their order: keys, truncated lengths, ranks, sources and weights, and which tokens count."""
     digest = hashlib.sha256()
     for side in ("chosen", "rejected"):
         for rows in _keys_and_tokens(table, side):
@@ -265,6 +275,8 @@ def _digest(table: pa.Table) -> str:
     for column in (PAIR_WEIGHT, PAIR_MARGIN, LABEL, *LIST_COLUMNS[1:]):
         if column in table.column_names:
             digest.update(f"{column}\0".encode() + np.ascontiguousarray(table[column].to_numpy()).tobytes())
+    for side in () if all_count(table) else ("chosen", "rejected"):
+        digest.update(f"{side} mask\0".encode() + mask_digests(table, side).tobytes())
     if LIST_COLUMNS[0] in table.column_names:
         digest.update(begins(table[LIST_COLUMNS[0]]).tobytes())
     for batch in table.select(["source", "weight"]).to_batches():

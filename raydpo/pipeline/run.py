@@ -8,6 +8,7 @@ from raydpo.cluster.preflight import check_cluster
 from raydpo.cluster.session import session
 from raydpo.cluster.waiting import request_nodes
 from raydpo.config import Config
+from raydpo.pipeline.checks import check_labels
 from raydpo.pipeline.prepare import Prepared, checked
 from raydpo.pipeline.score import score_prepared, score_streamed
 from raydpo.pipeline.stream import streams
@@ -31,6 +32,7 @@ def run(config: Config, console: Console | None = None, *, fresh: bool = False) 
             if tokenised is None and not storage.exists(RUN) and streams(config):
                 streamed, tokenised = score_streamed(config, console)
             prepared = Prepared.of(config, console, tokenised)
+            check_labels(config, prepared.tables)
             # An earlier run must be handled before scoring, since scoring writes the audit into the run directory.
             if fresh:
                 begin_again(storage, console)

@@ -19,6 +19,7 @@ from raydpo.data.filter import kept_rows
 from raydpo.data.lists import count_of
 from raydpo.data.ragged import tokens_in_use
 from raydpo.model.cost import ModelCost
+from raydpo.pipeline.checks import check_labels
 from raydpo.pipeline.prepare import Prepared, checked, measured_pairs, wait_for_workers
 from raydpo.reference.pairs import SIDES, place_reference
 from raydpo.reports.write import write_report_or_warn
@@ -106,9 +107,11 @@ def join_sets(prepared: Prepared, folder: PairFolder, console: Console) -> Joine
     into ``folder``.
 
     Raises:
+        ConfigError: if the loss needs pairs, and some are completions alone.
         CacheMissError: if log-probs are missing.
         RaydpoError: if the disk has no room for them.
     """
+    check_labels(prepared.config, prepared.tables)
     compares, cache = prepared.config.needs_reference, prepared.cache
     pairs, logps = place_reference(prepared.sets.train, cache, "training") if compares else (prepared.sets.train, ())
     if prepared.filter_by_reference is not None:

@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from raydpo.config import DataConfig, source_name
+from raydpo.data.counting import all_count
 from raydpo.data.index import as_bytes
 from raydpo.data.ragged import Ragged
 from raydpo.data.records import read_records
@@ -40,7 +41,7 @@ def export_pairs(joined: pa.Table, decode: Any, path: Path) -> int:
     completion in nats, which TRL's DPOTrainer accepts in place of a reference model; ``ref_*_token_logps``, one per token.
 
     Args:
-        joined: result of ``pairs.join_reference``.
+        joined: result of ``pairs.join_reference`` on pairs whose tokens all count, as they do for those trainers.
         decode: function from a list of rows of token ids to a list of texts.
 
     Returns:
@@ -110,8 +111,14 @@ def import_sums(
         means: the columns hold means over tokens, as length-normalised losses need, not sums.
 
     Raises:
-        DataError: if the columns do not exist, or a value is not a log-prob.
+        DataError: if the columns do not exist, or a value is not a log-prob; or if not every token counts, as of a sum that
+            cannot be told.
     """
+    if not all_count(pairs):
+        raise DataError(
+            "imported sums are over all tokens of a completion, but by data.train_on or data.spans_column not all of them "
+            "count, and no training could use the sums; set data.train_on=completion and data.spans_column=null"
+        )
     found, names = _sums_by_pair(config, columns)
     ids = pairs["pair_id"].to_pylist()
     values = np.array([found.get(pair_id, (np.nan, np.nan)) for pair_id in ids], np.float64).reshape(-1, 2)

@@ -29,8 +29,8 @@ def join_reference(table: pa.Table, cache: ReferenceCache, what: str) -> pa.Tabl
     """Add the reference's values to ``table``, in memory-mapped files.
 
     Adds ``ref_chosen_logps`` and ``ref_rejected_logps`` (list_view<float32>, of the tokens in use; NaN where the cache holds
-    only sums), and ``ref_chosen_sum`` and ``ref_rejected_sum`` (float64, nats). The sums are over the tokens that count,
-    each with its weight.
+    only sums), and ``ref_chosen_sum`` and ``ref_rejected_sum`` (float64, nats; over the tokens that count, each with its
+    weight).
 
     Raises:
         CacheMissError: if the cache lacks rows, or has too few of their tokens. Says how many, of which sources, the first
@@ -83,9 +83,11 @@ def reference_values(
         CacheMissError: if not every token counts alike, and of some completions only the sum is known.
     """
 
+    masked = not all_count(table)
+
     def values(side: str) -> Joined:
         found = join(cache, as_bytes(table[f"{side}_key"])[rows], tokens_in_use(table, side)[rows])
-        if all_count(table):
+        if not masked:
             return found
         counted = table.select(["pair_id", *COUNT_COLUMNS]).append_column(f"{side}_tokens", [tokens_in_use(table, side)])
         return _counted(found, counted.take(np.arange(table.num_rows)[rows]), side)
@@ -104,8 +106,8 @@ def _counted(found: Joined, table: pa.Table, side: str) -> Joined:
             raise CacheMissError(
                 f"of {len(partly):,} {side} completions (first: {table['pair_id'][int(partly[0])].as_py()}) the cache holds "
                 "only imported sums over all tokens, and by data.train_on or data.spans_column not all of them count. Count "
-                "all (data.train_on=completion), or set cache.allow_unverified=false and run 'raydpo score', which "
-                "computes the log-prob of each token"
+                "all of them (data.train_on=completion), or set cache.uri to a cache without these sums, which 'raydpo "
+                "score' fills with the log-prob of each token"
             )
         sums[whole] = found.sums[whole]
     return dataclasses.replace(found, sums=sums)

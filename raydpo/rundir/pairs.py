@@ -22,12 +22,14 @@ __all__ = ["changed_pairs", "pairs_record"]
 NAMED = 3
 """Number of changed pairs that are named."""
 _SIDES = ("chosen", "rejected")
+_COUNTED = tuple(f"{side}_{what}" for side in _SIDES for what in ("starts", "weights"))
 _MIX = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0x27D4EB2F165667C5], np.uint64)
 """Odd factors, one for each half of a key, so that chosen and rejected cannot change places unseen."""
 
 
 def pairs_record(pairs: pa.Table) -> bytes:
-    """Return the content of training-pairs.parquet: digest, lengths in use, source and weight of each pair.
+    """Return the content of training-pairs.parquet: digest, lengths in use, source and weight of each pair, and which tokens
+    count, if not all of them do.
 
     Args:
         pairs: rows of ``data.pairs.PAIR_SCHEMA``. About 12 bytes are stored of each.
@@ -60,15 +62,26 @@ def changed_pairs(storage: Storage, pairs: pa.Table) -> str:
         told.append("the chat template or the tokenizer may have changed")
     if not any(told) and before.height == now.height and before["answers"].equals(now["answers"]):
         both = before.join(now, "pair_id", suffix=" now")
-        differ = pl.any_horizontal(
-            pl.col(name).ne_missing(pl.col(f"{name} now")) for name in before.columns if f"{name} now" in both.columns
-        )
+        names = [name for name in before.columns if f"{name} now" in both.columns and name not in _COUNTED]
+        differ = pl.any_horizontal(pl.col(name).ne_missing(pl.col(f"{name} now")) for name in names)
         told.append(
             _told(both.filter(differ)["pair_id"], now.height, *["differ in length in use, source, weight or rank"] * 2)
         )
+        other = now["pair_id"].filter(_counted(before) != _counted(now))
+        told.append(_told(other, now.height, *["differ in the tokens that count"] * 2))
     if not any(told):
         told = [f"{before.height:,} pairs then and {now.height:,} now, in another order or with other weights"]
     return ", ".join(filter(None, told))
+
+
+def _counted(pairs: pl.DataFrame) -> pl.Series:
+    """Which tokens of each pair count, as a text that is equal for equal ones."""
+    import polars as pl
+
+    if _COUNTED[0] not in pairs.columns:  # all of them: one run from token 0 on with weight 1
+        return pl.repeat("0.0;1.0;0.0;1.0", pairs.height, eager=True)
+    texts = (pl.col(name).cast(pl.List(pl.Float64)).cast(pl.List(pl.String)).list.join(",") for name in _COUNTED)
+    return pairs.select(pl.concat_str(texts, separator=";"))[_COUNTED[0]]
 
 
 def _without(ids: pl.Series, others: pl.Series) -> pl.Series:
@@ -90,6 +103,7 @@ def _facts(pairs: pa.Table) -> pa.Table:
         **{f"{side}_tokens": pc.list_value_length(pairs[f"{side}_ids"]).cast(pa.int32()) for side in _SIDES},
         **{name: pairs[name] for name in ("source", "weight", *_numbers(pairs))},
     }
+    columns |= {name: pairs[name] for name in _COUNTED if name in pairs.column_names}
     return pa.table(columns)
 
 

@@ -22,7 +22,7 @@ from raydpo.cluster.waiting import request_nodes
 from raydpo.config import Config, lower_is_better
 from raydpo.config.counting import counting_texts
 from raydpo.errors import ConfigError, RaydpoError
-from raydpo.pipeline.checks import check, check_models, pythons_of
+from raydpo.pipeline.checks import check, check_labels, check_models, pythons_of
 from raydpo.pipeline.evaluate import evaluate, pairs_to_evaluate, protocol
 from raydpo.pipeline.prepare import Prepared, measured_pairs, mismatched_run
 from raydpo.pipeline.score import score_prepared
@@ -79,6 +79,9 @@ def sweep(config: Config, console: Console | None = None, *, fresh: bool = False
     largest = max((trial.config for trial in trials), key=lambda one: one.train.most_workers)
     distinct = {_shared(trial.config): trial.config for trial in reversed(trials)}
     tokenised = {key: Tokenised.before_ray(one, console) for key, one in reversed(distinct.items())}
+    for trial in trials:
+        if (read := tokenised[_shared(trial.config)]) is not None:
+            check_labels(trial.config, [read.sets.train, read.sets.eval])
     check_models(config, "sweep", console, configs)
     if fresh:
         begin_again(storage, console, SWEEP)

@@ -273,18 +273,19 @@ class Gaps:
         completions = iter(np.split(logps_N.detach().double().cpu().numpy(), np.cumsum(layout.lengths)[:-1]))
         for row in batch.pairs:
             live = next(completions), next(completions)
+            weights = np.split(pairs.weights_of([row]), [len(live[0])])
             gap_chosen, gap_rejected = (ours - stored for ours, stored in zip(live, pairs.reference(row), strict=True))
-            if not pairs.has_tokens(row):  # only sums were imported: spread their difference evenly over the tokens
+            if not pairs.has_tokens(row):  # of one side only the sum was imported: spread differences evenly over the tokens
                 gap_chosen, gap_rejected = (
-                    np.full(len(ours), (ours.sum() - total) / max(1, len(ours)))
-                    for ours, total in zip(live, (pairs.ref_chosen[row], pairs.ref_rejected[row]), strict=True)
+                    np.full(len(ours), (ours @ each - total) / max(1, each.sum()))
+                    for ours, each, total in zip(
+                        live, weights, (pairs.ref_chosen[row], pairs.ref_rejected[row]), strict=True
+                    )
                 )
             every = np.abs(np.concatenate([gap_chosen, gap_rejected]))
-            if pairs.masked:
-                weights = np.split(pairs.weights_of([row]), [len(gap_chosen)])
-                gap_chosen, gap_rejected = (
-                    gaps[each > 0] * each[each > 0] for gaps, each in zip((gap_chosen, gap_rejected), weights, strict=True)
-                )
+            gap_chosen, gap_rejected = (
+                gaps[each > 0] * each[each > 0] for gaps, each in zip((gap_chosen, gap_rejected), weights, strict=True)
+            )
             pair = pairs.labels is None or not pairs.labels[row]
             shared = min(len(gap_chosen), len(gap_rejected)) if pair else len(every)
             sums = [each.sum() for each in (gap_chosen, gap_rejected, gap_chosen[shared:], gap_rejected[shared:])]

@@ -173,6 +173,11 @@ CASES = {
         "\n</think>\n\nblue<|im_end|>\n", ["\n</think>\n\nblue<|im_end|>"], ["\n</think>\n\nblue<|im_end|>"],
         ["blue<|im_end|>"], [],
     ),
+    "an empty thought that begins otherwise than the prompt ends": (
+        templates.OPENS.replace("'<think>\n' + (message.reasoning_content or '') + '\n</think>\n\n'", "'<think></think>\n'"),
+        [bot("blue")], {},
+        "</think>\nblue<|im_end|>\n", ["</think>\nblue<|im_end|>"], ["</think>\nblue<|im_end|>"], ["blue<|im_end|>"], [],
+    ),
     "no words before an answer are asked for": (
         "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}",
         [bot("blue"), user("sure?"), bot("yes")], {},

@@ -13,8 +13,18 @@ from raydpo.config import DataConfig
 from raydpo.data.facts import digests_of, pair_facts
 from raydpo.data.keys import completion_key
 from raydpo.data.ragged import digests
-from raydpo.data.rows import LIGHT_SCHEMA, TOKEN_SCHEMA
-from raydpo.data.select import PLACE_SCHEMA, SourceRows, TokenTables, check_source, select
+from raydpo.data.rows import (
+    ANSWER,
+    ASSISTANT,
+    LIGHT_SCHEMA,
+    MARK_BITS,
+    MARK_COLUMNS,
+    REASONING,
+    REASONING_NOT_FOUND,
+    TOKEN_SCHEMA,
+    TURNS_NOT_FOUND,
+)
+from raydpo.data.select import COUNT_COLUMNS, PLACE_SCHEMA, SourceRows, TokenTables, check_source, select, window
 from raydpo.data.shapes import common_prefix
 from raydpo.data.split import held_out, kept
 from raydpo.data.tally import SourceReport
@@ -255,3 +265,122 @@ def test_pairs_without_tokens_that_are_not_too_long_are_no_data():
     light = source.light.set_column(column, "prompt_tokens", pa.array([0], pa.int32()))
     with pytest.raises(ValueError, match=r"1 pairs of s\.jsonl were not tokenised"):
         select(DataConfig(train="s.jsonl"), [SourceRows(**vars(source) | {"light": light})], None, None)
+
+
+def marked(pairs, name="s", train_on="answer", flags=()):
+    """A source of which the first token of each completion is reasoning, the second neither, and the others are the answer.
+
+    Args:
+        flags: of each pair; its marks are taken away if it has ``TURNS_NOT_FOUND``.
+    """
+    source = source_of(pairs, name, 2)
+    light, flags = source.light, [*flags, *[0] * (len(pairs) - len(flags))]
+    runs = [0 << MARK_BITS | ASSISTANT | REASONING, 1 << MARK_BITS, 2 << MARK_BITS | ASSISTANT | ANSWER]
+    for column, kind in MARK_COLUMNS:
+        values = runs if "marks" in column else [1.0] * 3
+        lengths = light[f"{column.split('_')[0]}_tokens"].to_pylist()
+        lists = [[] if flag & TURNS_NOT_FOUND else values[:length] for length, flag in zip(lengths, flags, strict=True)]
+        light = light.append_column(column, pa.array(lists, kind))
+    light = light.set_column(light.column_names.index("flags"), "flags", pa.array(flags, pa.uint8()))
+    return SourceRows(**vars(source) | {"light": light, "train_on": {train_on: 1.0}})
+
+
+def several(count):
+    """Pairs of different prompts: completions of 4 and 5 tokens. With 20 pairs the first 9 are below 0.4 (``held_out``)."""
+    return [([1, row], [2, row, 4, 5], [3, row, 4, 5, 6], bytes([12 * row]) * 16, False, 0) for row in range(count)]
+
+
+def test_runs_are_cut_and_pairs_of_which_nothing_counts_are_dropped():
+    pairs = [
+        ([1], [2, 3, 4, 5], [2, 3, 4], TEXTS[0], False, 0),
+        ([1, 2, 3, 4, 5], [2, 3, 4], [3, 4, 5], TEXTS[1], False, 0),  # two tokens are left of each
+        ([1], [2, 3], [3, 4, 5], TEXTS[2], False, 0),
+        ([1], [2, 3, 4], [3, 4, 5], TEXTS[3], False, 0),
+        ([1], [2, 3, 4], [3, 4, 5], TEXTS[4], False, 0),
+        ([1], [2, 3, 4], [3], TEXTS[5], False, 0),
+    ]
+    source = marked(pairs, flags=[0, 0, 0, TURNS_NOT_FOUND, REASONING_NOT_FOUND])
+    config = DataConfig(train="s.jsonl", train_on="answer", max_length=7, max_dropped=1)
+    sets = select(config, [source], None, None)
+    assert sets.train["pair_id"].to_pylist() == ["s:1"]
+    assert sets.train.select(COUNT_COLUMNS).to_pydict() == {
+        "chosen_starts": [[0, 2]],
+        "chosen_weights": [[0, 1]],
+        "rejected_starts": [[0, 2]],
+        "rejected_weights": [[0, 1]],
+    }
+    report = sets.report.sources[0]
+    assert {reason: (count, report.dropped.places[reason]) for reason, count in report.dropped.counts.items()} == {
+        "no token of the chosen completion counts (train_on answer)": (2, ["x:20", "y:30"]),
+        "turns not found (train_on answer)": (1, ["x:40"]),
+        "reasoning not found (train_on answer)": (1, ["y:50"]),
+        "no token of the rejected completion counts (train_on answer)": (1, ["x:60"]),
+    }
+    assert report.counted == ("train_on answer", 7, 3)
+    assert "data s: train_on answer: 3 of 7 completion tokens count (43 %)" in report.lines()
+    with pytest.raises(DataError, match=r"5 of 6 pairs would be dropped .* change data\.train_on"):
+        check_source(config.model_copy(update={"max_dropped": 0.1}), source)
+    assert window(config, source, 0, 0).select(COUNT_COLUMNS).to_pydict() == sets.train.select(COUNT_COLUMNS).to_pydict()
+
+
+def test_of_a_whole_completion_nothing_need_be_found():
+    source = marked(several(2), train_on="completion", flags=[TURNS_NOT_FOUND, REASONING_NOT_FOUND])
+    other = marked(several(2), "other")
+    config = DataConfig(train=["s.jsonl", {"path": "other.jsonl", "train_on": "answer"}])
+    sets = select(config, [source, other], None, None)
+    assert sets.train["chosen_starts"].to_pylist() == [[0], [0], [0, 2], [0, 2]]
+    assert [report.counted.counted for report in sets.report.sources] == [18, 10]
+    # Where spans of such a pair would be is not known either.
+    config = DataConfig(train="s.jsonl", spans_column="spans", max_dropped=1)
+    report = select(config, [source], None, None).report.sources[0]
+    assert report.dropped.counts == {"turns not found (train_on completion in 'spans')": 1}
+
+
+def test_what_counts_in_held_out_pairs_is_decided_by_itself():
+    """The held-out pairs of runs with different ``train_on`` are the same ones, with the same runs."""
+    found, pairs = [], several(20)
+    for row in (2, 11, 12):  # pairs without an answer, one of them held out
+        prompt, chosen, rejected, *more = pairs[row]
+        pairs[row] = prompt, chosen[:2], rejected[:2], *more
+    for train_on in ("answer", "reasoning", "completion"):
+        config = DataConfig(
+            train="s.jsonl", train_on=train_on, eval={"fraction": 0.4, "train_on": "reasoning"}, max_dropped=1
+        )
+        sets = select(config, [marked(pairs, train_on=train_on)], None, None)
+        found.append(sets.eval.select(["pair_id", *COUNT_COLUMNS]).to_pydict())
+        names = set(sets.train["pair_id"].to_pylist())
+        assert not names & set(found[-1]["pair_id"])
+        assert len(names & {"s:12", "s:13"}) == (0 if train_on == "answer" else 2) and "s:3" in found[-1]["pair_id"]
+        streamed = window(config, marked(pairs, train_on=train_on), 0, 0)["pair_id"].to_pylist()
+        assert names | set(found[-1]["pair_id"]) <= set(streamed)  # or no pass would score them
+        report = sets.report.sources[0]
+        assert report.kept == len(names) + sets.eval.num_rows
+        if train_on == "answer":
+            assert sets.train["chosen_weights"].to_pylist()[0] == [0, 1]
+            assert f"data s, held out: train_on reasoning: {2 * sets.eval.num_rows} of" in "\n".join(report.lines())
+    assert found[0] == found[1] == found[2] and found[0]["chosen_weights"][0] == [1, 0]
+
+
+def test_without_train_on_of_their_own_held_out_pairs_count_as_the_others():
+    config = DataConfig(train="s.jsonl", train_on="answer", eval={"fraction": 0.4})
+    sets = select(config, [marked(several(20))], None, None)
+    assert sets.eval["chosen_weights"].to_pylist() == [[0, 1]] * sets.eval.num_rows
+    held = marked(several(3), "held-out", "reasoning")
+    config = DataConfig(train="s.jsonl", train_on="answer", eval={"path": "h.jsonl", "train_on": "reasoning"})
+    sets = select(config, [marked(several(20))], held, None)
+    assert sets.eval["chosen_weights"].to_pylist() == [[1, 0]] * 3
+    assert sets.train["chosen_weights"].to_pylist() == [[0, 1]] * 20
+
+
+def test_a_side_of_a_split_of_which_nothing_counts_is_refused():
+    pairs = [(prompt, chosen[:2], rejected[:2], *more) for prompt, chosen, rejected, *more in several(20)]
+    settings = {"train": "s.jsonl", "train_on": "reasoning", "max_dropped": 1}
+    config = DataConfig(eval={"fraction": 0.4, "train_on": "answer"}, **settings)
+    with pytest.raises(DataError, match=r"no pair is left to hold out.*correct data\.train_on or data\.eval\.train_on"):
+        select(config, [marked(pairs, train_on="reasoning")], None, None)
+
+
+def test_a_set_without_marks_is_no_set_for_a_mask():
+    source = SourceRows(**vars(source_of(several(2), "s", 1)) | {"train_on": {"answer": 1.0}})
+    with pytest.raises(ValueError, match="has no marks"):
+        select(DataConfig(train="s.jsonl", train_on="answer"), [source], None, None)

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from raydpo.data.select import PAIR_SCHEMA
+from raydpo.data.select import COUNT_COLUMNS, PAIR_SCHEMA
 from raydpo.pipeline.prepare import _digest, measured_pairs
 from raydpo.rundir.pairs import pairs_record
 
@@ -74,3 +74,32 @@ def test_digests_stay_as_they_were(stored):
     assert _digest(table.slice(0, 0)) == hashlib.sha256(b"pair_weight\0pair_margin\0").hexdigest()[:32]
     others = [table.slice(1), table.set_column(2, "weight", pa.array([*WEIGHTS[:-1], 3.0]))]
     assert len({_digest(table), *map(_digest, others)}) == 3
+
+
+def test_digests_know_which_tokens_count():
+    table, found = plain(), set()
+    masks = ([0.0, 1.0], [0.0, 0.5], [1.0, 0.0])
+    for side, other in (("chosen", "rejected"), ("rejected", "chosen")):
+        for weights in masks:
+            one, whole = [[0, 1], [0]], [weights, [1.0]]
+            columns = {}
+            for each, at in ((side, 0), (other, 1)):
+                starts, values = ([one[at]] + [[0]] * 6, [whole[at]] + [[1.0]] * 6)
+                columns[f"{each}_starts"] = pa.array(starts, pa.list_(pa.int32()))
+                columns[f"{each}_weights"] = pa.array(values, pa.list_(pa.float32()))
+            masked = table
+            for name in COUNT_COLUMNS:
+                masked = masked.append_column(name, columns[name])
+            found.add((_digest(masked), measured_pairs(masked)))
+            order = np.random.default_rng(0).permutation(7)
+            assert measured_pairs(masked.take(order)) == measured_pairs(masked)
+    assert len(found) == len({one for one, _ in found}) == len({other for _, other in found}) == 6
+    assert DIGESTS["training"] not in {one for one, _ in found}
+
+
+def test_a_mask_that_counts_everything_is_none():
+    table = plain()
+    for name in COUNT_COLUMNS:
+        kind = pa.list_(pa.int32() if "starts" in name else pa.float32())
+        table = table.append_column(name, pa.array([[0 if "starts" in name else 1]] * 7, kind))
+    assert _digest(table) == DIGESTS["training"] and measured_pairs(table) == DIGESTS["measured"]

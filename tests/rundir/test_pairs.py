@@ -33,6 +33,17 @@ def table(*answers, swap=False, start=1, tokens=3, weight=1.0, chunks=1):
     return pa.concat_tables([whole.slice(place, size) for place in range(0, count, size)])
 
 
+def counted(pairs, weights):
+    """``pairs`` of whose chosen completions the first token has another weight than the others, in the last pair."""
+    count = len(pairs)
+    ones, parts = [[1.0]] * count, [[1.0]] * (count - 1) + [weights]
+    for side, each in (("chosen", parts), ("rejected", ones)):
+        starts = pa.array([list(range(len(runs))) for runs in each], pa.list_(pa.int32()))
+        pairs = pairs.append_column(f"{side}_starts", starts)
+        pairs = pairs.append_column(f"{side}_weights", pa.array(each, pa.list_(pa.float32())))
+    return pairs
+
+
 @pytest.fixture
 def run(tmp_path):
     storage = Storage(str(tmp_path / "run"))
@@ -54,11 +65,21 @@ def run(tmp_path):
         (table(1, 2, 3, 4, 4), "4 pairs then and 5 now"),
         (table(1, 2, 3, 4, tokens=2), "4 of 4 pairs differ in length in use, source, weight or rank"),
         (table(1, 2, 3, 4, weight=0.5), "4 of 4 pairs differ in length in use, source, weight or rank"),
+        (counted(table(1, 2, 3, 4), [0.0, 1.0]), "1 of 4 pairs differ in the tokens that count (first: a:4)"),
+        (counted(table(1, 2, 3, 4), [0.5]), "1 of 4 pairs differ in the tokens that count (first: a:4)"),
         (table(1, 2, 3, 4, swap=True), "4 of 4 pairs are other ones (first: a:1, a:2, a:3, ...), the chat template or"),
     ],
 )
 def test_what_has_changed_is_said_in_words(run, now, told):
     assert told in changed_pairs(run, now)
+
+
+def test_what_counts_is_compared_with_what_counted(tmp_path):
+    storage = Storage(str(tmp_path / "run"))
+    storage.write("training-pairs.parquet", pairs_record(counted(table(1, 2), [0.0, 1.0])))
+    told = "1 of 2 pairs differ in the tokens that count (first: a:2)"
+    assert changed_pairs(storage, table(1, 2)) == changed_pairs(storage, counted(table(1, 2), [1.0, 0.0])) == told
+    assert "in another order" in changed_pairs(storage, counted(table(1, 2), [0.0, 1.0]))  # nothing that the record tells
 
 
 def test_the_refusal_has_the_words_and_no_digest(run):
