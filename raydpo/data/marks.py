@@ -255,16 +255,15 @@ class Marker:
         asked = prompt if not place else talk.rendered(place, generate=True)
         if asked is None or not whole.startswith(asked):
             asked = None
-        elif self._asks:
+        elif self._asks or (self._header is not None and not self._header.strip()):
             return len(asked)
+        elif self._header and whole.startswith(self._header, len(asked)):
+            return len(asked) + len(self._header)
         around = talk.around(place)
         head = _ADDED_THOUGHT.sub("", around[0]) if around else ""
         if not self._asks or not whole.startswith(head):
             head = head.rstrip(" ")  # Mistral's writes it before an answer and not before a call
-        if not head or not whole.startswith(head):
-            return None
-        # Where the template does not ask for an answer, white space before it is the model's, and words are not.
-        return len(asked) if asked is not None and not head[len(asked) :].strip() else len(head)
+        return len(head) if head and whole.startswith(head) else None
 
     def _end(self, talk: _Talk, place: int, start: int, whole: str) -> int | None:
         """Where the turn of message ``place`` ends."""
@@ -277,10 +276,7 @@ class Marker:
                 return len(upto) - len(usual) + length  # type: ignore[arg-type]
             tail = (talk.around(place) or ("", ""))[1]
             if tail and whole.endswith(tail) and len(whole) - len(tail) >= start:
-                # Without a token that ends a turn, the token behind it begins the next.
-                length = self._length(tail) if self._length(usual) else length if tail.startswith(usual.rstrip()) else 0
-                if length or not usual.strip():
-                    return len(whole) - len(tail) + length
+                return len(whole) - len(tail) + self._length_before(tail, usual)
         # A call may end with another token than an answer.
         end = None if upto is None else self._last_token.search(upto, max(start if known else 0, len(upto) - _LAST))
         if end is None or known:
@@ -295,6 +291,14 @@ class Marker:
         end = self._token.match(tail, len(tail) - len(tail.lstrip()))
         return end.end() if end else 0
 
+    def _length_before(self, tail: str, usual: str) -> int:
+        """Characters of what ends a turn before other messages: the token that ends a conversation, too, or a token that
+        another follows, which begins the next message."""
+        if tail.startswith(usual.rstrip()) and usual.strip():
+            return self._length(usual) or len(usual.rstrip())
+        length = self._length(tail)
+        return length if length and self._length(usual) and self._length(tail[length : length + _LAST]) else 0
+
     def _tail(self, tools: bool) -> str | None:
         """What the template writes after the last content of a conversation."""
         if tools not in self._tails:
@@ -306,12 +310,16 @@ class Marker:
     @cached_property
     def _asks(self) -> str:
         """What the template writes where the assistant is to answer."""
-        try:
-            return self._template.render([_USER], generate=True).removeprefix(self._template.render([_USER]))
-        except RaydpoError:
-            raise
-        except Exception:  # templates raise what their authors wrote
-            return _PROBE
+        talk = _Talk(self._template, Preference([_USER], "", ""), [])
+        asked, bare = talk.rendered(0, generate=True), talk.rendered(0)
+        return _PROBE if asked is None or bare is None else asked.removeprefix(bare)
+
+    @cached_property
+    def _header(self) -> str | None:
+        """What the template writes between a question, asked for an answer, and the answer; None if that cannot be told."""
+        talk = _Talk(self._template, Preference([_USER], "", ""), [_answer(_PROBE)])
+        asked, around = talk.rendered(0, generate=True), talk.around(0)
+        return around[0].removeprefix(asked) if asked and around and around[0].startswith(asked) else None
 
     # -- reasoning ----------------------------------------------------------------------------------------------------------
 
