@@ -89,6 +89,18 @@ class MarkedPair(NamedTuple):
     rejected: Runs
     flags: int = 0
 
+    def later(self, tokens: int) -> MarkedPair:
+        """The marks of completions that begin so many tokens earlier. Those tokens are of no part."""
+        return self if not tokens else MarkedPair(_later(self.chosen, tokens), _later(self.rejected, tokens), self.flags)
+
+
+def _later(runs: Runs, tokens: int) -> Runs:
+    if not len(runs.marks):
+        return runs
+    same = runs.marks[0] == 0 and runs.factors[0] == 1  # as the tokens before
+    marks, factors = runs.marks[same:] + (tokens << MARK_BITS), runs.factors[same:]
+    return Runs(np.insert(marks, 0, 0).astype(np.int32), np.insert(factors, 0, 1).astype(np.float32))
+
 
 NO_RUNS = Runs(np.empty(0, np.int32), np.empty(0, np.float32))
 NOT_MARKED = MarkedPair(NO_RUNS, NO_RUNS)
