@@ -17,7 +17,7 @@ from raydpo.data.preference import Preference
 from raydpo.data.remarks import Remark
 from raydpo.data.rendering import MARKS, TAGS, thoughts_of
 from raydpo.data.segments import any_of
-from raydpo.data.spans import Span, Spans, Written
+from raydpo.data.spans import Span, Spans, Written, message_text
 from raydpo.data.template import ChatTemplate
 from raydpo.errors import RaydpoError
 
@@ -255,7 +255,7 @@ class Marker:
             if start is None or end is None or start < (found[-1].end if found else 0) or end <= start:
                 return None
             found.append(_Turn(start, end, place))
-        return found
+        return found if _apart(talk.messages, found, whole) else None
 
     def _end_of_part(self, whole: str, last: int) -> int:
         """Where a turn ends whose ``{% generation %}`` ends at ``last``: with the token that ends that, or follows it."""
@@ -288,7 +288,9 @@ class Marker:
                 return len(upto) - len(usual) + length  # type: ignore[arg-type]
             tail = (talk.around(place) or ("", ""))[1]
             if tail and whole.endswith(tail) and len(whole) - len(tail) >= start:
-                return len(whole) - len(tail) + self._length_before(tail, usual)
+                length = self._length_before(tail, usual)
+                if length is not None:
+                    return len(whole) - len(tail) + length
         # A call may end with another token than an answer.
         end = None if upto is None else self._last_token.search(upto, max(start if known else 0, len(upto) - _LAST))
         if end is None or known:
@@ -303,13 +305,18 @@ class Marker:
         end = self._token.match(tail, len(tail) - len(tail.lstrip()))
         return end.end() if end else 0
 
-    def _length_before(self, tail: str, usual: str) -> int:
-        """Characters of what ends a turn before other messages: the token that ends a conversation, too, or a token that
-        another follows, which begins the next message."""
+    def _length_before(self, tail: str, usual: str) -> int | None:
+        """Characters of what ends a turn before other messages; None if that cannot be told.
+
+        It is what ends a conversation, or a token that another follows, which begins the next message. Where a token begins
+        the next message at once, nothing ends the turn.
+        """
         if tail.startswith(usual.rstrip()) and usual.strip():
             return self._length(usual) or len(usual.rstrip())
         length = self._length(tail)
-        return length if length and self._length(usual) and self._length(tail[length : length + _LAST]) else 0
+        if not self._length(usual):
+            return None if usual.strip() else 0
+        return (length if self._length(tail[length : length + _LAST]) else 0) if length else None
 
     def _tail(self, tools: bool) -> str | None:
         """What the template writes after the last content of a conversation."""
@@ -426,6 +433,18 @@ class _Talk:
     def _said(self, messages: list[Message]) -> list[Message]:
         said = [*self._prompt, *messages]
         return said if self._fitted and self._template.fits(messages) else self._template.fitted(said, set())  # type: ignore[arg-type]
+
+
+def _apart(messages: Sequence[Message], turns: Sequence[_Turn], whole: str) -> bool:
+    """Whether no text of another message, such as a tool's result, stands within a turn and not between turns."""
+    for place, message in enumerate(messages):
+        text = message_text(message).strip() if message["role"] != "assistant" else ""
+        before = [turn for turn in turns if turn.place < place][-1:]
+        after = [turn for turn in turns if turn.place > place][:1]
+        between = whole[before[0].end if before else 0 : after[0].start if after else len(whole)]
+        if text and text not in between and any(text in whole[turn.start : turn.end] for turn in (*before, *after)):
+            return False
+    return True
 
 
 def _answer(content: str) -> Message:
