@@ -30,12 +30,78 @@ def advise(figures: dict[str, Any], objective: ObjectiveConfig | None = None) ->
     """Give advice for all pairs together, the most important first. The list is empty if nothing stands out.
 
     Args:
-        figures: of ``measure.figures``. objective: what the pairs will be trained with; None = the default objective.
+        figures: of ``measure.figures``, and as ``labels`` those of ``labels.by_label``. objective: what the pairs will be
+            trained with; None = the default objective.
     """
-    return list(_advice(figures, objective or ObjectiveConfig()))
+    labels = figures.get("labels")
+    found = list(_advice(figures, objective or ObjectiveConfig(), labels is not None))
+    return found if labels is None else [*found, *_label_advice(labels)]
 
 
-def _advice(figures: dict[str, Any], objective: ObjectiveConfig) -> Iterator[Finding]:
+def _label_advice(labels: dict[str, Any]) -> Iterator[Finding]:
+    """Advice for completions with labels."""
+    kinds = [labels[name] for name in ("desirable", "undesirable")]
+    total = sum(each["all"] for each in kinds)
+    counts = {name: sum(each[name] for each in kinds) for name in ("both_labels_evenly", "copies", "empty", "truncated")}
+    longer, good = labels["longer"], labels["desirable"]
+    low, high = longer["low"], longer["high"]
+    if low is not None and (low > 0.5 or high < 0.5) and abs(longer["share"] - 0.5) >= LENGTH_RULE - 0.5:
+        word = "longer" if low > 0.5 else "shorter"
+        share = longer["share"] if low > 0.5 else 1 - longer["share"]
+        yield Finding(
+            "Watch the length of desirable completions",
+            f"Of a desirable and an undesirable completion drawn at random, the desirable one is {word} in {share:.1%}; the "
+            f"medians are {good['tokens']['median']:.0f} and {labels['undesirable']['tokens']['median']:.0f} tokens.",
+            f"The easiest thing to learn from these labels is to write {word} completions.",
+        )
+    if good["surprise"] and good["surprise"]["median"] > FAR_SURPRISE and good["all"] >= FEWEST_SURPRISED:
+        yield Finding(
+            "Fine-tune on the desirable completions first",
+            f"The surprise of the reference at the desirable completions is {good['surprise']['median']:.2f} nats a token "
+            "in the median.",
+            "The model does not write text of this kind. Train one supervised epoch on the desirable completions first, and "
+            "use the result as policy and reference.",
+        )
+    for kind, name, least, why, setting in (
+        (
+            "Remove completions with both labels",
+            "both_labels_evenly",
+            0.0,
+            "They are desirable exactly as often as undesirable, so they teach nothing and keep the loss high.",
+            'data: {filter: "opposites != copies"}',
+        ),
+        (
+            "Remove copies of completions",
+            "copies",
+            SOME,
+            "Every copy counts, so a completion with copies has more weight.",
+            'data: {filter: "copy = 0 or contradictory"}',
+        ),
+        (
+            "Look at empty completions",
+            "empty",
+            SOME,
+            "A desirable one teaches the model to stop.",
+            'data: {filter: "chosen_tokens + rejected_tokens > 1"}',
+        ),
+        (
+            "Cut completions less",
+            "truncated",
+            SOME,
+            "A cut completion has no end token, so the policy learns not to stop, and figures of length use the cut length.",
+            "data: {max_length: ...}, or data: {truncation: drop}",
+        ),
+    ):
+        if (count := counts[name]) and count >= least * total:
+            yield Finding(kind, f"{count:,} of {total:,} completions with labels ({count / total:.1%}).", why, setting)
+
+
+def _advice(figures: dict[str, Any], objective: ObjectiveConfig, labelled: bool) -> Iterator[Finding]:
+    """Advice for pairs. ``labelled``: beside them are completions with labels, which conditions on pairs must let pass."""
+
+    def keep(condition: str) -> str:
+        return f'data: {{filter: "{f"label != 0 or ({condition})" if labelled else condition}"}}'
+
     pairs, all_pairs = figures["pairs"], figures["all_pairs"]
     length, reference, surprise = figures["length"], figures["reference"], figures["surprise"]
     rule, rule_low = length["rule_accuracy"]["share"], length["rule_accuracy"]["low"]
@@ -89,7 +155,7 @@ def _advice(figures: dict[str, Any], objective: ObjectiveConfig) -> Iterator[Fin
             "Look at empty answers",
             max(figures["empty"].values()),
             "Such an answer teaches the model to stop.",
-            'data: {filter: "chosen_tokens > 1 and rejected_tokens > 1"}',
+            keep("chosen_tokens > 1 and rejected_tokens > 1"),
         ),
         (
             "Cut less",
@@ -107,7 +173,7 @@ def _advice(figures: dict[str, Any], objective: ObjectiveConfig) -> Iterator[Fin
             "Little is left to learn",
             f"The reference already ranks {by_sum['share']:.1%} of the pairs right, and {per_token['share']:.1%} per token.",
             "Most pairs reinforce what the model does already. It learns from the pairs that it ranks wrong.",
-            f'data: {{filter: "ref_margin < {reference["margin"]["median"]:.0f}"}}',
+            keep(f"ref_margin < {reference['margin']['median']:.0f}"),
         )
     far = reference["far"]
     if far["pairs"]:
@@ -117,5 +183,5 @@ def _advice(figures: dict[str, Any], objective: ObjectiveConfig) -> Iterator[Fin
             f"{reference['margin']['p01']:.0f}.",
             "Such pairs are often broken, swapped or very long; the list below shows them. The filter removes "
             f"{far['pairs']:,} of {pairs:,} pairs.",
-            f'data: {{filter: "ref_margin > {far["bound"]}"}}',
+            keep(f"ref_margin > {far['bound']}"),
         )

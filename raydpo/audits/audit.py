@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from raydpo.audits.advice import advise
 from raydpo.audits.extremes import extremes
+from raydpo.audits.labels import by_label, label_lines
 from raydpo.audits.measure import counts, counts_by_source, figures
 from raydpo.audits.sample import Sample
 from raydpo.config import ObjectiveConfig
@@ -27,7 +28,8 @@ class Audit:
     Attributes:
         meta: name of the run, model, identity of the reference, version; ``sample``: ``sample.Sample.to_dict``; ``counted``:
             what counts in a completion, in words, None if everything does.
-        total, sources: figures of ``measure.figures``, over all pairs and by source.
+        total, sources: figures of ``measure.figures``, over all pairs and by source; ``labels``: what ``labels.by_label``
+            gives for completions with labels.
         identical: pairs left out at loading because chosen and rejected are the same, by source.
         scores: by source with scores beside its pairs, ``data.scores.Contradictions.to_dict`` of all pairs that were loaded.
         advice: the most important first. extremes: lists of pairs worth reading, of the sample.
@@ -71,13 +73,18 @@ def audit_pairs(
     """
     frame = _frame(facts).with_columns(prompt=sample.prompts)
     counted = frame if everything is None else _frame(everything)
-    total = figures(frame, counts(counted))
+    total = _figures(frame, counts(counted))
     sources = {
-        name: figures(frame.filter(pl.col("source") == name), each) for name, each in counts_by_source(counted).items()
+        name: _figures(frame.filter(pl.col("source") == name), each) for name, each in counts_by_source(counted).items()
     }
     advice, lists = advise(total, objective), extremes(facts, pairs, sample.rows, decode)
     about = meta | {"sample": sample.to_dict()}
     return Audit(about, total, sources, identical or {}, scores or {}, advice, lists, frame)
+
+
+def _figures(frame: pl.DataFrame, counted: dict[str, Any]) -> dict[str, Any]:
+    """Figures of the pairs in ``frame``, and as ``labels`` those of its completions alone."""
+    return figures(frame, counted) | {"labels": by_label(frame, counted["labels"])}
 
 
 def _frame(facts: pa.Table) -> pl.DataFrame:
@@ -107,6 +114,10 @@ def summary_lines(audit: Audit) -> list[str]:
             "prompts and answers, and empty and cut answers are counted over all pairs"
         )
         of_all = f"of all {drawn['of_pairs']:,} pairs: "
+    if total["labels"]:
+        lines += label_lines(total["labels"])
+    if not total["pairs"]:
+        return lines + _advice_lines(audit)
     lines.append(
         f"audit: the chosen answer is longer in {length['chosen_longer']['share']:.1%} of {total['pairs']:,} pairs; the "
         f"median difference is {length['difference']['median']:+.0f} tokens; '{length['rule']} is better' is right for "
@@ -129,6 +140,8 @@ def summary_lines(audit: Audit) -> list[str]:
     }
     if any(found.values()):
         lines.append(f"audit: {of_all}{', '.join(f'{count:,} {what}' for what, count in found.items() if count)}")
-    return lines + [
-        f"advice: {one.title.lower()}: {one.found}{f' ({one.setting})' if one.setting else ''}" for one in audit.advice
-    ]
+    return lines + _advice_lines(audit)
+
+
+def _advice_lines(audit: Audit) -> list[str]:
+    return [f"advice: {one.title.lower()}: {one.found}{f' ({one.setting})' if one.setting else ''}" for one in audit.advice]

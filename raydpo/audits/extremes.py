@@ -19,11 +19,11 @@ KINDS = {
     "The reference is most wrong, by sum": "lowest margin: swapped, broken or hard pairs",
     "The reference is most wrong, per token": "lowest margin per token, which does not grow with length",
     "The reference is most sure": "highest margin: nothing to learn, or a rejected answer that is not text",
-    "Most surprising chosen": "least likely tokens: another language, code, noise",
-    "Most surprising rejected": "least likely tokens: such an answer teaches little",
+    "Most surprising chosen": "or desirable: least likely tokens: another language, code, noise",
+    "Most surprising rejected": "or undesirable: least likely tokens: such an answer teaches little",
     "Chosen much longer": "largest length difference",
     "Chosen much shorter": "largest length difference in the other direction",
-    "Contradictory": "another pair has chosen and rejected swapped",
+    "Contradictory": "another pair has chosen and rejected swapped, or the same completion has the other label",
     "Copies": "the pairs that occur most often",
     "Shared prompts": "prompts with the most pairs",
     "Shared answers": "the same answer in many pairs",
@@ -36,7 +36,8 @@ KINDS = {
 def _ranks(f: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Rank of each pair, [pairs], by kind: the lowest is shown first, NaN = not of this kind."""
     longer = f["length_difference"].astype(float)
-    cut, short = np.maximum(f["chosen_cut"], f["rejected_cut"]), np.minimum(f["chosen_tokens"], f["rejected_tokens"])
+    cut, tokens = np.maximum(f["chosen_cut"], f["rejected_cut"]), (f["chosen_tokens"], f["rejected_tokens"])
+    short = np.where(f["label"] == 0, np.minimum(*tokens), np.maximum(*tokens))
     return {
         "The reference is most wrong, by sum": f["ref_margin"],
         "The reference is most wrong, per token": f["ref_chosen_per_token"] - f["ref_rejected_per_token"],

@@ -11,7 +11,7 @@ import polars as pl
 from raydpo.data.facts import LENGTH_BINS
 from raydpo.data.interval import Interval, mean_by_group, share, share_by_group
 
-__all__ = ["counts", "counts_by_source", "figures", "separation"]
+__all__ = ["LABELS", "PAIR", "counts", "counts_by_source", "figures", "quantiles", "separation"]
 
 QUANTILES = {
     "least": 0,
@@ -29,18 +29,42 @@ FAR_MARGIN = -150
 FAR_SHARE = 0.01
 """Largest share of pairs that the advised filter removes for their margin. Of fewer than 100 pairs it may remove one."""
 
+LABELS = {"desirable": (1, "chosen"), "undesirable": (-1, "rejected")}
+"""Labels, their values in column ``label``, and the side whose facts are those of such a completion."""
+PAIR = pl.col("label") == 0
+"""Whether a row is a pair."""
+
+
+def _label_counts() -> pl.Expr:
+    """Count completions with labels by what needs no reference: an object for each label."""
+
+    def of(value: int, side: str) -> pl.Expr:
+        mine = pl.col("label") == value
+        kinds = {
+            "all": mine,
+            "copies": mine & (pl.col("copy") > 0) & ~pl.col("contradictory"),
+            "both_labels": mine & pl.col("contradictory"),
+            "both_labels_evenly": mine & pl.col("contradictory") & (pl.col("opposites") == pl.col("copies")),
+            "empty": mine & (pl.col(f"{side}_tokens") <= 1),
+            "truncated": mine & (pl.col(f"{side}_cut") > 0),
+        }
+        return pl.struct(**{name: which.sum() for name, which in kinds.items()})
+
+    return pl.struct(**{label: of(*each) for label, each in LABELS.items()})
+
 
 _COUNTS = {
-    "all_pairs": pl.len(),
-    "duplicates": ((pl.col("copy") > 0) & ~pl.col("contradictory")).sum(),
-    "contradictory": pl.col("contradictory").sum(),
-    "contradictory_evenly": (pl.col("contradictory") & (pl.col("opposites") == pl.col("copies"))).sum(),
-    "shared_prompt": (pl.col("prompt_pairs") > pl.col("copies")).sum(),
-    "shared_answer": (pl.col("answer_pairs") > pl.col("copies")).sum(),
-    "empty": pl.struct(**{side: (pl.col(f"{side}_tokens") <= 1).sum() for side in ("chosen", "rejected")}),
-    "truncated": pl.struct(**{side: (pl.col(f"{side}_cut") > 0).sum() for side in ("chosen", "rejected")}),
+    "all_pairs": PAIR.sum(),
+    "duplicates": (PAIR & (pl.col("copy") > 0) & ~pl.col("contradictory")).sum(),
+    "contradictory": (PAIR & pl.col("contradictory")).sum(),
+    "contradictory_evenly": (PAIR & pl.col("contradictory") & (pl.col("opposites") == pl.col("copies"))).sum(),
+    "shared_prompt": (PAIR & (pl.col("prompt_pairs") > pl.col("copies"))).sum(),
+    "shared_answer": (PAIR & (pl.col("answer_pairs") > pl.col("copies"))).sum(),
+    "empty": pl.struct(**{side: (PAIR & (pl.col(f"{side}_tokens") <= 1)).sum() for side in ("chosen", "rejected")}),
+    "truncated": pl.struct(**{side: (PAIR & (pl.col(f"{side}_cut") > 0)).sum() for side in ("chosen", "rejected")}),
     "counted": (pl.col("chosen_tokens") + pl.col("rejected_tokens")).sum(),
     "uncounted": (pl.col("chosen_uncounted") + pl.col("rejected_uncounted")).sum(),
+    "labels": _label_counts(),
 }
 
 
@@ -63,41 +87,55 @@ def figures(frame: pl.DataFrame, counted: dict[str, Any] | None = None) -> dict[
     completions. A figure is None if there are too few pairs for it.
 
     Args:
-        frame: has the columns of ``config.filter.FACTS`` and ``prompt``, the number of the prompt.
+        frame: has the columns of ``config.filter.FACTS`` and ``prompt``, the number of the prompt. Completions alone are
+            left out, see ``labels.by_label``.
         counted: ``counts`` of the pairs that ``frame`` is a sample of; None if it has them all.
     """
-    scored = frame.filter(pl.col("ref_margin").is_not_null())
+    counted = counts(frame) if counted is None else counted
+    labelled = any(each["all"] for each in counted["labels"].values())
+    pairs = frame.filter(PAIR) if labelled else frame  # a copy, which millions of pairs do not need
+    scored = pairs.filter(pl.col("ref_margin").is_not_null())
     return {
-        "pairs": frame.height,
-        "not_scored": frame.height - scored.height,
-        "tokens": {name: _quantiles(frame[f"{name}_tokens"].to_numpy()) for name in ("prompt", "chosen", "rejected")},
-        "length": _length(frame),
+        "pairs": pairs.height,
+        "not_scored": pairs.height - scored.height,
+        "tokens": {name: quantiles(pairs[f"{name}_tokens"].to_numpy()) for name in ("prompt", "chosen", "rejected")},
+        "length": _length(pairs),
         "reference": _reference(scored),
         "length_and_reference": _length_and_reference(scored),
         "surprise": _surprise(scored),
-        **(counts(frame) if counted is None else counted),
+        **{name: value for name, value in counted.items() if name != "labels"},
     }
 
 
-def separation(one: np.ndarray, two: np.ndarray, prompts: np.ndarray) -> dict[str, Any]:
+def separation(
+    one: np.ndarray, two: np.ndarray, prompts: np.ndarray, prompts_of_two: np.ndarray | None = None
+) -> dict[str, Any]:
     """Estimate the probability that a value of ``two`` exceeds one of ``one`` (Mann-Whitney); a tie counts one half.
 
     Args:
         one, two: values of the chosen and the rejected answers, [pairs].
         prompts: number of the prompt of each pair, [pairs].
+        prompts_of_two: if ``one`` and ``two`` are not of the same pairs, the number of the prompt of each of ``two``;
+            ``prompts`` are then those of ``one``.
     """
     # ``above``: share of ``two`` that exceeds each value of ``one``. ``below``: share of ``one`` that each value of ``two``
     # exceeds. The error of the estimate is that of a mean of their sums, up to terms that vanish as the number of pairs
     # grows (DeLong et al. 1988, doi 10.2307/2531595).
     above, below = 1 - _below(one, two), _below(two, one)
-    if not len(one):
+    if not len(one) or not len(two):
         return _named(share(0, 0), 0.0, 0)
-    auc = float(below.mean())
-    found = mean_by_group(above + below - auc, prompts)
+    auc, of_two = float(below.mean()), prompts
+    if prompts_of_two is None:
+        values = above + below - auc
+    else:  # as values of one sample whose mean has the same error (Obuchowski 1997, doi 10.2307/2533958)
+        weights = ((len(one) + len(two)) / len(each) for each in (one, two))
+        values = auc + np.concatenate([(each - auc) * weight for each, weight in zip((above, below), weights, strict=True)])
+        prompts, of_two = np.concatenate([prompts, prompts_of_two]), prompts_of_two
+    found = mean_by_group(values, prompts)
     if found["low"] == found["high"]:  # no variance: complete separation, all equal, or one prompt
-        found = share_by_group(below, prompts)
+        found = share_by_group(below, of_two)
     low, high = (bound if bound is None else min(1.0, max(0.0, bound)) for bound in (found["low"], found["high"]))
-    return _named({"value": auc, "low": low, "high": high}, auc * len(one), len(one))
+    return _named({"value": auc, "low": low, "high": high}, auc * len(two), len(two))
 
 
 def _below(values: np.ndarray, others: np.ndarray) -> np.ndarray:
@@ -124,7 +162,7 @@ def _length(frame: pl.DataFrame) -> dict[str, Any]:
         "chosen_longer": _share(longer, frame),
         "chosen_shorter": _share(shorter, frame),
         "equal": int((difference == 0).sum()),
-        "difference": _quantiles(difference),
+        "difference": quantiles(difference),
         # The accuracy of a judge that looks at lengths only; a tie counts one half.
         "rule": better,
         "rule_accuracy": _share(_wins(difference if better == "longer" else -difference), frame),
@@ -138,7 +176,7 @@ def _reference(scored: pl.DataFrame) -> dict[str, Any]:
     return {
         "right_by_sum": _share(_wins(margin), scored),
         "right_per_token": _share(_wins(per_token), scored),
-        "margin": _quantiles(margin),
+        "margin": quantiles(margin),
         "far": {"bound": bound, "pairs": int((margin <= bound).sum())},
     }
 
@@ -179,7 +217,7 @@ def _by_bin(scored: pl.DataFrame) -> list[dict[str, Any]]:
 
 def _surprise(scored: pl.DataFrame) -> dict[str, Any]:
     values = {side: -scored[f"ref_{side}_per_token"].to_numpy() for side in ("chosen", "rejected")}
-    result: dict[str, Any] = {side: _quantiles(each) for side, each in values.items()}
+    result: dict[str, Any] = {side: quantiles(each) for side, each in values.items()}
     for side in values:
         tokens = float(scored[f"{side}_weights"].sum())
         nats = -float(scored[f"ref_{side}_logps"].sum())
@@ -187,7 +225,7 @@ def _surprise(scored: pl.DataFrame) -> dict[str, Any]:
     return result | {"separation": separation(values["chosen"], values["rejected"], scored["prompt"].to_numpy())}
 
 
-def _quantiles(values: np.ndarray) -> dict[str, float] | None:
+def quantiles(values: np.ndarray) -> dict[str, float] | None:
     if not len(values):
         return None
     return {"mean": float(values.mean())} | {name: float(np.quantile(values, at)) for name, at in QUANTILES.items()}

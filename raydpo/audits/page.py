@@ -6,9 +6,11 @@ from typing import Any
 
 import polars as pl
 
+from raydpo.audits import labels
 from raydpo.audits.audit import Audit, counted_line
-from raydpo.audits.plots import plots
+from raydpo.audits.plots import label_plots, plots
 from raydpo.pages.page import render
+from raydpo.pages.plot import Picture
 from raydpo.pages.text import shown
 
 __all__ = ["render_page"]
@@ -21,11 +23,12 @@ MOST_COLUMNS = 4
 
 def render_page(audit: Audit) -> str:
     """Render the page. Text from the data is escaped. The page has no scripts, and its security policy blocks them."""
-    pictures = [("All pairs", plots(audit.frame, audit.total))]
+    pictures = [("All", _pictures(audit.frame, audit.total))] if audit.total["labels"] else []
+    pictures = pictures or [("All pairs", plots(audit.frame, audit.total))]
     if len(audit.sources) > 1:
         for name, figures in list(audit.sources.items())[:MOST_SOURCES]:
-            if figures["pairs"]:  # a sample may have none of a small source
-                pictures.append((name, plots(audit.frame.filter(pl.col("source") == name), figures)))
+            if drawn := _pictures(audit.frame.filter(pl.col("source") == name), figures):
+                pictures.append((name, drawn))
     columns = {
         name: _column(figures, audit.identical.get(name, 0), [audit.scores[name]] if name in audit.scores else [])
         for name, figures in audit.sources.items()
@@ -35,11 +38,25 @@ def render_page(audit: Audit) -> str:
         columns = {"all": _column(audit.total, sum(audit.identical.values()), scores)} | columns
     rows = [
         {"title": title, "about": about, "values": [column[title] for column in columns.values()]}
-        for title, about in ABOUT.items()
-        if title != COUNTED or audit.total["uncounted"]
+        for title, about in _rows(audit.total).items()
     ]
     counted = counted_line(audit) if audit.meta.get("counted") else None
     return render("audits/page.html", audit=audit, plots=pictures, rows=rows, names=list(columns), counted=counted)
+
+
+def _pictures(frame: pl.DataFrame, figures: dict[str, Any]) -> list[Picture]:
+    """Pictures of the pairs, and of the completions with labels; none of what a sample has none of."""
+    return [
+        *(plots(frame, figures) if figures["pairs"] else ()),
+        *(label_plots(frame, figures["labels"]) if figures["labels"] else ()),
+    ]
+
+
+def _rows(total: dict[str, Any]) -> dict[str, str]:
+    """Rows of the table, and what each row shows."""
+    pairs = ABOUT if total["all_pairs"] or not total["labels"] else {COUNTED: ABOUT[COUNTED]}
+    rows = pairs | (labels.ABOUT if total["labels"] else {})
+    return {title: about for title, about in rows.items() if title != COUNTED or total["uncounted"]}
 
 
 def _share(value: dict[str, Any]) -> str:
@@ -114,4 +131,5 @@ def _column(figures: dict[str, Any], identical: int, scores: list[dict[str, Any]
         "identical": f"{identical:,}",
         "empty": f"{sum(figures['empty'].values()):,}",
         "cut": f"{sum(figures['truncated'].values()):,}",
+        **labels.label_columns(figures["labels"]),
     }

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from raydpo.audits.measure import LABELS, PAIR
 from raydpo.pages.plot import BAD, GOOD, INK, PALE, Picture, figure, length_bars, svg
 
-__all__ = ["plots"]
+__all__ = ["label_plots", "plots"]
 
 BINS = 48
 """Largest number of bars of a histogram."""
@@ -19,6 +20,7 @@ TRENDS = 16
 
 def plots(frame: pl.DataFrame, figures: dict[str, Any]) -> list[Picture]:
     """Draw the pairs in ``frame``. ``figures`` is the result of ``measure.figures`` for them."""
+    frame = frame.filter(PAIR)
     scored = frame.filter(pl.col("ref_margin").is_not_null())
     pictures = [_differences(frame["length_difference"].to_numpy(), figures)]
     if scored.height > 1:
@@ -48,9 +50,6 @@ def _differences(difference: np.ndarray, figures: dict[str, Any]) -> Picture:
 
 def _surprises(scored: pl.DataFrame, figures: dict[str, Any]) -> Picture:
     values = {side: -scored[f"ref_{side}_per_token"].to_numpy() for side in ("chosen", "rejected")}
-    # The outermost values would flatten the picture.
-    low, high = np.quantile(np.concatenate(list(values.values())), [0.005, 0.995])
-    edges = np.linspace(low, high if high > low else low + 1, BINS + 1)
     surprise = figures["surprise"]
     title = "Surprise of the reference"
     caption = (
@@ -59,13 +58,50 @@ def _surprises(scored: pl.DataFrame, figures: dict[str, Any]) -> Picture:
         f"rejected one surprises more in {surprise['separation']['share']:.0%} of the draws. The further right, the "
         "less likely the model itself is to write such an answer. The outermost 1 % of the values is not shown."
     )
+    return _densities(values, title, caption, "surprise, nats a token")
+
+
+def _densities(values: dict[str, np.ndarray], title: str, caption: str, label: str) -> Picture:
+    """The densities of two kinds of values, the good ones first."""
+    # The outermost values would flatten the picture.
+    low, high = np.quantile(np.concatenate(list(values.values())), [0.005, 0.995])
+    edges = np.linspace(low, high if high > low else low + 1, BINS + 1)
     with figure() as (made, axes):
-        for (side, each), colour in zip(values.items(), (GOOD, BAD), strict=True):
+        for (kind, each), colour in zip(values.items(), (GOOD, BAD), strict=True):
             density, _ = np.histogram(each, edges, density=True)
-            axes.stairs(density, edges, color=colour, linewidth=1.6, label=side)
-        axes.set(xlabel="surprise, nats a token", ylabel="density")
+            axes.stairs(density, edges, color=colour, linewidth=1.6, label=kind)
+        axes.set(xlabel=label, ylabel="density")
         axes.legend()
         return Picture(title, svg(made, title, caption), caption)
+
+
+def label_plots(frame: pl.DataFrame, labels: dict[str, Any]) -> list[Picture]:
+    """Draw the completions with labels in ``frame``. ``labels`` is what ``labels.by_label`` gives for them."""
+    good, bad = (labels[label] for label in LABELS)
+    pictures = []
+    for name, title, axis, told in (
+        ("tokens", "Length by label", "tokens", "the desirable one is longer in {longer[share]:.0%}"),
+        (
+            "surprise",
+            "Surprise by label",
+            "surprise of the reference, nats a token",
+            "the undesirable one surprises the reference more in {surprises_more[share]:.0%}",
+        ),
+    ):
+        if good[name] is None or bad[name] is None:
+            continue
+        caption = (
+            f"Median {good[name]['median']:,.4g} for desirable completions, {bad[name]['median']:,.4g} for undesirable "
+            f"ones. Of two drawn at random, {told.format(**labels)} of the draws. The outermost 1 % of the values is not "
+            "shown."
+        )
+        values = {}
+        for label, (value, side) in LABELS.items():
+            mine = frame.filter(pl.col("label") == value)
+            column = mine[f"{side}_tokens"] if name == "tokens" else -mine[f"ref_{side}_per_token"].drop_nulls()
+            values[label] = column.to_numpy()
+        pictures.append(_densities(values, title, caption, axis))
+    return pictures
 
 
 def _margin_by_length(scored: pl.DataFrame, figures: dict[str, Any]) -> Picture:

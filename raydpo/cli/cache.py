@@ -394,6 +394,7 @@ def _gc(args: argparse.Namespace, console: Console) -> Any:
 def _export(args: argparse.Namespace, console: Console) -> Any:
     prepared = _prepare(args.config, args.overrides, console)
     from raydpo.data.counting import all_count
+    from raydpo.data.lists import all_pairs
     from raydpo.data.select import COUNT_COLUMNS
     from raydpo.reference.exchange import export_pairs
     from raydpo.reference.pairs import join_reference
@@ -405,7 +406,7 @@ def _export(args: argparse.Namespace, console: Console) -> Any:
             "by data.train_on or data.spans_column not every token counts, but the exported sums are over all of them, as "
             "other trainers compute them; ref_chosen_token_logps and ref_rejected_token_logps have each token"
         )
-    joined = join_reference(table, prepared.cache, "training")
+    joined = all_pairs(join_reference(table, prepared.cache, "training"))
     decode = prepared.tokeniser.tokenizer.batch_decode
     pairs = export_pairs(joined, lambda ids: decode(ids, skip_special_tokens=False), Path(args.out))
     console.say(f"{pairs:,} pairs with reference log-probs of {prepared.reference.identity.digest}: {args.out}")

@@ -16,6 +16,11 @@ __all__ = ["FACTS", "REFERENCE_FACTS", "PairFilter"]
 FACTS: dict[str, tuple[str, str]] = {
     "pair_id": ("string", "source:row"),
     "source": ("string", "name of its source"),
+    "label": (
+        "int8",
+        "0 for a pair; 1 for a desirable completion alone, -1 for an undesirable one: their facts are those of chosen and "
+        "of rejected; tokens of the missing side are 0, and what needs it is null",
+    ),
     "prompt_tokens": ("int64", "tokens of the prompt"),
     "chosen_tokens": ("int64", "tokens of the chosen completion that are used and count (data.train_on)"),
     "rejected_tokens": ("int64", "tokens of the rejected completion that are used and count"),
@@ -30,7 +35,8 @@ FACTS: dict[str, tuple[str, str]] = {
     "answer_pairs": ("int64", "pairs, with any prompt, in which the more frequent of its two answers occurs"),
     "opposites": (
         "int64",
-        "pairs with its completions swapped: each is a vote against this pair, as a copy is a vote for it",
+        "pairs with its completions swapped, or of a completion alone those with the other label: each is a vote against "
+        "this pair, as a copy is a vote for it",
     ),
     "contradictory": ("bool", "whether 'opposites' is above 0"),
     "chosen_weights": ("float64", "sum of the weights of chosen_tokens; equal to chosen_tokens if each has weight 1"),
@@ -47,7 +53,7 @@ FACTS: dict[str, tuple[str, str]] = {
 """Facts about a pair that a condition can name: name -> (type, meaning). ``raydpo.data.facts`` computes them."""
 REFERENCE_FACTS = frozenset(name for name in FACTS if name.startswith("ref_"))
 """Facts that are known only after scoring."""
-_SAMPLES = {"bool": True, "float64": -1.0, "int64": 1, "string": "x"}
+_SAMPLES = {"bool": True, "float64": -1.0, "int8": 1, "int64": 1, "string": "x"}
 
 
 class PairFilter:

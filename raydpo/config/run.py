@@ -13,7 +13,7 @@ from raydpo.config.evaluate import EvaluateConfig
 from raydpo.config.filter import REFERENCE_FACTS, PairFilter
 from raydpo.config.metric import check_metric, depends_on_scale, held_out_metrics
 from raydpo.config.model import ModelConfig, ReferenceConfig
-from raydpo.config.objective import BetaSchedule
+from raydpo.config.objective import LOSSES, BetaSchedule
 from raydpo.config.section import PathOrUri, Section
 from raydpo.config.sweep import SweepConfig
 from raydpo.config.track import TrackConfig
@@ -93,6 +93,7 @@ class Config(Section):
                 "trained and exported. Drop it, or set model.lora"
             )
         self._check_refinements()
+        self._check_lists()
         for column in ("weight_column", "margin_column"):
             if getattr(self.data, column) is not None:
                 self.train.check_heeded(column, f"({getattr(self.data, column)!r} of data)", f"set data.{column} to null")
@@ -115,6 +116,28 @@ class Config(Section):
                 "for example data.eval.fraction=0.05"
             )
         return self
+
+    def _check_lists(self) -> None:
+        """Refuse ranked lists with a loss of pairs, and the other way round.
+
+        Raises:
+            ValueError: with both values and the fix.
+        """
+        if self.sweep is not None and (self.sweep.varies("train.loss") or self.sweep.varies("data.ranked")):
+            return  # its trials are checked
+        lists = self.data.ranked == "lists"
+        unfit = [name for name, traits in self.train.traits.items() if traits.lists != lists]
+        if unfit and lists:
+            fit = ", ".join(name for name, traits in LOSSES.items() if traits.lists)
+            raise ValueError(
+                f"data.ranked is lists, but {' and '.join(map(repr, unfit))} of train.loss is over pairs; set train.loss to "
+                f"one over lists ({fit}), or data.ranked to pairs"
+            )
+        if unfit:
+            raise ValueError(
+                f"train.loss {self.train.loss_text!r} is over ranked lists, but data.ranked is {self.data.ranked}; set "
+                "data.ranked to lists, or train.loss to one over pairs, such as sigmoid"
+            )
 
     def _check_refinements(self) -> None:
         """Refuse settings that only refine another one, which is not set.

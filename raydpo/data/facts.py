@@ -11,10 +11,11 @@ from raydpo.config.filter import FACTS
 from raydpo.data.counting import counted_tokens, counts
 from raydpo.data.index import KeyIndex, as_bytes
 from raydpo.data.ragged import digests, tokens_in_use
+from raydpo.data.select import LABEL
 
 __all__ = ["LENGTH_BINS", "digests_of", "pair_facts", "prompt_numbers", "with_reference"]
 
-_TYPES = {"bool": pa.bool_(), "float64": pa.float64(), "int64": pa.int64(), "string": pa.string()}
+_TYPES = {"bool": pa.bool_(), "float64": pa.float64(), "int8": pa.int8(), "int64": pa.int64(), "string": pa.string()}
 _SIDES = ("chosen", "rejected")
 
 
@@ -29,14 +30,16 @@ def pair_facts(pairs: pa.Table, ref_chosen: np.ndarray | None = None, ref_reject
     prompt, *used = (tokens_in_use(pairs, name).astype(np.int64) for name in ("prompt", *_SIDES))
     chosen, rejected = (counted_tokens(pairs, side).astype(np.int64) for side in _SIDES)
     full = [pairs[f"{side}_full"].to_numpy().astype(np.int64) for side in _SIDES]
+    label = pairs[LABEL].to_numpy() if LABEL in pairs.column_names else np.zeros(pairs.num_rows, np.int8)
     copies, copy, opposites = _copies(pairs)
     columns = {
         "pair_id": pairs["pair_id"],
         "source": pairs["source"],
+        "label": label,
         "prompt_tokens": prompt,
         "chosen_tokens": chosen,
         "rejected_tokens": rejected,
-        "length_difference": chosen - rejected,
+        "length_difference": pa.array(chosen - rejected, mask=label != 0 if label.any() else None),
         "chosen_uncounted": used[0] - chosen,
         "rejected_uncounted": used[1] - rejected,
         "chosen_cut": full[0] - used[0],
@@ -58,16 +61,19 @@ def pair_facts(pairs: pa.Table, ref_chosen: np.ndarray | None = None, ref_reject
 
 def with_reference(facts: pa.Table, ref_chosen: np.ndarray, ref_rejected: np.ndarray) -> pa.Table:
     """Rows of ``pair_facts`` with their columns of the reference. Arguments as there, for these rows."""
-    unknown = np.isnan(ref_chosen) | np.isnan(ref_rejected)
-    reference = {
-        "ref_chosen_logps": ref_chosen,
-        "ref_rejected_logps": ref_rejected,
-        "ref_margin": ref_chosen - ref_rejected,
-        "ref_chosen_per_token": ref_chosen / facts["chosen_weights"].to_numpy(),
-        "ref_rejected_per_token": ref_rejected / facts["rejected_weights"].to_numpy(),
-    }
+    label, unknown = facts["label"].to_numpy(), np.isnan(ref_chosen) | np.isnan(ref_rejected)
+    lacking = {"chosen": unknown | (label < 0), "rejected": unknown | (label > 0), "margin": unknown | (label != 0)}
+    with np.errstate(invalid="ignore"):  # the missing side of a completion alone: 0 nats, 0 tokens
+        reference = {
+            "ref_chosen_logps": ref_chosen,
+            "ref_rejected_logps": ref_rejected,
+            "ref_margin": ref_chosen - ref_rejected,
+            "ref_chosen_per_token": ref_chosen / facts["chosen_weights"].to_numpy(),
+            "ref_rejected_per_token": ref_rejected / facts["rejected_weights"].to_numpy(),
+        }
     for name, values in reference.items():
-        facts = facts.set_column(facts.column_names.index(name), name, pa.array(values, pa.float64(), mask=unknown))
+        column = pa.array(values, pa.float64(), mask=lacking[name.split("_")[1]])
+        facts = facts.set_column(facts.column_names.index(name), name, column)
     return facts
 
 
@@ -77,9 +83,9 @@ def prompt_numbers(pairs: pa.Table) -> np.ndarray:
 
 
 def _answer_pairs(pairs: pa.Table) -> np.ndarray:
-    chosen, rejected = (digests_of(pairs, side) for side in ("chosen", "rejected"))
-    uses = _uses(np.concatenate([chosen, rejected]))
-    return np.maximum(uses[: len(chosen)], uses[len(chosen) :])
+    uses = _uses(np.concatenate([digests_of(pairs, side) for side in _SIDES]))
+    uses[np.concatenate([tokens_in_use(pairs, side) for side in _SIDES]) == 0] = 0  # no answer at all
+    return uses.reshape(2, -1).max(0)
 
 
 def digests_of(pairs: pa.Table, part: str) -> np.ndarray:

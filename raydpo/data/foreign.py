@@ -15,11 +15,13 @@ from raydpo.data.labels import labelled
 from raydpo.data.messages import CONVERSATIONS, Malformed, Notes, content_text, from_text, messages, role_of
 from raydpo.data.nearest import lacking, quoted
 
-__all__ = ["Pairs", "pairs_of", "prompt_of", "shared_start"]
+__all__ = ["Pairs", "Ranks", "pairs_of", "prompt_of", "shared_start"]
 
 Pairs = list[tuple[Any, Any, Any]]
 """Prompt (None = the common beginning of both answers), the better and the worse answer. Of a single answer with a label the
 other is None, and a prompt of None stands within the answer's conversation."""
+Ranks = list[tuple[int, int | None]]
+"""Rank of both answers of each pair within a list, from 0, equal for ties."""
 _ANSWERS = ("completion", "response", "content", "answer", "text", "output")
 """Fields of an entry of ``completions`` that hold the answer."""
 _PLACES = (
@@ -30,8 +32,14 @@ _PLACES = (
 _RANKED = ("completions", "answers", "responses", "candidates")
 
 
-def pairs_of(record: Mapping[str, Any], present: tuple[str, ...], notes: Notes) -> tuple[Pairs, tuple[str, ...]]:
+def pairs_of(
+    record: Mapping[str, Any], present: tuple[str, ...], notes: Notes, ranks: Ranks | None = None
+) -> tuple[Pairs, tuple[str, ...]]:
     """Return the pairs of a record without ``chosen`` and ``rejected``, and the columns used.
+
+    Args:
+        ranks: if given, ranked completions become one list: the first and the second, the third and the fourth, and so on.
+            Their ranks are added to it. The last of an odd number stands before the first, whose rank is then None.
 
     Raises:
         Malformed: if no form fits. The message names the columns found and the two nearest forms.
@@ -45,7 +53,7 @@ def pairs_of(record: Mapping[str, Any], present: tuple[str, ...], notes: Notes) 
             return found
         for name in _RANKED:
             if name in present and (name == "completions" or _has_places(_entries(record[name]), record)):
-                found, used = _ranked(record, present, name, notes)
+                found, used = _ranked(record, present, name, notes, ranks)
                 return found, (*used, name, "ranks", "scores")
         if found := preferred(record, present, notes):
             pair, used = _two_answers(record, present, found[0], notes)
@@ -222,8 +230,10 @@ def _has_places(entries: Any, record: Mapping[str, Any]) -> bool:
     )
 
 
-def _ranked(record: Mapping[str, Any], present: tuple[str, ...], name: str, notes: Notes) -> tuple[Pairs, tuple[str, ...]]:
-    """All pairs of completions of strictly different rank."""
+def _ranked(
+    record: Mapping[str, Any], present: tuple[str, ...], name: str, notes: Notes, ranks: Ranks | None
+) -> tuple[Pairs, tuple[str, ...]]:
+    """All pairs of completions of strictly different rank, or one list of them, see ``pairs_of``."""
     prompt, used = prompt_of(record, present, notes)
     if used == ("context",):
         notes.pop("'context' read as the prompt", None)  # a form that we document
@@ -260,6 +270,8 @@ def _ranked(record: Mapping[str, Any], present: tuple[str, ...], name: str, note
             against = False
         if against:
             notes["warning: 'ranks' read, though 'scores' say otherwise; drop the column that should not be read"] = None
+    if ranks is not None:
+        return _listed(prompt, [(answers[one], places[one]) for one in best_first], notes, ranks), used
     pairs = [
         (prompt, answers[better], answers[worse])
         for better, worse in combinations(best_first, 2)
@@ -268,6 +280,25 @@ def _ranked(record: Mapping[str, Any], present: tuple[str, ...], name: str, note
     if not pairs:
         raise Malformed("no completion is better than another")
     return pairs, used
+
+
+def _listed(prompt: Any, best_first: Sequence[tuple[Any, float]], notes: Notes, ranks: Ranks) -> Pairs:
+    """Answers with their places, best first, as the rows of one list. Adds to ``ranks``, see ``pairs_of``."""
+    answers: list[tuple[Any, float]] = []
+    for answer, place in best_first:
+        if all(answer != known for known, _ in answers):
+            answers.append((answer, place))
+        else:
+            notes["an answer that a list has twice counts once, at its best place"] = None
+    places = [place for _, place in answers]
+    if places[0] == places[-1]:
+        raise Malformed("no completion is better than another")
+    pairs = []
+    for index in range(0, len(answers), 2):
+        second = index + 1 if index + 1 < len(answers) else None
+        ranks.append((places.index(places[index]), None if second is None else places.index(places[second])))
+        pairs.append((prompt, answers[index][0], answers[second or 0][0]))
+    return pairs
 
 
 def _places(entries: list[Any], record: Mapping[str, Any], name: str) -> tuple[list[float], str, str | None]:

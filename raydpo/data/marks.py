@@ -66,7 +66,9 @@ _LAST = 200
 _PROBE = "raydpoMarks"
 """Content of a message of which the place is looked for, found in no template."""
 _USER: Message = {"role": "user", "content": "x"}
-_CLOSER = dict(TAGS)
+_CHANNEL = ("<|channel|>analysis<|message|>", "<|end|>")
+"""How gpt-oss begins and ends a thought. It is part of a turn, which goes on in another channel."""
+_CLOSER = dict((*TAGS, _CHANNEL))
 _TAG = re.compile(any_of([*_CLOSER, *_CLOSER.values()]))
 _EMPTY = "|".join(rf"{re.escape(opener)}\s*{re.escape(closer)}" for opener, closer in TAGS)
 _EMPTY_THOUGHT, _ADDED_THOUGHT = re.compile(_EMPTY), re.compile(rf"(?:{_EMPTY})\s*\Z")
@@ -86,6 +88,18 @@ class MarkedPair(NamedTuple):
     chosen: Runs
     rejected: Runs
     flags: int = 0
+
+    def later(self, tokens: int) -> MarkedPair:
+        """The marks of completions that begin so many tokens earlier. Those tokens are of no part."""
+        return self if not tokens else MarkedPair(_later(self.chosen, tokens), _later(self.rejected, tokens), self.flags)
+
+
+def _later(runs: Runs, tokens: int) -> Runs:
+    if not len(runs.marks):
+        return runs
+    same = runs.marks[0] == 0 and runs.factors[0] == 1  # as the tokens before
+    marks, factors = runs.marks[same:] + (tokens << MARK_BITS), runs.factors[same:]
+    return Runs(np.insert(marks, 0, 0).astype(np.int32), np.insert(factors, 0, 1).astype(np.float32))
 
 
 NO_RUNS = Runs(np.empty(0, np.int32), np.empty(0, np.float32))
@@ -231,8 +245,10 @@ class Marker:
         parts = talk.generated(whole) or [(0, len(whole))] * len(places)
         for place, (first, last) in zip(places, parts, strict=True):
             start = self._start(talk, place, prompt, whole)
-            if first and (start is None or not start > last):
-                start = max(first, start or 0)
+            if first and start is None:
+                start = first + (len(self._asks) if whole.startswith(self._asks, first) else 0)
+            elif first and start <= last:  # type: ignore[operator]
+                start = max(first, start)  # type: ignore[type-var]
             end = None if start is None else self._end(talk, place, start, whole)
             if first and end is None:
                 end = self._end_of_part(whole, last)
@@ -265,27 +281,31 @@ class Marker:
     def _end(self, talk: _Talk, place: int, start: int, whole: str) -> int | None:
         """Where the turn of message ``place`` ends."""
         upto = whole if place == len(talk.messages) - 1 else talk.rendered(place + 1)
-        if upto is not None and not whole.startswith(upto):
-            upto = None
-        tail = self._tail(talk.tools is not None)
-        if upto is not None and tail is not None and upto.endswith(tail) and len(upto) - len(tail) >= start:
-            return len(upto) - len(tail) + (self._length(tail) or len(tail.rstrip()))
-        around = talk.around(place)
-        length = self._length(around[1]) if around and whole.endswith(around[1]) else 0
-        if around and length and len(whole) - len(around[1]) >= start:
-            return len(whole) - len(around[1]) + length
+        usual = self._tail(talk.tools is not None)
+        known = upto is not None and whole.startswith(upto)
+        if usual is not None:
+            length = self._length(usual) or len(usual.rstrip())
+            if known and upto.endswith(usual) and len(upto) - len(usual) >= start:  # type: ignore[union-attr]
+                return len(upto) - len(usual) + length  # type: ignore[arg-type]
+            tail = (talk.around(place) or ("", ""))[1]
+            if tail and whole.endswith(tail) and len(whole) - len(tail) >= start:
+                # Without a token that ends a turn, the token behind it begins the next.
+                length = self._length(tail) if self._length(usual) else length if tail.startswith(usual.rstrip()) else 0
+                if length or not usual.strip():
+                    return len(whole) - len(tail) + length
         # A call may end with another token than an answer.
-        end = None if upto is None else self._last_token.search(upto, max(start, len(upto) - _LAST))
-        return None if end is None or self._ends_with_token(upto, end.start()) else end.end(1)  # type: ignore[arg-type]
+        end = None if upto is None else self._last_token.search(upto, max(start if known else 0, len(upto) - _LAST))
+        if end is None or known:
+            return None if end is None else end.end(1)
+        head = (talk.around(place + 1, keep=True) or ("", ""))[0]
+        last = whole.rfind(end[1], start, len(head)) if head and whole.startswith(head) else -1
+        return None if last < 0 else last + len(end[1])
 
     def _length(self, tail: str) -> int:
         """Characters of what ends a turn, at the beginning of what a template writes after its content; 0 if no token ends
         it."""
         end = self._token.match(tail, len(tail) - len(tail.lstrip()))
         return end.end() if end else 0
-
-    def _ends_with_token(self, text: str, stop: int) -> bool:
-        return self._last_token.search(text, max(0, stop - _LAST), stop) is not None
 
     def _tail(self, tools: bool) -> str | None:
         """What the template writes after the last content of a conversation."""
@@ -296,14 +316,14 @@ class Marker:
         return self._tails[tools]
 
     @cached_property
-    def _asks(self) -> bool:
-        """Whether the template writes something where the assistant is to answer."""
+    def _asks(self) -> str:
+        """What the template writes where the assistant is to answer."""
         try:
-            return self._template.render([_USER], generate=True) != self._template.render([_USER])
+            return self._template.render([_USER], generate=True).removeprefix(self._template.render([_USER]))
         except RaydpoError:
             raise
         except Exception:  # templates raise what their authors wrote
-            return True
+            return _PROBE
 
     # -- reasoning ----------------------------------------------------------------------------------------------------------
 
@@ -318,9 +338,13 @@ class Marker:
         found: list[tuple[int, int, int]] = []
         for tag in _TAG.finditer(whole, turn.start, turn.end):
             if opener is None:
+                if tag[0] == _CHANNEL[1]:  # which ends other parts, too
+                    continue
                 if tag[0] not in _CLOSER or not self._may_open(whole, turn.start, tag):
                     return None
                 opener, begin, inside = tag[0], tag.start(), tag.end()
+                if not whole[turn.start : begin].strip():
+                    begin = turn.start
             elif tag[0] == _CLOSER[opener]:
                 stop = tag.end()
                 while stop < turn.end and whole[stop].isspace():
@@ -339,9 +363,10 @@ class Marker:
         return found
 
     def _may_open(self, whole: str, start: int, tag: re.Match[str]) -> bool:
-        """Whether a tag begins a thought, and is not just named within a sentence."""
-        line = whole[max(start, whole.rfind("\n", start, tag.start())) : tag.start()]
-        return not line.strip() or tag[0] in self._added
+        """Whether a tag begins a thought, and is not just named within a sentence: it is a token, or begins a line, or
+        follows a token."""
+        before = whole[max(start, whole.rfind("\n", start, tag.start())) : tag.start()].rstrip()
+        return tag[0] in self._added or not before or any(each.end() == len(before) for each in self._token.finditer(before))
 
 
 class _Talk:

@@ -88,7 +88,8 @@ def check_first_records(source: SourceConfig, name: str, config: DataConfig, rea
     for record in islice(reader(source), FIRST_RECORDS):
         account.records += 1
         try:
-            labelled += preferences_of(record, account, numbers, config.spans_column)[0].alone is not None
+            found = preferences_of(record, account, numbers, config.spans_column, lists=config.ranked == "lists")
+            labelled += found[0].alone is not None
         except Malformed as error:
             account.malformed.add(str(error), record.where)
             account.malformed_records += 1
@@ -133,8 +134,9 @@ def _load_source(
         most_characters=most_characters_of(config.max_length),
         marks=(marks := needs_marks(config)),
         spans=config.spans_column,
+        lists=(lists := config.ranked == "lists"),
     )
-    light = Spool(light_schema(numbers, marks=marks))
+    light = Spool(light_schema(numbers, marks=marks, lists=lists))
     tokens, labels, sources = Spool(TOKEN_SCHEMA), dict[str, int](), dict[str, int]()
     records = reader(source)
     while chunk := list(islice(records, CHUNK)):

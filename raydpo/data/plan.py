@@ -12,19 +12,22 @@ from dataclasses import dataclass
 import numpy as np
 
 from raydpo.data.balance import savings, shares
+from raydpo.data.lists import rows_of
 from raydpo.data.shapes import PADDED_MULTIPLE, POSITIONS_ONLY, LayoutName, PositionCost, Shapes
 
 __all__ = ["BatchPlan", "MicroBatch", "ShapesOf", "epoch_order", "fill_batches", "split_over_ranks", "splitmix"]
 
 
 ShapesOf = Callable[[np.ndarray], Shapes]
-"""Gives the shapes of distinct pairs, by their row numbers in ascending order, int64 [pairs]."""
+"""Gives the shapes of distinct pairs, by their row numbers in ascending order, int64 [pairs]; of ranked lists by the numbers
+of the lists."""
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Pairs of one forward pass, as row numbers. ``counts`` is False for a stand-in: a rank without pairs left computes one
-    pair with weight zero, because every rank must take part in every collective."""
+    """Pairs of one forward pass, as row numbers; of ranked lists all rows, one list after another. ``counts`` is False for a
+    stand-in: a rank without pairs left computes one pair with weight zero, because every rank must take part in every
+    collective."""
 
     pairs: tuple[int, ...]
     counts: bool = True
@@ -116,6 +119,7 @@ def split_over_ranks(
     tokens_per_batch: int,
     layout: LayoutName,
     work: PositionCost = POSITIONS_ONLY,
+    starts: np.ndarray | None = None,
 ) -> list[list[MicroBatch]]:
     """Assign pairs to ranks so that their work is equal, and cut each rank's share into micro-batches.
 
@@ -123,6 +127,7 @@ def split_over_ranks(
 
     Args:
         pairs: row numbers; one may occur twice.
+        starts: of ranked lists, see ``lists.starts_of``: then ``pairs`` are numbers of lists, which are never cut.
 
     Returns:
         Micro-batches of each rank: the same number for every rank, at least one.
@@ -139,9 +144,14 @@ def split_over_ranks(
         again if len(again := _fill(share, shapes, tokens_per_batch, layout, alone, wanted)) <= wanted else batches
         for share, batches in zip(dealt, ranks, strict=True)
     ]
+
+    def rows_of_items(chosen: Sequence[int]) -> tuple[int, ...]:
+        found = [numbers[item] for item in chosen]
+        return tuple(found if starts is None else rows_of(starts, found).tolist())
+
     return [
         [
-            MicroBatch(tuple(numbers[item] for item in batch.pairs), batch.counts)
+            MicroBatch(rows_of_items(batch.pairs), batch.counts)
             for batch in sorted(
                 _exactly(batches, wanted, stand_in=items[0]),
                 key=lambda batch: -batch.counts * alone[list(batch.pairs)].sum(),
@@ -170,6 +180,7 @@ class BatchPlan:
         sources: number of the source of each pair, int [pairs].
         weights: weight of each source, float [sources].
         pairs_per_step: pairs of one optimizer step over all ranks; an epoch's last step may have fewer.
+        starts: of ranked lists, see ``lists.starts_of``. Then lists are what is counted, drawn and assigned as a whole.
         tokens_per_batch: token positions of one micro-batch.
         layout, work: how a micro-batch is computed, and what that costs.
         steps: total number of steps, or None for ``epochs`` whole epochs.
@@ -190,7 +201,10 @@ class BatchPlan:
         steps: int | None,
         layout: LayoutName = "tree",
         work: PositionCost = POSITIONS_ONLY,
+        starts: np.ndarray | None = None,
     ) -> None:
+        self.starts = starts
+        sources = sources if starts is None else sources[starts[:-1]]
         self.shapes_of, self.layout, self.work = shapes_of, layout, work
         self.sources, self.weights = sources, weights
         self.seed, self.shuffle = seed, shuffle
@@ -201,7 +215,16 @@ class BatchPlan:
         self._order: tuple[int, np.ndarray] | None = None
 
     def pairs(self, step: int) -> np.ndarray:
-        """Row numbers of the pairs of ``step``, counted from 0."""
+        """Row numbers of the pairs of ``step``, counted from 0; of its lists all rows, one list after another."""
+        items = self._items(step)
+        return items if self.starts is None else rows_of(self.starts, items)
+
+    def count(self, step: int) -> int:
+        """Number of the pairs, or of the ranked lists, of ``step``."""
+        return len(self._items(step))
+
+    def _items(self, step: int) -> np.ndarray:
+        """Numbers of the pairs or lists of ``step``."""
         epoch, index = divmod(step, self.steps_per_epoch)
         if self._order is None or self._order[0] != epoch:
             self._order = (epoch, epoch_order(self.sources, self.weights, seed=self.seed, epoch=epoch, shuffle=self.shuffle))
@@ -210,12 +233,13 @@ class BatchPlan:
     def micro_batches(self, step: int, rank: int) -> list[MicroBatch]:
         """Micro-batches of ``rank`` in ``step``; the same number for every rank."""
         return split_over_ranks(
-            self.pairs(step).tolist(),
+            self._items(step).tolist(),
             self.shapes_of,
             world_size=self.world_size,
             tokens_per_batch=self.tokens_per_batch,
             layout=self.layout,
             work=self.work,
+            starts=self.starts,
         )[rank]
 
 

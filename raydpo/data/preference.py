@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from raydpo.data.beside import look_beside, possible_prompts
-from raydpo.data.foreign import pairs_of, prompt_of
+from raydpo.data.foreign import Ranks, pairs_of, prompt_of
 from raydpo.data.implicit import Parts, are_transcripts, implicit, shared_turns, transcripts
 from raydpo.data.labels import split_conversation
 from raydpo.data.messages import (
@@ -63,6 +63,8 @@ class Preference:
         texts: prompt, chosen and rejected of a transcript as they stand in it, for a tokenizer without a chat template.
         notes: how the record was understood, where it is not in the plain form. Warnings begin with ``warning:``.
         unused: columns with text or other data that were not read.
+        ranks: places of chosen and rejected in their ranked list, from 0, equal for ties. None if it has no more
+            completions; ``rejected`` is then empty.
         spans: which characters or tokens of the completions count.
     """
 
@@ -76,6 +78,7 @@ class Preference:
     notes: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
     alone: Literal["chosen", "rejected"] | None = None
+    ranks: tuple[int, int | None] = (0, 1)
     spans: Spans | None = None
 
     @property
@@ -119,7 +122,9 @@ def _characters(value: Any) -> int:
     return sum(map(_characters, value)) if isinstance(value, (list, tuple)) else 0
 
 
-def normalise(record: Mapping[str, Any], numbers: Sequence[str] = (), read: Sequence[str] = ()) -> list[Preference]:
+def normalise(
+    record: Mapping[str, Any], numbers: Sequence[str] = (), read: Sequence[str] = (), *, lists: bool = False
+) -> list[Preference]:
     """The preferences in one record; several if it ranks or scores several completions.
 
     Plain forms: prompt, chosen, rejected as text; as messages (chosen and rejected may be the text of one assistant message,
@@ -132,6 +137,7 @@ def normalise(record: Mapping[str, Any], numbers: Sequence[str] = (), read: Sequ
     Args:
         numbers: columns with a number for each record, to be returned with its preferences.
         read: further columns that are read elsewhere.
+        lists: whether several ranked completions become one list, see ``data.ranked``.
 
     Raises:
         Malformed: with the reason.
@@ -147,8 +153,9 @@ def normalise(record: Mapping[str, Any], numbers: Sequence[str] = (), read: Sequ
     present = tuple([key for key, value in record.items() if value is not None])
     check_media(record, present)
     chosen, rejected = record.get("chosen"), record.get("rejected")
+    ranks: Ranks = []
     if chosen is None or rejected is None:
-        pairs, used = pairs_of(record, present, notes)
+        pairs, used = pairs_of(record, present, notes, ranks if lists else None)
     else:
         if "completions" in present:
             notes["chosen and rejected read, not 'completions' beside them"] = None
@@ -173,10 +180,24 @@ def normalise(record: Mapping[str, Any], numbers: Sequence[str] = (), read: Sequ
         if system is not None:
             parts = [_with_system(each, system, notes) for each in parts]
     told = tuple(notes)
-    return [
+    preferences = [
         Preference(*part[:3], tools, kwargs, found, part[3], told, unused, _alone(*pair[1:]))
         for part, pair in zip(parts, pairs, strict=True)
     ]
+    return _of_a_list(preferences, ranks) if ranks else preferences
+
+
+def _of_a_list(preferences: Sequence[Preference], ranks: Ranks) -> list[Preference]:
+    """The rows of a list with their ranks, and without the answer in place of the one that an odd list lacks."""
+    if any(each.prompt != preferences[0].prompt for each in preferences):
+        raise Malformed("the completions of a list contain different beginnings, so they do not answer one prompt")
+    preferences = [replace(each, ranks=both) for each, both in zip(preferences, ranks, strict=True)]
+    if ranks[-1][1] is None:
+        last = preferences[-1]
+        texts = last.texts and (*last.texts[:2], "")
+        empty: Text = "" if isinstance(last.rejected, str) else []
+        preferences[-1] = replace(last, rejected=empty, texts=texts, alone="chosen")
+    return preferences
 
 
 def _alone(chosen: Any, rejected: Any) -> Literal["chosen", "rejected"] | None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
 
 from raydpo.data.keys import completion_key
+from raydpo.data.lists import NO_RANK, aligned, most_agreed
 from raydpo.data.marks import (
     ANSWER,
     ASSISTANT,
@@ -88,7 +90,7 @@ LIGHT_SCHEMA = pa.schema(
         ("prompt_tokens", pa.int32()),
         ("chosen_tokens", pa.int32()),
         ("rejected_tokens", pa.int32()),  # before truncation; all three are 0 if the text was too long to be tokenised
-        ("agree", pa.int32()),  # tokens that chosen and rejected have in common at their start
+        ("agree", pa.int32()),  # tokens that chosen and rejected, or two of a list, have in common at their start
         ("highest", pa.int32()),  # highest token id of the three, -1 without tokens
         ("chosen_key", _KEY),
         ("rejected_key", _KEY),  # keys.completion_key of the completions before truncation
@@ -110,7 +112,7 @@ class Rows:
     """Pairs of successive records of one source.
 
     Attributes:
-        light: columns of ``LIGHT_SCHEMA``, and the numbers of weight and margin columns.
+        light: columns of ``light_schema``.
         tokens: columns of ``TOKEN_SCHEMA`` of the same pairs.
         labels: files of the records, as messages name them.
         sources: names that ``light["source"]`` refers to.
@@ -160,6 +162,7 @@ _FEWEST_WITH_MORE = 3
 """Fewest columns of a record that can hold more than its pair."""
 _A_VALUE, _BITS = 3, 21
 """Tokens in a 64-bit value of column ``head``, and bits of each."""
+_SIDES = ("chosen", "rejected")
 _NO_IDS, _NO_KEY = np.empty(0, np.int32), bytes(16)
 
 
@@ -211,6 +214,15 @@ class _Entry(NamedTuple):
     giant: bool
 
 
+class _Found(NamedTuple):
+    """A pair with its tokens (None of giants), what is odd about it, and its marks."""
+
+    entry: _Entry
+    tokens: TokenisedPair | None
+    remarks: Sequence[Remark]
+    marks: MarkedPair = NOT_MARKED
+
+
 @dataclass
 class _Read:
     """Records as far as they depend on nothing but the tokenizer.
@@ -246,6 +258,7 @@ class RowMaker:
         head: tokens at the beginning of prompts that column ``head`` leaves out. ``decide`` finds both.
         marks: whether rows have ``MARK_COLUMNS``.
         spans: the column of records with spans that count; needs ``marks``.
+        lists: whether several ranked completions of a record become one list, with columns ``RANK_COLUMNS``.
     """
 
     def __init__(
@@ -259,8 +272,9 @@ class RowMaker:
         head: int | None = None,
         marks: bool = False,
         spans: str | None = None,
+        lists: bool = False,
     ) -> None:
-        self.tokeniser, self.marks, self.spans = tokeniser, marks, spans
+        self.tokeniser, self.marks, self.spans, self.lists = tokeniser, marks, spans, lists
         self.numbers, self.special_tokens, self.most_characters = dict(numbers), special_tokens, most_characters
         self.take_off, self.head = take_off, head
         self._first: tuple[Sequence[Record], bool, _Encoded] | None = None
@@ -312,7 +326,7 @@ class RowMaker:
         for index, record in enumerate(records):
             found: list[Preference] = []
             try:
-                found = preferences_of(record, account, self.numbers, self.spans)
+                found = preferences_of(record, account, self.numbers, self.spans, lists=self.lists)
             except Malformed as error:
                 faults.append((index, str(error)))
             _note_options(record, options, account)
@@ -341,24 +355,26 @@ class RowMaker:
         marked = iter(noted)
         pairs: list[tuple[_Entry, TokenisedPair | None]] = []
         marks: list[MarkedPair] = []
+        kept: list[_Found] = []
         for entry in entries:
             if entry.giant:
-                account.pairs += 1
-                pairs.append((entry, None))
-                marks.append(NOT_MARKED)
+                kept.append(_Found(entry, None, ()))
                 continue
             ids, remarks = next(tokenised)
             found = next(marked, None)
             reason = self._refused(entry.preference, ids, remarks)
             if reason is not None:
                 faults.append((entry.record, reason))
-                continue
+            else:
+                kept.append(_Found(entry, ids, remarks, found or NOT_MARKED))  # type: ignore[arg-type]
+        for entry, ids, remarks, found in _whole_lists(kept, faults) if self.lists else kept:
             where = records[entry.record].where
-            account.pairs += 1
-            account.remarks.add(remarks, where)
-            account.scores.add(entry.scores, where)
-            pairs.append((entry, ids))  # type: ignore[arg-type]
-            marks.append(found or NOT_MARKED)
+            account.pairs += not self.lists or entry.number == 0
+            if ids is not None:
+                account.remarks.add(remarks, where)
+                account.scores.add(entry.scores, where)
+            pairs.append((entry, ids))
+            marks.append(found)
         for index, reason in sorted(faults, key=lambda fault: fault[0]):
             account.malformed.add(reason, records[index].where)
         account.malformed_records = len({index for index, _ in faults})
@@ -373,6 +389,16 @@ class RowMaker:
             empty = preference.prompt == "" and str(ids) == "prompt has no tokens"
             return "prompt is empty" if empty else str(ids)
         return None
+
+    def _agree(self, pairs: Sequence[tuple[_Entry, TokenisedPair | None]]) -> np.ndarray:
+        """Column ``agree``."""
+        if not self.lists:
+            return np.array([0 if ids is None else common_prefix(ids.chosen, ids.rejected) for _, ids in pairs], np.int32)
+        found: list[int] = []
+        for _, rows in groupby(pairs, key=lambda each: each[0].record):
+            tokens = [ids for _, ids in rows]
+            found += [0 if None in tokens else most_agreed(tokens)] * len(tokens)
+        return np.array(found, np.int32)
 
     def _rows(self, records: Sequence[Record], encoded: _Encoded) -> Rows:
         pairs = encoded.pairs
@@ -412,7 +438,7 @@ class RowMaker:
                 (-1 if name is None else sources.setdefault(name, len(sources)) for name in counted), np.int32, len(pairs)
             ),
             *lengths,
-            np.fromiter(map(common_prefix, *sides[1:]), np.int32, len(pairs)),
+            self._agree(pairs),
             highest,
             *(_fixed(b"".join(values), 16) for values in (*keys, *prompts)),
             *(np.where(lengths[0] > 0, digests(values), np.uint64(0)) for values in lists),
@@ -424,35 +450,48 @@ class RowMaker:
                 for number in range(len(self.numbers))
             ),
         ]
-        columns = [*map(pa.array, columns), *(_mark_columns(encoded.marks) if self.marks else ())]
-        light = pa.Table.from_arrays(columns, schema=light_schema(self.numbers, marks=self.marks))
+        columns = [
+            *map(pa.array, columns),
+            *(_mark_columns(encoded.marks) if self.marks else ()),
+            *(_rank_columns(pairs) if self.lists else ()),
+        ]
+        schema = light_schema(self.numbers, marks=self.marks, lists=self.lists)
+        light = pa.Table.from_arrays(columns, schema=schema)
         tokens = pa.Table.from_arrays(lists, schema=TOKEN_SCHEMA)
         return Rows(light, tokens, tuple(labels), tuple(sources), encoded.account)
 
 
 def _flags(preference: Preference) -> int:
     """Value of column ``flags``."""
-    label = 0 if preference.alone is None else DESIRABLE if preference.alone == "chosen" else UNDESIRABLE
+    labelled = preference.alone is not None and preference.ranks[1] is not None  # not the last of an odd list
+    label = 0 if not labelled else DESIRABLE if preference.alone == "chosen" else UNDESIRABLE
     return label | preference.several_turns * SEVERAL_TURNS
 
 
-def light_schema(numbers: Iterable[str], *, marks: bool) -> pa.Schema:
+def light_schema(numbers: Iterable[str], *, marks: bool, lists: bool) -> pa.Schema:
     """``LIGHT_SCHEMA`` with the further columns of a set.
 
     Args:
         numbers: names of additional columns of numbers.
         marks: whether it is a set with marks.
+        lists: whether it is a set of ranked lists.
     """
-    return pa.schema([*LIGHT_SCHEMA, *((name, pa.float64()) for name in numbers), *(MARK_COLUMNS if marks else ())])
+    more = (*(MARK_COLUMNS if marks else ()), *(RANK_COLUMNS if lists else ()))
+    return pa.schema([*LIGHT_SCHEMA, *((name, pa.float64()) for name in numbers), *more])
 
 
 def preferences_of(
-    record: Record, account: SourceReport, numbers: Mapping[str, str], spans: str | None = None
+    record: Record,
+    account: SourceReport,
+    numbers: Mapping[str, str],
+    spans: str | None = None,
+    *,
+    lists: bool = False,
 ) -> list[Preference]:
     """The preferences in a record. Adds to ``account`` how it was understood.
 
     Args:
-        numbers, spans: as of ``RowMaker``.
+        numbers, spans, lists: as of ``RowMaker``.
 
     Raises:
         Malformed: if there are none, or one of them is wrong.
@@ -461,7 +500,7 @@ def preferences_of(
         account.files.append(record.note)
     if record.value is None:
         raise Malformed(record.problem or "unreadable")
-    found = normalise(record.value, tuple(numbers.values()), () if spans is None else (spans,))
+    found = normalise(record.value, tuple(numbers.values()), () if spans is None else (spans,), lists=lists)
     if spans is not None and record.value.get(spans) is not None:
         if len(found) > 1:
             raise Malformed(f"{spans!r} stands beside more completions than those of one pair")
@@ -479,6 +518,30 @@ def preferences_of(
         if (note := _odd_number(name, value)) is not None:
             account.understood[note.format(numbers[name])] += 1
     return found
+
+
+def _whole_lists(found: Sequence[_Found], faults: list[tuple[int, str]]) -> list[_Found]:
+    """``found`` without rows of records that ``faults`` names, and each list with one prompt. Adds to ``faults``."""
+    kept: list[_Found] = []
+    wrong = {record for record, _ in faults}
+    for record, group in groupby(found, key=lambda each: each.entry.record):
+        rows = list(group)
+        if record in wrong:
+            continue
+        if all(row.tokens is not None for row in rows):
+            one = aligned([row.tokens for row in rows])  # type: ignore[misc]
+            if isinstance(one, Malformed):
+                faults.append((record, str(one)))
+                continue
+            moved = [len(row.tokens.prompt) - len(tokens.prompt) for row, tokens in zip(rows, one, strict=True)]  # type: ignore[union-attr]
+            rows = [
+                row._replace(tokens=tokens, marks=row.marks.later(by))
+                for row, tokens, by in zip(rows, one, moved, strict=True)
+            ]
+        # What is odd about a list counts once.
+        kept.append(rows[0]._replace(remarks=[each for row in rows for each in row.remarks]))
+        kept += [row._replace(remarks=()) for row in rows[1:]]
+    return kept
 
 
 def renumbered(table: pa.Table, column: str, names: Sequence[str], known: dict[str, int]) -> pa.Table:
@@ -525,6 +588,15 @@ def _place(where: str) -> tuple[str, int]:
     """File and line of ``file:line``; line -1 if it is not of this form."""
     label, _, line = where.rpartition(":")
     return (label, int(line)) if line.isdecimal() else (where, -1)
+
+
+def _rank_columns(pairs: Sequence[tuple[_Entry, TokenisedPair | None]]) -> list[pa.Array]:
+    """The columns ``RANK_COLUMNS``."""
+    ranks = [
+        [NO_RANK if each.alone not in (None, side) else rank for side, rank in zip(_SIDES, each.ranks, strict=True)]
+        for each in (entry.preference for entry, _ in pairs)
+    ]
+    return [pa.array([both[side] for both in ranks], pa.int32()) for side in range(2)]
 
 
 def _mark_columns(marks: Sequence[MarkedPair]) -> list[pa.Array]:

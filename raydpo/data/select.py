@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 from raydpo.config import DataConfig
 from raydpo.data.counting import Counted, counted_of, needs_marks, train_on_of
 from raydpo.data.index import KeyIndex, as_bytes
+from raydpo.data.lists import all_or_none, begins
 from raydpo.data.ragged import Ragged
 from raydpo.data.rows import (
     CHARACTERS_A_TOKEN,
@@ -22,6 +23,7 @@ from raydpo.data.rows import (
     MOST_CHARACTERS,
     PAIR_MARGIN,
     PAIR_WEIGHT,
+    RANK_COLUMNS,
     SEVERAL_TURNS,
     TOKEN_SCHEMA,
     UNDESIRABLE,
@@ -88,6 +90,8 @@ SAME = "identical after truncation"
 NO_ROOM, TOO_LONG = "prompt leaves no room", "longer than max_length"
 _SIDES = ("chosen", "rejected")
 _BLOCK_ROWS = 1 << 20
+_LISTS_OF_A_SET = 1 << 40
+"""More than a source has records, so that lists of different sources have different numbers."""
 _VIEW_ROWS = 10_000
 
 
@@ -96,7 +100,7 @@ class SourceRows:
     """All pairs of one source, as ``rows.Rows`` of its blocks, one after another.
 
     Attributes:
-        light: columns of ``rows.LIGHT_SCHEMA``, and the numbers of weight and margin columns.
+        light: columns of ``rows.light_schema``.
         tokens: tables of ``rows.TOKEN_SCHEMA`` with the tokens of the same pairs; None if only lengths are needed.
         labels: files of the records, to which ``light["file"]`` refers.
         sources: names that ``light["source"]`` refers to.
@@ -206,7 +210,8 @@ def check_source(config: DataConfig, source: SourceRows) -> None:
 
 
 def window(config: DataConfig, source: SourceRows, number: int, start: int, stop: int | None = None) -> pa.Table:
-    """The pairs of a set with ``start <= place < stop`` that are not dropped: as ``select`` gives them without tokens.
+    """The pairs of a set with ``start <= place < stop`` that are not dropped: as ``select`` gives them without tokens. With
+    ``data.eval.train_on`` also those of which no token counts, as long as it is not known which are held out.
 
     Args:
         number: of the set.
@@ -215,7 +220,10 @@ def window(config: DataConfig, source: SourceRows, number: int, start: int, stop
     length = None if stop is None else stop - start
     part = replace(source, light=source.light.slice(start, length), tokens=None)
     decided = _decided(config, part)
-    table = _part(number, part, decided, decided.trained, decided.keep, decided.labels is not None)
+    # Which of these are held out is not known yet, and what counts in them may be something else.
+    apart = config.eval is not None and config.eval.fraction is not None and config.eval.train_on is not None
+    use = decided.fits if apart else decided.keep
+    table = _part(number, part, decided, decided.trained, use, decided.labels is not None)
     place = table.column_names.index("place")
     return table.set_column(place, "place", pc.add(table["place"], start))
 
@@ -273,12 +281,12 @@ def select(
         trained = [use & ~rows for use, rows in zip(trained, out, strict=True)]
         _check_both_sides(config, trained, measured)
     if measured is not None:
-        report.leaked = _leaked(every, trained, measured)
+        report.leaked = _leaked(every, trained, _units(every, measured))
     if config.fraction != 1:
-        before = sum(int(use.sum()) for use in trained)
+        before = sum(int(use.sum()) for use in _units(every, trained))
         mask = kept(_digests(every, trained, "prompt_digest"), config.fraction, config.fraction_seed)
         trained = _divided(trained, mask)
-        report.thinned = int(mask.sum()), before
+        report.thinned = sum(int(use.sum()) for use in _units(every, trained)), before
     train = _table(every, decided, [one.trained for one in decided], trained)
     evaluated = None if measured is None else _table(every, decided, [one.measured for one in decided], measured)
     for name, pairs, use in (("training", train, "learned"), ("held-out", evaluated, "measured")):
@@ -327,8 +335,10 @@ def _decided(config: DataConfig, source: SourceRows, out: np.ndarray | None = No
     if config.truncation == "drop":
         faults[TOO_LONG] = beyond
     else:
-        faults[SAME] = beyond & (used[0] == used[1]) & (agree >= used[0])
+        faults[SAME] = beyond & (agree >= room)
     fits = ~(dropped | np.logical_or.reduce(list(faults.values())))
+    if (begin := _begins(light)) is not None:
+        fits, report.ranked = all_or_none(fits, begin), True
     trained = measured = None
     if needs_marks(config):
         if source.train_on is None:
@@ -341,23 +351,47 @@ def _decided(config: DataConfig, source: SourceRows, out: np.ndarray | None = No
             for reason, mask in measured.faults.items():
                 uncounted[reason] = uncounted.get(reason, False) | (mask & out)
         faults |= {reason: mask & fits for reason, mask in uncounted.items()}
+    if begin is not None:
+        dropped = ~all_or_none(~np.logical_or.reduce(list(faults.values())), begin)
+        faults = _of_lists(faults, begin)
     found = [(reason, np.flatnonzero(mask)) for reason, mask in faults.items() if mask.any()]
     for reason, rows in sorted(found, key=lambda fault: int(fault[1][0])):
         dropped[rows] = True
         report.dropped.counts[reason] = len(rows)
         report.dropped.places[reason] = _first_places(source, rows)
     keep = ~dropped
-    report.kept = int(keep.sum())
+    report.kept = int(keep.sum() if begin is None else (keep & begin).sum())
     report.truncated = sum(int((keep & (short < full)).sum()) for short, full in zip(used, (chosen, rejected), strict=True))
     flags = light["flags"].to_numpy()
     if trained is None or ("completion" in source.train_on and config.spans_column is None):
-        report.several_turns = int((keep & ((flags & SEVERAL_TURNS) > 0)).sum())
+        several = keep & ((flags & SEVERAL_TURNS) > 0)
+        report.several_turns = int((several if begin is None else begin & ~all_or_none(~several, begin)).sum())
     labels = ((flags & DESIRABLE) > 0).astype(np.int8) - ((flags & UNDESIRABLE) > 0).astype(np.int8)
     report.desirable, report.undesirable = (int((keep & (labels == label)).sum()) for label in (1, -1))
     if trained is not None:
         report.counted = trained.account(keep if out is None else keep & ~out)
         report.counted_held_out = None if out is None else measured.account(keep & out)
     return _Decided(keep, fits, (prompt, *used), report, trained, measured, labels if labels.any() else None)
+
+
+def _begins(light: pa.Table) -> np.ndarray | None:
+    """Which rows begin a ranked list, bool [rows]; None if rows are pairs."""
+    return begins(light["row"]) if RANK_COLUMNS[0][0] in light.column_names else None
+
+
+def _units(sources: Sequence[SourceRows], uses: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """``uses`` without the further rows of ranked lists, to count lists."""
+    found = ((use, _begins(source.light)) for source, use in zip(sources, uses, strict=True))
+    return [use if begin is None else use & begin for use, begin in found]
+
+
+def _of_lists(faults: Mapping[str, np.ndarray], begin: np.ndarray) -> dict[str, np.ndarray]:
+    """Faults of rows as faults of lists, at the first row of each, for the first reason only."""
+    found, clean = {}, begin.copy()
+    for reason, mask in faults.items():
+        whole = clean & ~all_or_none(~mask, begin)
+        found[reason], clean = whole, clean & ~whole
+    return found
 
 
 def _first_places(source: SourceRows, rows: np.ndarray) -> list[str]:
@@ -412,7 +446,7 @@ def _leaked(sources: Sequence[SourceRows], trained: Sequence[np.ndarray], measur
 
 
 def _duplicates(sources: Sequence[SourceRows], uses: Sequence[np.ndarray]) -> list[int]:
-    """Number of pairs in use, of each source, with both keys of an earlier one."""
+    """Number of pairs in use, of each source, with both keys of an earlier one; of lists all of whose rows have."""
     names = [f"{side}_key" for side in _SIDES]
     mixed = np.concatenate(
         [
@@ -445,6 +479,11 @@ def _duplicates(sources: Sequence[SourceRows], uses: Sequence[np.ndarray]) -> li
             seen.add(content)
         later = np.concatenate([later, np.array(more, later.dtype)])
     ends = np.cumsum([int(use.sum()) for use in uses])
+    if _begins(sources[0].light) is not None:
+        begin = np.concatenate([_begins(source.light)[use] for source, use in zip(sources, uses, strict=True)])
+        again = np.zeros(len(begin), bool)
+        again[later] = True
+        later = np.flatnonzero(all_or_none(again, begin) & begin)
     return np.bincount(np.searchsorted(ends, later, side="right"), minlength=len(sources)).tolist()
 
 
@@ -480,7 +519,8 @@ def _part(
     """
     numbers = [name for name in (PAIR_WEIGHT, PAIR_MARGIN) if name in source.light.column_names]
     names = ["row", "number", "source", *(f"{side}_key" for side in _SIDES), *(f"{side}_tokens" for side in _SIDES)]
-    names += [*PLACE_SCHEMA.names[2:], *numbers]
+    ranks = [name for name, _ in RANK_COLUMNS if name in source.light.column_names]
+    names += [*PLACE_SCHEMA.names[2:], *numbers, *ranks]
     whole = bool(use.all())
     light = source.light.select(names)
     light = light if whole else light.filter(pa.array(use))
@@ -500,6 +540,9 @@ def _part(
     columns |= {name: light[name] for name in PLACE_SCHEMA.names[2:]}
     if counted is not None:
         columns |= dict(zip(COUNT_COLUMNS, counted.columns(use), strict=True))
+    if ranks:
+        columns[LIST_COLUMNS[0]] = pa.array(number * _LISTS_OF_A_SET + light["row"].to_numpy())
+        columns |= {name: light[name] for name in ranks}
     if labelled:
         pairs_alone = decided.labels is None
         columns[LABEL] = _constant(light, pa.scalar(0, pa.int8())) if pairs_alone else pa.array(decided.labels[use])

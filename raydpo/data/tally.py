@@ -95,6 +95,7 @@ class SourceReport:
     Attributes:
         records: lines or rows read.
         malformed_records: records that gave no pair or a faulty one, because of ``malformed``.
+        ranked: whether ranked lists are counted where this says pairs.
         pairs: well-formed pairs; more than records if records rank several completions.
         kept: pairs that are left.
         desirable, undesirable: of these, completions alone with a good and with a bad label.
@@ -133,6 +134,7 @@ class SourceReport:
     understood: Counter[str] = field(default_factory=Counter)
     unused: Counter[str] = field(default_factory=Counter)
     repeats: Repeats = field(default_factory=Repeats)
+    ranked: bool = False
     counted: CountedTokens | None = None
     counted_held_out: CountedTokens | None = None
 
@@ -203,11 +205,13 @@ class SourceReport:
 
     @property
     def unit(self) -> str:
-        """What messages call the rows of this source: pairs, or rows if some are completions alone."""
-        return "rows" if self.desirable or self.undesirable else "pairs"
+        """What messages call the rows of this source: pairs, lists, or rows if some are completions alone."""
+        return "lists" if self.ranked else "rows" if self.desirable or self.undesirable else "pairs"
 
     def _kept(self) -> str:
-        """``3 pairs``, ``3 completions with labels (2 desirable, 1 undesirable)``, or both."""
+        """``3 pairs``, ``3 lists``, ``3 completions with labels (2 desirable, 1 undesirable)``, or both."""
+        if self.ranked:
+            return f"{self.kept:,} lists"
         alone = self.desirable + self.undesirable
         labels = f"{alone:,} completions with labels ({self.desirable:,} desirable, {self.undesirable:,} undesirable)"
         pairs = f"{self.kept - alone:,} pairs"
@@ -308,16 +312,21 @@ class DataReport:
     thinned: tuple[int, int] | None = None
     template_date: date | None = None
 
+    @property
+    def unit(self) -> str:
+        """What is counted: pairs, or ranked lists."""
+        return "lists" if any(source.ranked for source in self.sources) else "pairs"
+
     def lines(self) -> list[str]:
         """A summary for people; lines that begin with ``warning:`` need attention."""
         lines = [line for source in self.sources for line in source.lines()]
         if self.leaked:
             lines.append(
-                f"warning: the prompts of {self.leaked:,} held-out pairs are also in the training data; held-out "
+                f"warning: the prompts of {self.leaked:,} held-out {self.unit} are also in the training data; held-out "
                 "figures look better than they are"
             )
         if self.thinned is not None:
-            lines.append(f"data.fraction: {self.thinned[0]:,} of {self.thinned[1]:,} training pairs are used")
+            lines.append(f"data.fraction: {self.thinned[0]:,} of {self.thinned[1]:,} training {self.unit} are used")
         if self.template_date is not None:
             lines.append(
                 f"the chat template writes today's date; it is told {self.template_date} on every day (data.template_date)"

@@ -102,13 +102,13 @@ def _modes(config: Config, sets: PairSets, plan: Plan, device: str, memory: floa
     """The modes in which the training of ``config`` fits."""
     layout = plan.data["layout"]
     lengths = lengths_of(sets.train)
-    pairs = np.stack([each[:SAMPLE] for each in lengths], axis=1).tolist()
+    pairs = [tuple(filter(None, each)) for each in np.stack([each[:SAMPLE] for each in lengths], axis=1).tolist()]
     model = config.model
     if model.adapter is not None:
         model = model.model_copy(update={"adapter": resolve_model(model.adapter)})
     budget = config.train.tokens_per_batch
     step = plan.data["positions"][layout] / plan.steps / plan.train_workers
-    batch = Batch.of_pairs(map(tuple, pairs), layout, micro_batches=1 if step <= plan.data["tokens_per_batch"] else 2)
+    batch = Batch.of_pairs(pairs, layout, micro_batches=1 if step <= plan.data["tokens_per_batch"] else 2)
     question = Question(
         anatomy=Anatomy.of(resolve_model(config.model.path), config.model.trust_remote_code),
         model=model,
@@ -129,20 +129,20 @@ SAMPLE = 4096
 
 def print_plan(plan: Plan, console: Console) -> None:
     """Print the estimate as lines and tables."""
-    data, model = plan.data, plan.model
+    data, model, unit = plan.data, plan.model, plan.data["unit"]
     console.say(
-        f"pairs: {data['training_pairs']:,} to train on, {data['held_out_pairs']:,} held out, "
+        f"{unit}: {data['training_pairs']:,} to train on, {data['held_out_pairs']:,} held out, "
         f"{data['completions']:,} distinct completions to score"
     )
     console.say(
-        f"tokens of the training pairs: {data['prompt_tokens']:,} of prompts, {data['completion_tokens']:,} of "
+        f"tokens of the training {unit}: {data['prompt_tokens']:,} of prompts, {data['completion_tokens']:,} of "
         f"completions, longest row {data['longest']:,}"
     )
     if plan.tokenising is not None:
         console.say(plan.tokenising.line())
     sampled = [
         f"{data['planned'][name]:,} of {data[name]:,} {what}"
-        for name, what in (("completions", "completions"), ("held_out_pairs", "held-out pairs"))
+        for name, what in (("completions", "completions"), ("held_out_pairs", f"held-out {unit}"))
         if data["planned"][name] < data[name]
     ]
     if sampled:
@@ -152,7 +152,7 @@ def print_plan(plan: Plan, console: Console) -> None:
         f"vocabulary projection is {model['head_share']:.0%} of a forward pass"
     )
     console.say(
-        f"training: {plan.steps:,} steps, {plan.epochs:.3g} epochs, {data['pairs_per_step']:,} pairs a step, "
+        f"training: {plan.steps:,} steps, {plan.epochs:.3g} epochs, {data['pairs_per_step']:,} {unit} a step, "
         f"{data['layout']} layout, {data['tokens_per_batch']:,} positions a micro-batch, "
         f"{plan.imbalance.imbalance:.2%} of the time waiting ({plan.imbalance.lockstep:.2%} if ranks wait for "
         "each other after every micro-batch)"
@@ -187,7 +187,7 @@ def print_plan(plan: Plan, console: Console) -> None:
         "online reference: forward passes of reference and policy in every step. padded: in rows of "
         f"{NAIVE_PAIRS} pairs at a time as they come. packed: without padding, as if no rank ever waited"
     )
-    title = f"share of time lost to imbalance, {data['pairs_per_step']:,} pairs a step"
+    title = f"share of time lost to imbalance, {data['pairs_per_step']:,} {unit} a step"
     console.table(title, _COLUMNS, [_simulation(one) for one in plan.fixed])
     console.table(f"the same with {PAIRS_PER_RANK} pairs a rank", _COLUMNS, [_simulation(one) for one in plan.scaled])
     console.say(

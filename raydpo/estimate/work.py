@@ -8,14 +8,25 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from raydpo.data.lists import begins, starts_of
 from raydpo.data.plan import fill_batches
 from raydpo.data.ragged import Ragged
+from raydpo.data.select import LIST_COLUMNS
 from raydpo.data.shapes import LayoutName, PositionCost, Shapes
 from raydpo.data.simulate import amounts
 from raydpo.model.layout import PromptGroup, shapes_of
 from raydpo.reference.shards import Plan, Shard, Wanted, plan_shards, prompt_groups, read_groups
 
-__all__ = ["MOST_PLANNED", "by_scale", "evaluation_pass", "lengths_of", "pair_groups", "reference_pass", "shapes_of_steps"]
+__all__ = [
+    "MOST_PLANNED",
+    "by_scale",
+    "evaluation_pass",
+    "lengths_of",
+    "list_starts",
+    "pair_groups",
+    "reference_pass",
+    "shapes_of_steps",
+]
 
 MOST_PLANNED = 50_000
 """Completions whose batches are planned, which takes seconds. Of more, about so many are planned, in ``RUNS`` runs of
@@ -24,18 +35,40 @@ RUNS = 5
 _SIDES = ("prompt", "chosen", "rejected")
 
 
-def pair_groups(table: pa.Table, rows: Iterable[int] | None = None) -> tuple[list[PromptGroup], Shapes]:
-    """The pairs in ``rows`` (None = all) of a table of ``data.pairs.PAIR_SCHEMA`` as groups (chosen, rejected), and their
-    shapes."""
-    prompts, chosen, rejected = (Ragged.of(table[f"{side}_ids"]) for side in _SIDES)
-    rows = range(table.num_rows) if rows is None else map(int, rows)
-    groups = [PromptGroup(prompts[row], (chosen[row], rejected[row])) for row in rows]
+def list_starts(table: pa.Table) -> np.ndarray | None:
+    """The first row of each ranked list of a table, see ``data.lists.starts_of``; None if its rows are pairs."""
+    return starts_of(begins(table[LIST_COLUMNS[0]])) if LIST_COLUMNS[0] in table.column_names else None
+
+
+def pair_groups(table: pa.Table, items: Iterable[int] | None = None) -> tuple[list[PromptGroup], Shapes]:
+    """The pairs, or the ranked lists, with these numbers (None = all) of a table of ``data.pairs.PAIR_SCHEMA``: groups of a
+    prompt and its completions, and their shapes."""
+    prompts, *sides = (Ragged.of(table[f"{side}_ids"]) for side in _SIDES)
+    starts = list_starts(table)
+    starts = np.arange(table.num_rows + 1) if starts is None else starts
+    items = range(len(starts) - 1) if items is None else map(int, items)
+    groups = [
+        PromptGroup(
+            prompts[int(starts[item])],
+            tuple(side[row] for row in range(starts[item], starts[item + 1]) for side in sides),
+        )
+        for item in items
+    ]
     return groups, shapes_of(groups)
 
 
 def lengths_of(table: pa.Table) -> list[np.ndarray]:
-    """Tokens of the prompt, the chosen and the rejected completion of each pair, int32 [pairs] each."""
-    return [pc.list_value_length(table[f"{side}_ids"]).to_numpy().astype(np.int32, copy=False) for side in _SIDES]
+    """Tokens of the prompt, the chosen and the rejected completion of each pair, int32 [pairs] each. Of each ranked list
+    those of the prompt and of all its completions; 0 beyond the last of a shorter list."""
+    prompt, *sides = (pc.list_value_length(table[f"{side}_ids"]).to_numpy().astype(np.int32, copy=False) for side in _SIDES)
+    if (starts := list_starts(table)) is None:
+        return [prompt, *sides]
+    sizes = np.diff(starts)
+    places = np.arange(table.num_rows) - np.repeat(starts[:-1], sizes)
+    found = np.zeros((2 * int(sizes.max(initial=1)), len(sizes)), np.int32)
+    for side, tokens in enumerate(sides):
+        found[2 * places + side, np.repeat(np.arange(len(sizes)), sizes)] = tokens
+    return [prompt[starts[:-1]], *found]
 
 
 def shapes_of_steps(table: pa.Table, runs: Sequence[list[list[int]]]) -> tuple[Shapes, list[list[list[int]]]]:
@@ -43,10 +76,10 @@ def shapes_of_steps(table: pa.Table, runs: Sequence[list[list[int]]]) -> tuple[S
     depend on others, so its plan is the same as with the shapes of all pairs.
 
     Args:
-        runs: lists of steps, each a list of row numbers of ``table``.
+        runs: lists of steps, each a list of numbers of pairs, or ranked lists, of ``table``.
     """
-    rows = np.unique(np.concatenate([step for steps in runs for step in steps]))
-    return pair_groups(table, rows)[1], [[np.searchsorted(rows, step).tolist() for step in steps] for steps in runs]
+    items = np.unique(np.concatenate([step for steps in runs for step in steps]))
+    return pair_groups(table, items)[1], [[np.searchsorted(items, step).tolist() for step in steps] for steps in runs]
 
 
 def by_scale(tables: Sequence[pa.Table], scales: Mapping[str, float]) -> Iterator[tuple[float, list[pa.Table]]]:
@@ -83,11 +116,11 @@ def reference_pass(
 
 
 def evaluation_pass(table: pa.Table, budget: int, layout: LayoutName) -> tuple[int, np.ndarray]:
-    """How many held-out pairs were planned, and the amounts [3] of one evaluation of all."""
+    """How many held-out pairs, or ranked lists, were planned, and the amounts [3] of one evaluation of all."""
     planned = _part(table, MOST_PLANNED // 2)
     shapes = pair_groups(planned)[1]
     once = amounts(fill_batches(range(len(shapes)), shapes, budget, layout), shapes, layout)
-    return planned.num_rows, once * _stands_for(lengths_of(table), lengths_of(planned), layout)
+    return len(shapes), once * _stands_for(lengths_of(table), lengths_of(planned), layout)
 
 
 def _part(table: pa.Table, most: int) -> pa.Table:

@@ -5,12 +5,12 @@ Shapes: B = rows, 2B = completions, chosen and rejected of each row in turn, P =
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from raydpo.config import ObjectiveConfig
+from raydpo.data.lists import compared
 from raydpo.losses.pairs import PairLogps
 
 __all__ = ["comparisons", "plackett_luce"]
@@ -25,21 +25,9 @@ def comparisons(logps: PairLogps) -> tuple[Tensor, Tensor]:
     if logps.lists is None:
         better = torch.arange(len(logps.chosen), device=logps.chosen.device) * 2
         return better, better + 1
-    lists = logps.lists.cpu().numpy()
-    ranks = np.stack([logps.chosen_ranks.cpu().numpy(), logps.rejected_ranks.cpu().numpy()], 1)
-    found = [np.empty((0, 2), np.int64)]
-    apart = 0
-    # Rows of a list are neighbours. So all rows are compared with those one, two, ... rows further on in their lists.
-    while len(rows := np.flatnonzero(lists[: len(lists) - apart] == lists[apart:])):
-        for one, other in ((0, 0), (0, 1), (1, 0), (1, 1)) if apart else ((0, 1),):
-            mine, theirs = ranks[rows, one], ranks[rows + apart, other]
-            places = np.stack([2 * rows + one, 2 * (rows + apart) + other], 1)
-            there = (mine >= 0) & (theirs >= 0)
-            found += [places[there & (mine < theirs)], places[there & (mine > theirs)][:, ::-1]]
-        apart += 1
-    better, worse = np.concatenate(found).T
-    device = logps.chosen.device
-    return torch.from_numpy(better.copy()).to(device), torch.from_numpy(worse.copy()).to(device)
+    fields = (logps.lists, logps.chosen_ranks, logps.rejected_ranks)
+    better, worse = compared(*(field.cpu().numpy() for field in fields))
+    return torch.from_numpy(better).to(logps.chosen.device), torch.from_numpy(worse).to(logps.chosen.device)
 
 
 def plackett_luce(logps: PairLogps, s: ObjectiveConfig, beta: float) -> Tensor:

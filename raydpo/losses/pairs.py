@@ -29,9 +29,10 @@ class PairLogps:
         labels: int8; 0 = a pair, 1 = a desirable completion alone, in ``chosen``; -1 = an undesirable one alone, in
             ``rejected``. Its other side has no tokens, or is the mismatched completion by which KTO estimates the drift.
             None = all are pairs.
-        lists: int64, number of the ranked list that a row belongs to; a list of N completions is (N + 1) // 2 rows, best
-            first. The last row of an odd list has a rejected side without tokens. None = no lists.
-        chosen_ranks, rejected_ranks: int32, place of each completion in its list, equal for ties.
+        lists: int64, number of the ranked list that a row belongs to; a list of N completions is (N + 1) // 2 neighbouring
+            rows, best first. The last row of an odd list has a rejected side without tokens. None = no lists.
+        chosen_ranks, rejected_ranks: int32, place of each completion in its list, equal for ties; -1 for a side without
+            tokens. They and ``lists`` may stay on the CPU, and should, since it decides there what is compared.
     """
 
     chosen: Tensor
@@ -52,6 +53,11 @@ class PairLogps:
     lists: Tensor | None = None
     chosen_ranks: Tensor | None = None
     rejected_ranks: Tensor | None = None
+
+    @property
+    def count(self) -> int:
+        """Number of pairs, or of ranked lists."""
+        return len(self.chosen) if self.lists is None else 1 + int((self.lists[1:] != self.lists[:-1]).sum())
 
     @property
     def chosen_logratio(self) -> Tensor:
@@ -114,8 +120,8 @@ def mean_over(values: Tensor, mask: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class PreferenceLoss:
-    """Loss and implicit rewards of B pairs, each [B]. Rewards are the quantities that the loss compares (length-normalised
-    if it normalises), without gradient.
+    """Loss and implicit rewards of B pairs, each [B]. The loss of a ranked list is the sum over its rows. Rewards are the
+    quantities that the loss compares (length-normalised if it normalises), without gradient.
 
     Attributes:
         threshold: log-ratio in nats above which the loss takes a completion that is alone for desirable, a scalar; None

@@ -9,6 +9,7 @@ import pyarrow as pa
 from raydpo.config import Config
 from raydpo.config.counting import EVERYTHING, counting_texts
 from raydpo.data.facts import digests_of, pair_facts, with_reference
+from raydpo.data.lists import all_pairs
 from raydpo.data.select import SAME
 from raydpo.errors import ConfigError
 from raydpo.pipeline.checks import check, check_models
@@ -52,7 +53,7 @@ def audit_prepared(prepared: Prepared, console: Console) -> Audit:
 
     storage = Storage(prepared.config.run_dir)
     _refuse_other_pairs(storage, prepared)
-    pairs = prepared.own.train  # mismatched completions teach nothing
+    pairs = all_pairs(prepared.own.train)  # mismatched completions teach nothing
     everything = pair_facts(pairs)
     sample = draw(digests_of(pairs, "prompt"), prepared.config.train.seed)
     facts = everything if sample.whole else everything.take(pa.array(sample.rows))

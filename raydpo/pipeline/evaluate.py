@@ -27,6 +27,7 @@ from raydpo.config import Config, ObjectiveConfig, load_config
 from raydpo.config.counting import EVERYTHING, counting_texts
 from raydpo.data.counting import counts
 from raydpo.data.facts import prompt_numbers
+from raydpo.data.lists import all_pairs
 from raydpo.data.pairs import load_pairs
 from raydpo.data.select import COUNT_COLUMNS, LABEL
 from raydpo.data.tokenise import Tokeniser
@@ -99,7 +100,8 @@ def evaluate(config: Config, console: Console | None = None) -> dict[str, Any]:
 
 
 def pairs_to_evaluate(config: Config, tokeniser: Tokeniser, console: Console) -> tuple[pa.Table, int | None]:
-    """Load the pairs to measure, and count those of data.eval that have a prompt of the training data.
+    """Load the pairs to measure, of ranked lists all pairs of a better and a worse completion, and count those of data.eval
+    that have a prompt of the training data.
 
     The count is None for evaluate.data.
 
@@ -114,7 +116,7 @@ def pairs_to_evaluate(config: Config, tokeniser: Tokeniser, console: Console) ->
         sets, _ = open_pairs(config, lambda: tokeniser, console)
     for line in sets.report.lines():
         console.say(line)
-    return (sets.train, None) if on_training_side else (sets.eval, sets.report.leaked)
+    return (all_pairs(sets.train), None) if on_training_side else (all_pairs(sets.eval), sets.report.leaked)
 
 
 def _read_pairs(config: Config, console: Console) -> tuple[Tokeniser, pa.Table, int | None]:

@@ -21,9 +21,10 @@ from raydpo.config.filter import PairFilter
 from raydpo.data.counting import all_count, mask_digests
 from raydpo.data.imbalance import label_doubts
 from raydpo.data.index import as_bytes
+from raydpo.data.lists import all_pairs, begins
 from raydpo.data.mismatch import with_mismatched
 from raydpo.data.rows import PAIR_MARGIN, PAIR_WEIGHT
-from raydpo.data.select import LABEL, PairSets
+from raydpo.data.select import LABEL, LIST_COLUMNS, PairSets
 from raydpo.data.tokenise import Tokeniser
 from raydpo.losses import own_sources
 from raydpo.model.rotary import ROTARY, rope_line
@@ -240,6 +241,7 @@ def measured_pairs(table: pa.Table | None) -> str | None:
     pairs."""
     if table is None:
         return None
+    table = all_pairs(table)  # as they are compared
     masked = not all_count(table)
     kind = np.dtype([*_KEY_AND_TOKENS.descr, ("mask", "<u8")]) if masked else _KEY_AND_TOKENS
     pairs = np.empty((table.num_rows, 2), kind)
@@ -265,16 +267,18 @@ def _keys_and_tokens(table: pa.Table, side: str) -> Iterator[np.ndarray]:
 
 
 def _digest(table: pa.Table) -> str:
-    """Digest of the pairs in their order: keys, truncated lengths, sources and weights, and which tokens count."""
+    """Digest of the pairs in their order: keys, truncated lengths, ranks, sources and weights, and which tokens count."""
     digest = hashlib.sha256()
     for side in ("chosen", "rejected"):
         for rows in _keys_and_tokens(table, side):
             digest.update(rows.tobytes())
-    for column in (PAIR_WEIGHT, PAIR_MARGIN, LABEL):
+    for column in (PAIR_WEIGHT, PAIR_MARGIN, LABEL, *LIST_COLUMNS[1:]):
         if column in table.column_names:
             digest.update(f"{column}\0".encode() + np.ascontiguousarray(table[column].to_numpy()).tobytes())
     for side in () if all_count(table) else ("chosen", "rejected"):
         digest.update(f"{side} mask\0".encode() + mask_digests(table, side).tobytes())
+    if LIST_COLUMNS[0] in table.column_names:
+        digest.update(begins(table[LIST_COLUMNS[0]]).tobytes())
     for batch in table.select(["source", "weight"]).to_batches():
         names, weights = batch[0].dictionary_encode(), batch[1].to_numpy()
         numbers = names.indices.to_numpy()

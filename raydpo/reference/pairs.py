@@ -106,8 +106,8 @@ def _counted(found: Joined, table: pa.Table, side: str) -> Joined:
             raise CacheMissError(
                 f"of {len(partly):,} {side} completions (first: {table['pair_id'][int(partly[0])].as_py()}) the cache holds "
                 "only imported sums over all tokens, and by data.train_on or data.spans_column not all of them count. Count "
-                "all (data.train_on=completion), or set cache.allow_unverified=false and run 'raydpo score', which "
-                "computes the log-prob of each token"
+                "all of them (data.train_on=completion), or set cache.uri to a cache without these sums, which 'raydpo "
+                "score' fills with the log-prob of each token"
             )
         sums[whole] = found.sums[whole]
     return dataclasses.replace(found, sums=sums)

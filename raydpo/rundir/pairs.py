@@ -64,7 +64,9 @@ def changed_pairs(storage: Storage, pairs: pa.Table) -> str:
         both = before.join(now, "pair_id", suffix=" now")
         names = [name for name in before.columns if f"{name} now" in both.columns and name not in _COUNTED]
         differ = pl.any_horizontal(pl.col(name).ne_missing(pl.col(f"{name} now")) for name in names)
-        told.append(_told(both.filter(differ)["pair_id"], now.height, *["differ in length in use, source or weight"] * 2))
+        told.append(
+            _told(both.filter(differ)["pair_id"], now.height, *["differ in length in use, source, weight or rank"] * 2)
+        )
         other = now["pair_id"].filter(_counted(before) != _counted(now))
         told.append(_told(other, now.height, *["differ in the tokens that count"] * 2))
     if not any(told):
@@ -106,7 +108,7 @@ def _facts(pairs: pa.Table) -> pa.Table:
 
 
 def _numbers(pairs: pa.Table) -> Sequence[str]:
-    return [name for name in ("pair_weight", "pair_margin") if name in pairs.column_names]
+    return [name for name in ("pair_weight", "pair_margin", "chosen_rank", "rejected_rank") if name in pairs.column_names]
 
 
 def _digests(pairs: pa.Table) -> pa.Array:

@@ -121,6 +121,7 @@ class Recipe:
             most_characters=identity.most_characters,
             marks=identity.marks,
             spans=identity.spans,
+            lists=identity.ranked,
         )
 
 

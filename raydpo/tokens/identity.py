@@ -34,7 +34,7 @@ __all__ = ["SetIdentity", "SourceFile", "files_of", "tokenizer_facts"]
 
 RECIPE = 2
 """Version of raydpo's own reading and tokenising, raised whenever a change alters the rows or the account of a set."""
-_FOR_MARKS = ("marks", "spans")
+_IF_SET = ("marks", "spans", "ranked")
 _PACKAGES = ("transformers", "tokenizers", "jinja2")
 _UNKNOWN = "unknown "
 """Begins ``SourceFile.content`` where a store tells nothing from which a change would be noticed."""
@@ -137,6 +137,8 @@ class SetIdentity:
     """Whether rows have ``rows.MARK_COLUMNS``, which tell the parts of completions that ``data.train_on`` names."""
     spans: str | None = None
     """``data.spans_column``."""
+    ranked: bool = False
+    """Whether ranked completions become lists, by ``data.ranked``."""
     recipe: int = RECIPE
     path: str = field(default="", compare=False)
     """The source's path, for people. It is not part of the identity: a copy of the files gives the same set."""
@@ -174,6 +176,7 @@ class SetIdentity:
             tokenizer=tokenizer_facts(directory, data, load, trust_remote_code=trust_remote_code),
             marks=needs_marks(data),
             spans=data.spans_column,
+            ranked=data.ranked == "lists",
             path=redact(source.path),
         )
 
@@ -183,9 +186,9 @@ class SetIdentity:
         return hashlib.blake2b(_canonical(self.to_dict()).encode(), digest_size=16).hexdigest()
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields by name, for JSON, without ``path``, and without those of marks in a set that has none."""
+        """The fields by name, for JSON, without ``path``, and without those of marks and lists in a set that has none."""
         fields = {name: value for name, value in dataclasses.asdict(self).items() if name != "path"}
-        return {name: value for name, value in fields.items() if value or name not in _FOR_MARKS}
+        return {name: value for name, value in fields.items() if value or name not in _IF_SET}
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any], path: str = "") -> SetIdentity:
@@ -230,6 +233,7 @@ _SETTINGS = {
     "special_tokens": "data.special_tokens",
     "marks": "marks of the parts of completions, by data.train_on",
     "spans": "data.spans_column",
+    "ranked": "ranked lists, by data.ranked",
     PAIR_WEIGHT: "data.weight_column",
     PAIR_MARGIN: "data.margin_column",
 }

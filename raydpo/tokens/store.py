@@ -343,7 +343,7 @@ class TokenSet:
             tables.append(renumbered(table, "source", index.sources, sources))
             account.merge(index.account)
         known = self.identity
-        schema = LIGHT_SCHEMA if known is None else light_schema(known.numbers, marks=known.marks)
+        schema = LIGHT_SCHEMA if known is None else light_schema(known.numbers, marks=known.marks, lists=known.ranked)
         light = pa.concat_tables(tables) if tables else schema.empty_table()
         path = "" if known is None else known.path
         return SourceRows(light, None, tuple(labels), tuple(sources), account, name="", path=path, weight=1.0)

@@ -44,7 +44,16 @@ def reference_logps(
         return None if values is None else send(np.asarray(values[index], np.float64), device)
 
     chosen, rejected = at(pairs.ref_chosen), at(pairs.ref_rejected)
+
+    def ranks(values: np.ndarray) -> Tensor:
+        return torch.from_numpy(values[index])  # on the CPU, where it is decided which completions are compared
+
     tails: Sequence[Tensor | None] = (None, None)
+    lists = {}
+    if pairs.starts is not None:
+        # A list that occurs twice among the rows is two lists.
+        lists = {"lists": torch.from_numpy(np.cumsum(pairs.begin(index)))}
+        lists |= {"chosen_ranks": ranks(pairs.chosen_ranks), "rejected_ranks": ranks(pairs.rejected_ranks)}
     if config.ld_alpha is not None:
         tails = [send(side, device) for side in pairs.reference_tails(index)]
     return PairLogps(
@@ -60,6 +69,7 @@ def reference_logps(
         margins=at(pairs.pair_margins),
         mean_chosen_tokens=pairs.mean_chosen_tokens(index) if mean_chosen_tokens is None else mean_chosen_tokens,
         labels=None if pairs.labels is None else send(pairs.labels[index], device),
+        **lists,
     )
 
 
@@ -234,11 +244,12 @@ def _my_batches(
     engine: StepEngine, pairs: TrainingPairs, rows: Sequence[int], tokens_per_batch: int
 ) -> Iterator[tuple[MicroBatch, Layout]]:
     plan = split_over_ranks(
-        rows,
+        pairs.items_of(rows).tolist(),
         pairs.shapes_of,
         world_size=engine.replicas,
         tokens_per_batch=tokens_per_batch,
         layout=engine.module.method.layout,
+        starts=pairs.starts,
     )
     return prefetch(plan[engine.replica], lambda batch: (batch, engine.lay_out(pairs.groups(batch.pairs))))
 
@@ -284,18 +295,19 @@ class Gaps:
         completions = iter(np.split(logps_N.detach().double().cpu().numpy(), np.cumsum(layout.lengths)[:-1]))
         for row in batch.pairs:
             live = next(completions), next(completions)
+            weights = np.split(pairs.weights_of([row]), [len(live[0])])
             gap_chosen, gap_rejected = (ours - stored for ours, stored in zip(live, pairs.reference(row), strict=True))
-            if not pairs.has_tokens(row):  # only sums were imported: spread their difference evenly over the tokens
+            if not pairs.has_tokens(row):  # of one side only the sum was imported: spread differences evenly over the tokens
                 gap_chosen, gap_rejected = (
-                    np.full(len(ours), (ours.sum() - total) / max(1, len(ours)))
-                    for ours, total in zip(live, (pairs.ref_chosen[row], pairs.ref_rejected[row]), strict=True)
+                    np.full(len(ours), (ours @ each - total) / max(1, each.sum()))
+                    for ours, each, total in zip(
+                        live, weights, (pairs.ref_chosen[row], pairs.ref_rejected[row]), strict=True
+                    )
                 )
             every = np.abs(np.concatenate([gap_chosen, gap_rejected]))
-            if pairs.masked:
-                weights = np.split(pairs.weights_of([row]), [len(gap_chosen)])
-                gap_chosen, gap_rejected = (
-                    gaps[each > 0] * each[each > 0] for gaps, each in zip((gap_chosen, gap_rejected), weights, strict=True)
-                )
+            gap_chosen, gap_rejected = (
+                gaps[each > 0] * each[each > 0] for gaps, each in zip((gap_chosen, gap_rejected), weights, strict=True)
+            )
             pair = pairs.labels is None or not pairs.labels[row]
             shared = min(len(gap_chosen), len(gap_rejected)) if pair else len(every)
             sums = [each.sum() for each in (gap_chosen, gap_rejected, gap_chosen[shared:], gap_rejected[shared:])]

@@ -78,7 +78,7 @@ class StepGate:
 def gate_rows(pairs: TrainingPairs, first_step: np.ndarray, *, count: int, seed: int) -> list[int]:
     """Choose the pairs to compute beside those of the first step: as many as are missing for ``count``, and at least a third
     of it. Half of them have the lowest and highest stored log-prob a token (where an altered value shows), half are random
-    (so that a change beyond the first step of data in file order can show)."""
+    (so that a change beyond the first step of data in file order can show). Ranked lists are whole."""
     total, known = len(pairs), {int(row) for row in first_step}
     if count >= total:
         return [row for row in range(total) if row not in known]
@@ -96,7 +96,7 @@ def gate_rows(pairs: TrainingPairs, first_step: np.ndarray, *, count: int, seed:
             if len(rows) >= size:
                 break
             rows.setdefault(row)
-    return list(rows)
+    return pairs.with_lists(list(rows))
 
 
 def _lowest(values: np.ndarray, count: int) -> np.ndarray:
@@ -107,9 +107,10 @@ def _lowest(values: np.ndarray, count: int) -> np.ndarray:
 
 
 def expected_first_loss(objective: Objective, pairs: TrainingPairs, rows: np.ndarray, beta: float) -> float:
-    """Mean loss of ``rows`` if the policy equals the reference: ln 2 for sigmoid. WPO's weights, which depend on the policy,
-    count as 1."""
-    return float(objective(reference_logps(pairs, rows, objective.config), beta).losses.mean())
+    """Mean loss of ``rows`` if the policy equals the reference: ln 2 for sigmoid. For a ranked list it is the sum of log(1 +
+    number of completions below) over its completions. WPO's weights, which depend on the policy, count as 1."""
+    logps = reference_logps(pairs, rows, objective.config)
+    return float(objective(logps, beta).losses.sum() / logps.count)
 
 
 def judge(
@@ -141,7 +142,7 @@ def judge(
     pair_ids = [pairs.ids[int(row)].as_py() for row in comparison.rows]
     worst = int(np.argmax(comparison.token_gap))
     mean_gap, worst_gap = float(comparison.mean_gap.mean()), float(comparison.token_gap.max())
-    report = GateReport(len(comparison.rows), mean_gap, worst_gap, pair_ids[worst], float(losses.mean()))
+    report = GateReport(len(comparison.rows), mean_gap, worst_gap, pair_ids[worst], float(losses.sum() / known.count))
     mean_tolerance, token_tolerance = TOLERANCES[dtype]
     over_mean = comparison.mean_gap.max() > mean_tolerance
     if over_mean or report.worst_gap > token_tolerance or not np.isfinite(report.worst_gap):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from raydpo.data.interval import effective_count
 from raydpo.losses import PairLogps, PreferenceLoss
+from raydpo.losses.listwise import comparisons
 from raydpo.losses.pairs import TIE
 
 __all__ = ["PairSums"]
@@ -31,7 +32,8 @@ _OF = {
 }
 """Metrics that are means, and the number of rows that each is a mean over."""
 _COUNTS = ("pairs", "chosen", "rejected", "both", "judged")
-"""Numbers of rows: all, those with a chosen, a rejected, and both completions, and those that are right or wrong."""
+"""Numbers of rows: all, those with a chosen, a rejected, and both completions, and those that are right or wrong. Of ranked
+lists, ``pairs`` counts the lists."""
 _FIELDS = (
     *_COUNTS,
     *_OF,
@@ -77,7 +79,12 @@ class PairSums:
         self.values = torch.zeros(self._end + 2 * prompts, dtype=torch.float64, device=device)
 
     def add(self, loss: PreferenceLoss, logps: PairLogps, sources: Tensor, prompts: Tensor | None = None) -> None:
-        """Add a micro-batch of B pairs; ``sources`` and ``prompts`` are int [B]. Copies nothing to the host."""
+        """Add a micro-batch of B pairs; ``sources`` and ``prompts`` are int [B]. Copies nothing to the host.
+
+        Of ranked lists, all pairs of a list are added of which one is ranked above the other, and the list's loss.
+        """
+        if logps.lists is not None:
+            return self._add_lists(loss, logps, sources, prompts)
         margins = (loss.chosen_rewards - loss.rejected_rewards).double()
         difference = (logps.chosen_tokens - logps.rejected_tokens).double()
         chosen, rejected = logps.chosen.detach().double(), logps.rejected.detach().double()
@@ -123,6 +130,34 @@ class PairSums:
             by_prompt[0].index_add_(0, prompts, columns["judged"])
             by_prompt[1].index_add_(0, prompts, wins)
 
+    def _add_lists(self, loss: PreferenceLoss, logps: PairLogps, sources: Tensor, prompts: Tensor | None) -> None:
+        better, worse = comparisons(logps)
+        rows = better // 2
+
+        def compared(chosen: Tensor, rejected: Tensor) -> tuple[Tensor, Tensor]:
+            both = torch.stack([chosen, rejected], 1).flatten()
+            return both[better], both[worse]
+
+        rewards = compared(loss.chosen_rewards, loss.rejected_rewards)
+        pairs = PairLogps(
+            *compared(logps.chosen.detach(), logps.rejected.detach()),
+            *compared(logps.ref_chosen, logps.ref_rejected),
+            *compared(logps.chosen_tokens, logps.rejected_tokens),
+        )
+        of_pairs = None if prompts is None else prompts[rows]
+        self.add(PreferenceLoss(torch.zeros_like(rewards[0]), *rewards), pairs, sources[rows], of_pairs)
+        # The loss is of lists, not of the pairs in them.
+        begin = torch.cat([torch.ones(1, dtype=torch.bool), logps.lists[1:] != logps.lists[:-1]])
+        self._count("pairs", -torch.ones_like(rewards[0], dtype=torch.float64), sources[rows])
+        self._count("pairs", begin.double().to(self.values.device), sources)
+        self._count("loss", loss.losses.detach().double(), sources)
+
+    def _count(self, name: str, values: Tensor, sources: Tensor) -> None:
+        """Add ``values`` to a sum that each source has, too; both are [B]."""
+        self.values[_FIELDS.index(name)] += values.sum()
+        by_source = self.values[len(_FIELDS) : self._end].view(len(_SOURCE_FIELDS), -1)
+        by_source[_SOURCE_FIELDS.index(name)].index_add_(0, sources, values)
+
     def metrics(self) -> dict[str, float]:
         """Means over all pairs added; after an all-reduce, over all ranks.
 
@@ -131,6 +166,8 @@ class PairSums:
         completion has the higher log-prob under the policy. ``logps/chosen_fell`` is the share whose chosen log-prob is
         below the reference's. ``length/margin_correlation`` is Pearson's correlation of margin and chosen minus rejected
         tokens. ``kl`` is the estimate of the drift, in nats a completion, at least 0, as TRL logs it.
+
+        Of ranked lists, all pairs of a list count of which one is ranked above the other; ``loss`` is a mean over lists.
 
         With completions that are alone, figures of chosen and rejected completions are means over those that are there, and
         ``rewards/margins`` is the difference of their mean rewards, as in TRL. A completion alone is right if its reward is

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -11,10 +12,11 @@ import torch
 
 from raydpo.data.counting import RunColumns, all_count, counts, weighted_sums
 from raydpo.data.facts import prompt_numbers
+from raydpo.data.lists import begins, rows_of, starts_of
 from raydpo.data.pairs import PAIR_MARGIN, PAIR_WEIGHT
 from raydpo.data.ragged import Ragged, tokens_in_use
 from raydpo.data.rows import TokenSource
-from raydpo.data.select import COUNT_COLUMNS, LABEL, TokenTables
+from raydpo.data.select import COUNT_COLUMNS, LABEL, LIST_COLUMNS, TokenTables
 from raydpo.data.shapes import Shapes
 from raydpo.data.spool import MOST_SMALL
 from raydpo.errors import RaydpoError
@@ -27,7 +29,7 @@ _SOURCES = b"raydpo.sources"
 """Key in the metadata of ``pair_columns``: JSON list of (name, weight) of each source."""
 _PARTS = ("prompt", *SIDES)
 _COUNTED = ("chosen_counted", "rejected_counted")
-_NUMBERS = ("set", "place", PAIR_WEIGHT, PAIR_MARGIN, LABEL)
+_NUMBERS = ("set", "place", PAIR_WEIGHT, PAIR_MARGIN, LABEL, *LIST_COLUMNS)
 
 
 class TrainingPairs:
@@ -51,6 +53,8 @@ class TrainingPairs:
         pair_weights, pair_margins: float [pairs], from ``data.weight_column`` and ``data.margin_column``; None if not set.
         labels: int8 [pairs], as ``losses.PairLogps.labels``; None if all are pairs.
         prompts: number of the prompt of each pair among the distinct ones, int [pairs]; None if it was not wanted.
+        starts: of ranked lists, see ``data.lists.starts_of``; None if all rows are pairs.
+        chosen_ranks, rejected_ranks: place of each completion in its list, int32 [pairs]; None without lists.
     """
 
     def __init__(self, columns: pa.RecordBatch, tokens: TokenSource, logps: np.ndarray | None) -> None:
@@ -75,6 +79,9 @@ class TrainingPairs:
         self._sets, self._places = numbers_if_there("set"), numbers_if_there("place")
         self.pair_weights, self.pair_margins = numbers_if_there(PAIR_WEIGHT), numbers_if_there(PAIR_MARGIN)
         self.labels, self.prompts = numbers_if_there(LABEL), numbers_if_there("prompt")
+        lists, self.chosen_ranks, self.rejected_ranks = map(numbers_if_there, LIST_COLUMNS)
+        self._begins = None if lists is None else begins(lists)
+        self.starts = None if self._begins is None else starts_of(self._begins)
         self.has_reference = logps is not None
         if self.has_reference:
             *self._logp_places, self._known, self.ref_chosen, self.ref_rejected = map(numbers, REFERENCE_COLUMNS)
@@ -92,10 +99,33 @@ class TrainingPairs:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def shapes_of(self, rows: np.ndarray) -> Shapes:
-        """Lengths and shared tokens of the pairs in ``rows``, for the batch plan."""
-        completions = np.stack([self.chosen_tokens[rows], self.rejected_tokens[rows]], axis=1).tolist()
-        return Shapes.of([prompt for prompt, _, _ in self._ids(rows)], completions)
+    def shapes_of(self, items: np.ndarray) -> Shapes:
+        """Lengths and shared tokens of the pairs, or of the ranked lists, with these numbers, for the batch plan."""
+        rows = items if self.starts is None else rows_of(self.starts, items)
+        completions = np.stack([self.chosen_tokens[rows], self.rejected_tokens[rows]], axis=1)
+        if self.starts is None:
+            return Shapes.of([prompt for prompt, _, _ in self._ids(rows)], completions.tolist())
+        ends = np.cumsum(self.starts[items + 1] - self.starts[items]).tolist()
+        lists = [completions[start:stop].ravel().tolist() for start, stop in pairwise([0, *ends])]
+        return Shapes.of([prompt for prompt, _, _ in self._ids(self.starts[items])], lists)
+
+    def items_of(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Numbers of the ranked lists whose rows are ``rows``, all of each, one list after another: int64 [lists]. Without
+        lists, ``rows`` themselves."""
+        rows = np.asarray(rows, np.int64)
+        if self.starts is None:
+            return rows
+        return np.searchsorted(self.starts, rows[self.begin(rows)], side="right") - 1
+
+    def with_lists(self, rows: Sequence[int]) -> list[int]:
+        """``rows``, and with each the other rows of its ranked list, one list after another."""
+        if self.starts is None:
+            return list(rows)
+        return rows_of(self.starts, np.unique(np.searchsorted(self.starts, rows, side="right") - 1)).tolist()
+
+    def begin(self, rows: np.ndarray) -> np.ndarray:
+        """Which of ``rows`` begin a ranked list, bool [rows]; all do without lists."""
+        return np.ones(len(rows), bool) if self._begins is None else self._begins[rows]
 
     def groups(self, rows: Sequence[int]) -> list[PromptGroup]:
         """The pairs in ``rows``, each as a group (chosen, rejected)."""

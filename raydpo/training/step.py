@@ -33,10 +33,12 @@ __all__ = ["Step", "StepRequests", "StepResult", "Stepper", "explained_memory"]
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step: its number from 0, the row numbers of its pairs on all ranks, this rank's micro-batches."""
+    """One optimizer step: its number from 0, the row numbers of its pairs on all ranks, the number of these pairs or of the
+    ranked lists that they are, this rank's micro-batches."""
 
     number: int
     rows: np.ndarray
+    count: int
     batches: list[tuple[MicroBatch, Layout]]
 
 
@@ -97,7 +99,7 @@ class Stepper:
     def _prepare(self, number: int) -> Step:
         batches = self.plan.micro_batches(number, self.engine.replica)
         laid_out = [(batch, self.engine.lay_out(self.pairs.groups(batch.pairs))) for batch in batches]
-        return Step(number, self.plan.pairs(number), laid_out)
+        return Step(number, self.plan.pairs(number), self.plan.count(number), laid_out)
 
     def take(self, step: Step, requests: StepRequests | None = None, gate: StepGate | None = None) -> StepResult:
         """Take one optimizer step. If its loss or gradient is not finite on any rank, no rank takes it.
@@ -167,7 +169,7 @@ class Stepper:
                 else:
                     loss, total = whole.part(batch.pairs, logps)
                 # The mean over the step's pairs, whichever rank and micro-batch they are in; a stand-in weighs nothing.
-                share = (total / len(step.rows) * batch.counts).float()
+                share = (total / step.count * batch.counts).float()
                 # The factor is 1, or NaN if a loss is not finite. Then every gradient is NaN, and no rank takes the
                 # step.
                 share = share * (1 + 0 * (share + loss.losses.sum().float()).detach())
@@ -186,17 +188,18 @@ class Stepper:
     def _facts(self, step: Step) -> tuple[dict[str, float], dict[str, float]]:
         """End the clock's lap. Returns size, rates and memory of the step, and the seconds of its phases."""
         pairs, rows = self.pairs, step.rows
-        # Each prompt token of a pair counts once, however often it is computed.
-        tokens = float((pairs.prompt_tokens[rows] + pairs.chosen_tokens[rows] + pairs.rejected_tokens[rows]).sum())
+        # Each prompt token of a pair or a list counts once, however often it is computed.
+        tokens = float((pairs.chosen_tokens[rows] + pairs.rejected_tokens[rows]).sum())
+        tokens += float(pairs.prompt_tokens[rows[pairs.begin(rows)]].sum())
         times = self.clock.lap()
         seconds = sum(times[f"time/{phase}"] for phase in ("data", "forward", "backward", "optimizer", "wait", "other"))
         return {
             "epoch": (step.number + 1) / self.plan.steps_per_epoch,
-            "pairs": float(len(rows)),
+            "pairs": float(step.count),
             "tokens": tokens,
             "seconds": seconds,
             "tokens_per_second": tokens / seconds,
-            "pairs_per_second": len(rows) / seconds,
+            "pairs_per_second": step.count / seconds,
             "peak_memory_bytes": used_memory(self.engine.device),
         }, times
 

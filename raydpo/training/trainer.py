@@ -89,6 +89,7 @@ def train_policy(
         steps=train.steps,
         layout=engine.module.method.layout,
         work=job.work,
+        starts=pairs.starts,
     )
     facts = {"pairs": len(pairs), "steps_per_epoch": plan.steps_per_epoch, "world_size": engine.world_size}
     facts["held_out"] = 0 if held_out is None else len(held_out)

@@ -65,6 +65,7 @@ def frame(difference, margin, chosen_tokens=50):
     return pl.DataFrame(
         columns
         | {
+            "label": zero,
             "copy": zero,
             "copies": one,
             "prompt_pairs": one,

@@ -351,6 +351,8 @@ def test_what_counts_in_held_out_pairs_is_decided_by_itself():
         names = set(sets.train["pair_id"].to_pylist())
         assert not names & set(found[-1]["pair_id"])
         assert len(names & {"s:12", "s:13"}) == (0 if train_on == "answer" else 2) and "s:3" in found[-1]["pair_id"]
+        streamed = window(config, marked(pairs, train_on=train_on), 0, 0)["pair_id"].to_pylist()
+        assert names | set(found[-1]["pair_id"]) <= set(streamed)  # or no pass would score them
         report = sets.report.sources[0]
         assert report.kept == len(names) + sets.eval.num_rows
         if train_on == "answer":

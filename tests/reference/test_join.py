@@ -5,10 +5,13 @@ import sys
 import numpy as np
 import pyarrow as pa
 import pytest
+from kernel import counting, part_of
 from rows import ONE, rows
 
+from raydpo.errors import CacheMissError
 from raydpo.reference import join as join_module
 from raydpo.reference.join import join
+from raydpo.reference.pairs import join_reference, place_reference, reference_values
 from raydpo.reference.part import KEY_TYPE
 from raydpo.reference.store import ReferenceCache
 
@@ -93,3 +96,52 @@ except RaydpoError as error:
 def test_nothing_asked_nothing_given(cache):
     joined = join(cache, np.empty((0, 16), np.uint8), np.empty(0, np.int32))
     assert len(joined.values) == len(joined.sums) == 0
+
+
+def pairs_of(keys, tokens, weights_of=None):
+    """A table of the completions of ``keys``, two to a pair, each with ``tokens`` tokens in use."""
+    count = len(keys) // 2
+    table = pa.table(
+        {
+            "pair_id": [f"a:{row}" for row in range(count)],
+            "source": ["a"] * count,
+            **{f"{side}_key": pa.array(keys[at::2], KEY_TYPE) for at, side in enumerate(("chosen", "rejected"))},
+            **{f"{side}_tokens": pa.array([tokens] * count, pa.int32()) for side in ("chosen", "rejected")},
+        }
+    )
+    return table if weights_of is None else counting(table, weights_of)
+
+
+def test_sums_are_over_the_tokens_that_count(cache):
+    keys, logps = rows(6, tokens=8)
+    cache.commit(keys, logps, {})
+    masked = pairs_of(keys, 6, part_of)
+    joined, (placed, _) = join_reference(masked, cache, "training"), place_reference(masked, cache, "training")
+    for row in range(3):
+        for at, side in enumerate(("chosen", "rejected")):
+            expected = logps[2 * row + at][:6].astype(np.float64) @ part_of(side, row, 6)
+            assert joined[f"ref_{side}_sum"][row].as_py() == pytest.approx(expected, abs=1e-12)
+            assert placed[f"ref_{side}_sum"][row].as_py() == pytest.approx(expected, abs=1e-12)
+            assert joined[f"ref_{side}_logps"][row].as_py() == logps[2 * row + at][:6].tolist()  # every token
+    some = reference_values(masked, cache, np.array([2, 0]))[1]
+    assert some.sums.tolist() == [joined["ref_rejected_sum"][row].as_py() for row in (2, 0)]
+    plain, every = (pairs_of(keys, 6, weights) for weights in (None, lambda side, row, tokens: np.ones(tokens)))
+    for one, other in zip(reference_values(plain, cache), reference_values(every, cache), strict=True):
+        assert one.sums.tolist() == other.sums.tolist()
+
+
+def test_of_imported_sums_every_token_must_count(cache):
+    keys, logps = rows(4, tokens=5)
+    cache.commit_rows(
+        pa.array(keys, KEY_TYPE), np.full(4, 5, np.int32), np.array([-5.0, -6.0, -7.0, -8.0]), {}, verified=False
+    )
+    cache.commit(keys[:1], logps[:1], {})
+
+    def weights_of(side, row, tokens):  # not all tokens of the first pair's chosen completion, of which each is known
+        return np.arange(tokens) > 1 if (side, row) == ("chosen", 0) else np.ones(tokens)
+
+    placed, _ = place_reference(pairs_of(keys, 5, weights_of), cache, "training")
+    assert placed["ref_rejected_sum"].to_pylist() == [-6.0, -8.0] and placed["ref_chosen_sum"][1].as_py() == -7.0
+    assert placed["ref_chosen_sum"][0].as_py() == pytest.approx(float(logps[0][2:].sum()), abs=1e-5)
+    with pytest.raises(CacheMissError, match=r"of 1 chosen completions \(first: a:1\) the cache holds only imported sums"):
+        place_reference(pairs_of(keys, 5, lambda side, row, tokens: np.arange(tokens) >= 2 * row), cache, "training")

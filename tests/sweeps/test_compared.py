@@ -89,6 +89,40 @@ def test_trials_that_differ_in_what_they_train_on_compare(varied, place):
     assert compared(place, varied.replace("PLACE", str(place)), EARLY) == (True, "")
 
 
+@pytest.fixture
+def thoughtful(place):
+    """The same pairs with reasoning, the last one without; a third of them is held out."""
+    tag = "<think>\nlet me see\n</think>\n\n"
+    records = [record | {side: tag + record[side] for side in ("chosen", "rejected")} for record in preferences(30)]
+    write_preferences(place / "a.jsonl", [*records, *preferences(2, seed=9)])
+    tree = yaml.safe_load((place / "config.yaml").read_text())
+    tree["data"] |= {"train": str(place / "a.jsonl"), "eval": {"fraction": 0.3}}
+    (place / "config.yaml").write_text(yaml.safe_dump(tree))
+    return place
+
+
+MASKS = "sweep.grid={data.train_on: [answer, completion, reasoning]}"
+
+
+def test_trials_that_are_measured_on_what_they_train_on_do_not_compare(thoughtful):
+    same, said = compared(thoughtful, MASKS)
+    assert not same and "different tokens of the held-out pairs (answer (train_on=answer); completion (" in said
+    assert "Set data.eval.train_on, for example data.eval.train_on=completion" in said
+    with pytest.raises(ConfigError, match=r"different tokens.*sweep.stop_early would stop the wrong ones"):
+        compared(thoughtful, MASKS, EARLY)
+
+
+@pytest.mark.parametrize("yardstick", ["completion", "answer", "[{answer: 1.0}, {reasoning: 0.5}]"])
+def test_trials_that_are_measured_on_the_same_tokens_compare(yardstick, thoughtful):
+    """Also where one of them drops pairs that another trains on, and where one alone needs no marks."""
+    assert compared(thoughtful, MASKS, EARLY, f"data.eval.train_on={yardstick}") == (True, "")
+
+
+def test_parts_that_are_the_same_tokens_compare(place):
+    """Texts without reasoning are answers as a whole."""
+    assert compared(place, "sweep.grid={data.train_on: [completion, answer, assistant]}", EARLY) == (True, "")
+
+
 def test_the_order_of_a_split_does_not_matter(place):
     """The same pairs of two files are held out for any order and weights of the files."""
     both = [f"{{path: {place / name}, weight: {weight}}}" for name, weight in (("a.jsonl", 1), ("b.jsonl", 0.5))]

@@ -159,6 +159,7 @@ AT_THE_REFERENCE = {
     "kto": 0.5,
     "aot": LN2,
     "aot_unpaired": LN2,
+    "plackett_luce": LN2,
 }
 
 

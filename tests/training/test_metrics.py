@@ -75,3 +75,26 @@ def test_pairs_of_one_prompt_tell_less():
     assert (found["two"]["pairs"], found["two"]["prompts"], found["six"]["prompts"]) == (6, 2, 6)
     assert found["two"]["effective_pairs"] == effective_count(np.array([3, 0]), np.array([3, 3])) < 1
     assert found["six"]["effective_pairs"] == 6
+
+
+def test_lists_are_measured_by_all_pairs_that_are_ranked():
+    """Scores of a list of three and of a pair: of four pairs three are ranked right, and there are two losses."""
+    logps = PairLogps(
+        *(torch.tensor(values) for values in ([2.0, 0.0, 1.0], [1.0, 0.0, 3.0])),
+        *[torch.zeros(3)] * 2,
+        *(torch.tensor(values) for values in ([4.0, 6.0, 5.0], [8.0, 0.0, 7.0])),
+        lists=torch.tensor([1, 1, 2]),
+        chosen_ranks=torch.tensor([0, 2, 0], dtype=torch.int32),
+        rejected_ranks=torch.tensor([1, -1, 1], dtype=torch.int32),
+    )
+    loss = preference_loss("plackett_luce", logps, beta=1.0)
+    sums = PairSums(["a", "b"], torch.device("cpu"), prompts=2)
+    sums.add(loss, logps, torch.tensor([0, 0, 1]), torch.tensor([0, 0, 1]))
+    row = sums.metrics()
+    assert row["pairs"] == 2 and row["prompts"] == 2
+    assert row["loss"] == pytest.approx(loss.losses.sum().item() / 2)
+    assert row["a/loss"] == pytest.approx(loss.losses[:2].sum().item()) and row["b/loss"] == pytest.approx(2.126928)
+    assert row["rewards/accuracies"] == 0.75 and row["a/rewards/accuracies"] == 1.0 and row["b/rewards/accuracies"] == 0.0
+    assert row["rewards/margins"] == pytest.approx((1 + 2 + 1 - 2) / 4)
+    assert row["rewards/chosen"] == pytest.approx((2 + 2 + 1 + 1) / 4)
+    assert row["length/rejected"] == pytest.approx((8 + 6 + 6 + 7) / 4)

@@ -176,6 +176,35 @@ def test_the_gate_sees_every_token_and_weighs_its_sums(masked, live, engine):
         assert found.chosen_gap[0] == pytest.approx(-0.5 * weights[place], abs=1e-4)
 
 
+def test_the_gate_compares_sums_where_the_tokens_of_a_side_are_not_known(masked, engine):
+    """The reference of the whole chosen completion is known as a sum only, and off by 1 nat; the rejected one is masked."""
+    table = counting(
+        masked.drop_columns([f"{side}_{what}" for side in SIDES for what in ("starts", "weights")]),
+        lambda side, *row: np.ones(row[1]) if side == "chosen" else part_of(side, *row),
+    )
+    sums = {
+        f"ref_{side}_sum": [
+            np.dot(values, np.ones(len(values)) if side == "chosen" else part_of(side, row, len(values)))
+            + (side == "chosen")
+            for row, values in enumerate(table[f"ref_{side}_logps"].to_pylist())
+        ]
+        for side in SIDES
+    }
+    for name, values in sums.items():
+        table = table.append_column(name, pa.array(values))
+    column = pa.array([[np.nan] * len(ids) for ids in table["chosen_ids"].to_pylist()], pa.list_(pa.float32()))
+    table = table.set_column(table.column_names.index("ref_chosen_logps"), "ref_chosen_logps", column)
+    pairs = TrainingPairs.of(table)
+    assert pairs.masked and pairs.sums_only().tolist() == list(range(33))
+    here = SimpleNamespace(device=torch.device("cpu"), is_leader=True, sum_over_ranks=lambda values: values)
+    gaps, layout = Gaps(here, pairs, ROWS), engine.module.lay_out(pairs.groups(ROWS))
+    gaps.add(SimpleNamespace(pairs=ROWS, counts=True), layout, engine.logps(layout))
+    found = gaps.join()
+    np.testing.assert_allclose(found.chosen_gap, -1, atol=1e-4)
+    np.testing.assert_allclose(found.rejected_gap, 0, atol=1e-4)
+    np.testing.assert_allclose(found.token_gap, 1 / pairs.chosen_tokens[ROWS], atol=1e-5)
+
+
 def runs(jobs):
     return [(one.steps, one.evals) for one in (train_here(*args, **kwargs) for args, kwargs in jobs)]
 
@@ -200,14 +229,15 @@ def test_training_is_the_same_on_any_layout_and_number_of_workers_and_after_an_i
     ]
     jobs = [((masked, tiny_llama, tmp_path / "s"), dict(steps=3, held_out=masked) | one) for one in settings]
     (alone,) = run_distributed(together, 1, tmp_path / "one", jobs, masked, tiny_llama, tmp_path / "s", tmp_path / "keep")
-    two, other = run_distributed(runs, 2, tmp_path / "two", [*jobs[:1], *jobs[4:]])
+    parallel = (jobs[0][0], jobs[0][1] | dict(sequence_parallel=2, workers=2))
+    two, other = run_distributed(runs, 2, tmp_path / "two", [*jobs[:1], *jobs[4:], parallel])
     for (steps, evals), one in zip(alone, settings, strict=False):
         assert steps[0]["loss"] == pytest.approx(0.5 if "loss" in one else math.log(2), abs=1e-5), one
         assert evals[0]["eval_loss"] == pytest.approx(0.5 if "loss" in one else math.log(2), abs=1e-5), one
     losses = [[row["loss"] for row in steps] for steps, _ in alone]
     for curve in losses[1:4]:
         assert curve == pytest.approx(losses[0], abs=1e-5)
-    for (steps, _), (same, _), curve in zip(two, other, [losses[0], *losses[4:6]], strict=True):
+    for (steps, _), (same, _), curve in zip(two, other, [losses[0], *losses[4:6], losses[0]], strict=True):
         assert exact(steps) == exact(same)
         assert [row["loss"] for row in steps] == pytest.approx(curve, abs=1e-5)
     (whole, evals), (rest, late) = alone[-2:]

@@ -8,7 +8,7 @@ widths of queries and keys, r = rank. The residual stream is float32 in both pre
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from raydpo.data.shapes import PADDED_MULTIPLE, LayoutName
@@ -42,8 +42,9 @@ class Batch:
     micro_batches: int = 2
 
     @classmethod
-    def of_pairs(cls, pairs: Iterable[tuple[int, int, int]], layout: LayoutName = "tree", micro_batches: int = 2) -> Batch:
-        """Make a batch from the token counts (prompt, chosen, rejected) of each pair. Pairs share no prefix."""
+    def of_pairs(cls, pairs: Iterable[Sequence[int]], layout: LayoutName = "tree", micro_batches: int = 2) -> Batch:
+        """Make a batch from the token counts (prompt, chosen, rejected) of each pair, or (prompt, completion, ...) of each
+        list. Pairs share no prefix."""
         found: Counter[str] = Counter()
         for prompt, *completions in pairs:
             found["predictions"] += sum(completions)

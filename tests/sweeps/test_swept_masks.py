@@ -74,6 +74,7 @@ def test_another_mask_scores_nothing_and_trains(place, on_cluster):
     assert "pairs differ in the tokens that count" in said, said
 
 
+@pytest.mark.slow
 def test_a_sweep_of_masks_has_one_cache_pass(place, on_cluster):
     grid = json.dumps({"data.train_on": MASKS})
     said = run("sweep", place, "name=masks", f"sweep.grid={grid}")
