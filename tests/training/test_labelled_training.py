@@ -12,7 +12,7 @@ from unpaired import labelled, mismatched, scored
 LOSSES = ("kto", "bco", "bco_pair", "apo_zero", "sft")
 LABELS = ([1, -1, 1, 1, 0, -1, 1, -1, -1, 0, 1, 1, -1] * 2)[:25]  # steps of 8: the fourth has one row
 MIXTURE = [{"kto": 1.0}, {"sft": 0.1}]
-STEPS = 5
+STEPS = 4
 
 
 @pytest.fixture(scope="module")
@@ -41,20 +41,16 @@ def test_any_layout_and_number_of_ranks_takes_the_same_steps(tables, tiny_llama,
     losses = (*LOSSES, MIXTURE)
     settings = dict(steps=STEPS, zero=0)
     jobs = jobs_of(tables, tiny_llama, tmp_path / "s", losses, **settings)
-    for layout in ("packed", "padded"):
-        jobs += jobs_of(tables, tiny_llama, tmp_path / "s", losses, policy={"layout": layout}, **settings)
+    layouts = jobs_of(tables, tiny_llama, tmp_path / "s", LOSSES[:2], **settings)
+    jobs += [(args, more | {"policy": {"layout": layout}}) for args, more in layouts for layout in ("packed", "padded")]
     (alone,) = run_distributed(runs, 1, tmp_path / "one", jobs)
-    tree, others = alone[: len(losses)], [alone[len(losses) * n : len(losses) * (n + 1)] for n in (1, 2)]
-    two, again = run_distributed(
-        runs,
-        2,
-        tmp_path / "two",
-        jobs_of(tables, tiny_llama, tmp_path / "s", losses, steps=STEPS, tokens_per_batch=200, zero=2),
-    )
+    tree, others = alone[: len(losses)], alone[len(losses) :]
+    more = dict(steps=STEPS, tokens_per_batch=200, zero=2)
+    two, again = run_distributed(runs, 2, tmp_path / "two", jobs_of(tables, tiny_llama, tmp_path / "s", losses, **more))
     assert [exact(steps) for steps, *_ in two] == [exact(steps) for steps, *_ in again]
     for number, loss in enumerate(losses):
         steps, evals, notes = tree[number]
-        for other in (*(each[number] for each in others), two[number]):
+        for other in (*others[2 * number : 2 * number + 2], two[number]):
             assert numbers(other[0]) == pytest.approx(numbers(steps), abs=2e-5, rel=1e-4), loss
             late, last = other[1][-1], evals[-1]
             assert {*late} == {*last}
@@ -91,7 +87,7 @@ def by_hand(table, model, beta, weights=(1.0, 1.0)):
     from transformers import AutoModelForCausalLM
 
     policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    policy.get_input_embeddings().weight.data *= 1.01  # so that it is not the reference
+    policy.get_input_embeddings().weight.data *= 0.9  # so that it is not the reference
     reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
 
     def logratio(prompt, completion):
