@@ -10,7 +10,12 @@ import yaml
 from command import raydpo
 from tiny import WORDS
 
-MASKS = ["completion", "assistant", "last_turn", "answer", "reasoning"]
+from raydpo.reports.frontier import points_of
+from raydpo.rundir.read import SweepRecord
+from raydpo.storage.files import Storage
+
+MASKS = ["completion", "last_turn", "answer", "reasoning", [{"answer": 1.0}, {"reasoning": 0.1}]]
+NAMES = [f"train_on={mask}" for mask in MASKS[:4]] + ["train_on=answer+0.1reasoning"]
 
 
 def records(count):
@@ -88,6 +93,8 @@ def test_a_sweep_of_masks_has_one_cache_pass(place, on_cluster):
     assert [trial["status"] for trial in found["trials"]] == ["done"] * 5, said
     assert len(re.findall(r"completions were there", said)) == 1
     assert "do not compare" not in said  # all are measured on the same tokens
+    assert [trial["name"] for trial in found["trials"]] == NAMES
+    _check_page(place / "runs" / "masks", said)
     firsts, lasts = set(), set()
     for trial in found["trials"]:
         rows = pq.read_table(place / "runs" / "masks" / trial["name"] / "metrics.parquet").to_pylist()
@@ -95,3 +102,15 @@ def test_a_sweep_of_masks_has_one_cache_pass(place, on_cluster):
         firsts.add(rows[0]["length/chosen"])
         lasts.add(rows[-1]["loss"])
     assert len(firsts) == len(lasts) == 5
+
+
+def _check_page(directory, said):
+    """The page has held-out accuracy and drift of each mask, and says that they compare."""
+    points, page = points_of(SweepRecord.read(Storage(str(directory)))), (directory / "report.html").read_text()
+    assert len(points) == 5 and len({point.held_out for point in points}) == 1
+    rows = dict(re.findall(r'<th scope="row" data-value="\d+">([^<]*)</th>(.*?)</tr>', page))
+    for point in points:
+        assert f">{point.accuracy:.3f}</td>" in rows[point.name] and f">{point.moved:.3f}</td>" in rows[point.name]
+    assert "on the same tokens of them (assistant)" in page and ">measured on</button>" not in page
+    assert "<h3>Accuracy and drift</h3>" in page and ">answer + 0.1 reasoning</td>" in page
+    assert "recommended: train_on" in said or "better than a coin" in said
