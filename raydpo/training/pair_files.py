@@ -114,7 +114,7 @@ class PairFolder:
         *,
         prompts: bool = False,
     ) -> PairFiles:
-        """Write the files of ``table``. Equal pairs share their files, and pairs of which other tokens count share that of the
+        """Write the files of ``table``. Equal pairs share their files, and pairs of which other tokens count that of the
         log-probs. All log-probs in this folder must be of one reference.
 
         Args:
