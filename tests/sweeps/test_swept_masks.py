@@ -74,6 +74,12 @@ def test_another_mask_scores_nothing_and_trains(place, on_cluster):
     assert whole[0]["loss"] == pytest.approx(0.693147, abs=1e-5) and answer[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
     assert answer[0]["length/chosen"] < whole[0]["length/chosen"]
     assert answer[-1]["logps/chosen"] != whole[-1]["logps/chosen"]
+    # Other trainers count every token.
+    out = place / "out.parquet"
+    said = raydpo("cache", "export", place / "config.yaml", out, "data.train_on=answer")
+    assert "warning: by data.train_on or data.spans_column not every token counts" in said.stdout + said.stderr
+    for row in pq.read_table(out).to_pylist():
+        assert row["ref_chosen_logps"] == pytest.approx(sum(row["ref_chosen_token_logps"]), abs=1e-4)
     # A run of this name with another mask is another run.
     said = run("train", place, "name=answer", "data.train_on=reasoning", fails=True)
     assert "pairs differ in the tokens that count" in said, said
