@@ -68,7 +68,8 @@ class Tokenised:
         held_out = 0 if sets.eval is None else sets.eval.num_rows
         how = "tokenised while scoring, read in" if streamed else "tokenised in" if made else "tokenised before, read in"
         seconds = time.perf_counter() - started
-        console.say(f"pairs: {sets.train.num_rows:,} to train on, {held_out:,} held out, {how} {seconds:.1f} s")
+        unit = "pairs" if sets.report.unit == "pairs" else "rows"
+        console.say(f"{unit}: {sets.train.num_rows:,} to train on, {held_out:,} held out, {how} {seconds:.1f} s")
         for line in tokenizer_warnings(tokeniser.tokenizer, _models_of(config), config.model.trust_remote_code):
             console.warn(line)
         for line in check_limits([sets.train, *([] if sets.eval is None else [sets.eval])], limits_of(config)):
