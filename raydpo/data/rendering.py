@@ -358,7 +358,12 @@ def thoughts_of(message: Message) -> list[str]:
     parts = (
         [part for part in message["content"] if isinstance(part, Mapping)] if type(message.get("content")) is list else []
     )
-    fields = [value for each in (message, *parts) for field, value in each.items() if is_thought(field)]
+    fields = [
+        value
+        for each in (message, *parts)
+        for field, value in each.items()
+        if is_thought(field) or (field not in _IDS and each.get("type") in THOUGHT_PARTS)
+    ]
     return [leaf.strip() for value in fields for leaf in _leaves(_without_ids(value), []) if leaf.strip()]
 
 

@@ -133,6 +133,14 @@ def test_thoughts_in_content_parts_are_thoughts(template, part):
     assert not [note for note in notes if note.kind == remarks.LOST]
 
 
+def test_a_thought_that_a_template_would_write_into_the_answer_is_refused():
+    parts = answer([{"type": "reasoning", "text": "Sun is up."}, {"type": "text", "text": "Noon."}])
+    any_part = templates.EACH + "{% for part in message.content %}{{ part.text }}{% endfor %}</s>{% endfor %}"
+    for template in (any_part, templates.PARTS_ONLY, templates.CHATML):
+        found, _ = read(template, record(PROMPT, parts, REJECTED))
+        assert found.startswith("content of role 'assistant' has parts other than text (reasoning), which the chat template")
+
+
 @pytest.mark.parametrize("more", [{}, {"content": ""}, {"content": None}])
 def test_an_answer_that_is_only_a_thought_is_an_answer(more):
     thought = {"role": "assistant", "reasoning_content": "Sun is up."} | more
