@@ -15,7 +15,7 @@ LABELS = np.array([0, 0, 1, 1, -1, -1], np.int8)
 
 
 def scored(labels=LABELS, sources=("a", "a", "a", "b", "a", "b")):
-    """Rows of which a rejected completion in a pair has half of the chosen one's log-ratio. A missing side is 0."""
+    """Scored pairs whose rejected completion has half of the chosen one's log-ratio. A missing side is 0."""
     ratios, none = np.array(LOGRATIOS), np.zeros(6)
     chosen, rejected = labels >= 0, labels <= 0
     ref = -20 - np.arange(6.0)
