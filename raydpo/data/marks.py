@@ -16,7 +16,7 @@ from raydpo.data.places import Place, TokenPlaces
 from raydpo.data.preference import Preference
 from raydpo.data.remarks import Remark
 from raydpo.data.segments import any_of
-from raydpo.data.spans import Span, Spans, Written
+from raydpo.data.spans import Span, Spans, Written, message_text
 from raydpo.data.template import ChatTemplate
 from raydpo.data.texts import MARKS, TAGS, thoughts_of
 from raydpo.errors import RaydpoError
@@ -255,7 +255,7 @@ class Marker:
             if start is None or end is None or start < (found[-1].end if found else 0) or end <= start:
                 return None
             found.append(_Turn(start, end, place))
-        return found
+        return found if _apart(talk.messages, found, whole) else None
 
     def _end_of_part(self, whole: str, last: int) -> int:
         """Where a turn ends whose ``{% generation %}`` ends at ``last``: with the token that ends that, or follows it."""
@@ -267,16 +267,15 @@ class Marker:
         asked = prompt if not place else talk.rendered(place, generate=True)
         if asked is None or not whole.startswith(asked):
             asked = None
-        elif self._asks:
+        elif self._asks or (self._header is not None and not self._header.strip()):
             return len(asked)
+        elif self._header and whole.startswith(self._header, len(asked)):
+            return len(asked) + len(self._header)
         around = talk.around(place)
         head = _ADDED_THOUGHT.sub("", around[0]) if around else ""
         if not self._asks or not whole.startswith(head):
             head = head.rstrip(" ")  # Mistral's writes it before an answer and not before a call
-        if not head or not whole.startswith(head):
-            return None
-        # Where the template does not ask for an answer, white space before it is the model's, and words are not.
-        return len(asked) if asked is not None and not head[len(asked) :].strip() else len(head)
+        return len(head) if head and whole.startswith(head) else None
 
     def _end(self, talk: _Talk, place: int, start: int, whole: str) -> int | None:
         """Where the turn of message ``place`` ends."""
@@ -289,9 +288,8 @@ class Marker:
                 return len(upto) - len(usual) + length  # type: ignore[arg-type]
             tail = (talk.around(place) or ("", ""))[1]
             if tail and whole.endswith(tail) and len(whole) - len(tail) >= start:
-                # Without a token that ends a turn, the token behind it begins the next.
-                length = self._length(tail) if self._length(usual) else length if tail.startswith(usual.rstrip()) else 0
-                if length or not usual.strip():
+                length = self._length_before(tail, usual)
+                if length is not None:
                     return len(whole) - len(tail) + length
         # A call may end with another token than an answer.
         end = None if upto is None else self._last_token.search(upto, max(start if known else 0, len(upto) - _LAST))
@@ -307,6 +305,19 @@ class Marker:
         end = self._token.match(tail, len(tail) - len(tail.lstrip()))
         return end.end() if end else 0
 
+    def _length_before(self, tail: str, usual: str) -> int | None:
+        """Characters of what ends a turn before other messages; None if that cannot be told.
+
+        It is what ends a conversation, or a token that another follows, which begins the next message. Where a token begins
+        the next message at once, nothing ends the turn.
+        """
+        if tail.startswith(usual.rstrip()) and usual.strip():
+            return self._length(usual) or len(usual.rstrip())
+        length = self._length(tail)
+        if not self._length(usual):
+            return None if usual.strip() else 0
+        return (length if self._length(tail[length : length + _LAST]) else 0) if length else None
+
     def _tail(self, tools: bool) -> str | None:
         """What the template writes after the last content of a conversation."""
         if tools not in self._tails:
@@ -318,12 +329,16 @@ class Marker:
     @cached_property
     def _asks(self) -> str:
         """What the template writes where the assistant is to answer."""
-        try:
-            return self._template.render([_USER], generate=True).removeprefix(self._template.render([_USER]))
-        except RaydpoError:
-            raise
-        except Exception:  # templates raise what their authors wrote
-            return _PROBE
+        talk = _Talk(self._template, Preference([_USER], "", ""), [])
+        asked, bare = talk.rendered(0, generate=True), talk.rendered(0)
+        return _PROBE if asked is None or bare is None else asked.removeprefix(bare)
+
+    @cached_property
+    def _header(self) -> str | None:
+        """What the template writes between a question, asked for an answer, and the answer; None if that cannot be told."""
+        talk = _Talk(self._template, Preference([_USER], "", ""), [_answer(_PROBE)])
+        asked, around = talk.rendered(0, generate=True), talk.around(0)
+        return around[0].removeprefix(asked) if asked and around and around[0].startswith(asked) else None
 
     # -- reasoning ----------------------------------------------------------------------------------------------------------
 
@@ -418,6 +433,18 @@ class _Talk:
     def _said(self, messages: list[Message]) -> list[Message]:
         said = [*self._prompt, *messages]
         return said if self._fitted and self._template.fits(messages) else self._template.fitted(said, set())  # type: ignore[arg-type]
+
+
+def _apart(messages: Sequence[Message], turns: Sequence[_Turn], whole: str) -> bool:
+    """Whether no text of another message, such as a tool's result, stands within a turn and not between turns."""
+    for place, message in enumerate(messages):
+        text = message_text(message).strip() if message["role"] != "assistant" else ""
+        before = [turn for turn in turns if turn.place < place][-1:]
+        after = [turn for turn in turns if turn.place > place][:1]
+        between = whole[before[0].end if before else 0 : after[0].start if after else len(whole)]
+        if text and text not in between and any(text in whole[turn.start : turn.end] for turn in (*before, *after)):
+            return False
+    return True
 
 
 def _answer(content: str) -> Message:

@@ -117,7 +117,8 @@ def points_of(sweep: SweepRecord) -> list[Point]:
 def _point(mark: str, trial: TrialRecord) -> Point:
     evaluation, scores, done = trial.evaluation or {}, trial.eval, trial.status == "done"
     total = (evaluation.get("preferences") or {}).get("total") or {}
-    accuracy, error, low = _accuracy(trial, total.get("accuracy") or {})
+    labels = ((evaluation.get("preferences") or {}).get("labels") or {}).get("total") or {}
+    accuracy, error, low = _accuracy(trial, labels.get("auc") or total.get("accuracy") or {})
     objective = trial.run.objective if trial.run else None
     beta = _last_beta(trial.settings.get("train.beta") if objective is None else objective.model_dump()["beta"], done)
     margin = scores.get("rewards/margins", (total.get("margin") or {}).get("value"))
@@ -157,12 +158,16 @@ def _accuracy(trial: TrialRecord, evaluated: dict[str, float | None]) -> tuple[f
 
     They come from the last evaluation in training, or else from ``raydpo eval``.
     """
-    accuracy = trial.eval.get("rewards/accuracies")
+    # Labels out of balance make an accuracy of more than one half without any learning, but not an area under the curve.
+    ranks = "rewards/auc" in trial.eval
+    accuracy = trial.eval.get("rewards/auc" if ranks else "rewards/accuracies")
     if accuracy is None:
         value, low, high = (evaluated.get(key) for key in ("value", "low", "high"))
         return value, None if low is None else (high - low) / (2 * Z95), low
     # Pairs of one prompt are not independent; newer evaluations store the effective number.
-    pairs = trial.eval.get("effective_pairs") or ((trial.run and trial.run.summary) or {}).get("held_out_pairs")
+    pairs = trial.eval.get("effective_labels" if ranks else "effective_pairs") or (
+        (trial.run and trial.run.summary) or {}
+    ).get("held_out_pairs")
     if not pairs:
         return accuracy, None, None
     return accuracy, share_error(accuracy, pairs), share(accuracy * pairs, pairs)["low"]

@@ -21,10 +21,11 @@ from raydpo.cluster.session import owns_ray, session
 from raydpo.cluster.waiting import request_nodes
 from raydpo.config import Config, lower_is_better
 from raydpo.config.counting import counting_texts
+from raydpo.data.mismatch import mismatched_run
 from raydpo.errors import ConfigError, RaydpoError
 from raydpo.pipeline.checks import check, check_labels, check_models, pythons_of
 from raydpo.pipeline.evaluate import evaluate, pairs_to_evaluate, protocol
-from raydpo.pipeline.prepare import Prepared, measured_pairs, mismatched_run
+from raydpo.pipeline.prepare import Prepared, measured_pairs
 from raydpo.pipeline.score import score_prepared
 from raydpo.pipeline.tokenised import Tokenised
 from raydpo.pipeline.train import Joined, TrialContext, join_sets, train_prepared
@@ -138,8 +139,8 @@ def _prepare(trials: list[Trial], tokenised: dict[str, Tokenised | None], consol
         key = _shared(trial.config)
         if key not in groups:
             groups[key] = Prepared.of(trial.config, console, tokenised[key])
-            trained[key, mismatched_run(trial.config)] = groups[key]
-        if (alike := (key, mismatched_run(trial.config))) not in trained:
+            trained[key, mismatched_run(trial.config.train)] = groups[key]
+        if (alike := (key, mismatched_run(trial.config.train))) not in trained:
             trained[alike] = groups[key].trained_by(trial.config)
         prepared[trial.name] = dataclasses.replace(trained[alike], config=trial.config)
     first, *others = prepared.items()

@@ -11,8 +11,9 @@ import templates
 from samples import bot, user
 from templates import say
 
-from raydpo.data.marks import ANSWER, ASSISTANT, LAST_TURN, MARK_BITS, REASONING
+from raydpo.data.marks import ANSWER, ASSISTANT, LAST_TURN, MARK_BITS, REASONING, REASONING_NOT_FOUND, TURNS_NOT_FOUND
 from raydpo.data.preference import Preference
+from raydpo.data.remarks import NO_REASONING
 from raydpo.data.tokenise import Tokeniser
 
 PARTS = {"assistant": ASSISTANT, "last_turn": LAST_TURN, "answer": ANSWER, "reasoning": REASONING}
@@ -193,3 +194,59 @@ def test_which_tokens_count(template, chosen, more, completion, assistant, last_
     found, flags = of_chosen(template, chosen, **more)
     assert found == [[completion], assistant, last_turn, answer, reasoning]
     assert flags == 0
+
+
+def flags_of(template, chosen, **more):
+    return of_chosen(template, chosen, **more)[1]
+
+
+def test_turns_that_cannot_be_told_are_not_found():
+    # The template writes a tool's result within the message before it.
+    inside = (
+        "{% for m in messages %}{% if m.role != 'tool' %}<s>{{ m.role }}\n{{ m.content }}"
+        "{% if loop.nextitem is defined and loop.nextitem.role == 'tool' %}<result>{{ loop.nextitem.content }}</s>"
+        "{% else %}</s>{% endif %}\n{% endif %}{% endfor %}" + templates.GENERATE
+    )
+    assert flags_of(inside, [bot("clock()"), say("tool", "12:00"), bot("noon")]) == TURNS_NOT_FOUND
+    # The order of messages is not theirs.
+    backwards = "{% for m in messages | reverse %}<s>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}"
+    found, flags = of_chosen(backwards, [bot("blue"), user("sure?"), bot("yes")])
+    assert flags == TURNS_NOT_FOUND and found[1:] == [[], [], [], []]
+    # Each content is written twice, and messages begin otherwise without others.
+    twice = "{{ messages | length }}{% for m in messages %}<s>{{ m.role }} {{ m.content }}|{{ m.content }}</s>{% endfor %}"
+    assert flags_of(twice, [bot("blue"), user("sure?"), bot("yes")]) == TURNS_NOT_FOUND
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "<think>\nnever ended",
+        "ended</think> without a beginning",
+        "<think>one <think>within</think> another</think> blue",
+        "The tag <think> begins a thought and </think> ends it.",
+        "<think>hm</think> blue</think>",
+    ],
+)
+def test_reasoning_that_cannot_be_told_is_not_found(said):
+    found, flags = of_chosen(templates.CHATML, [bot(said)])
+    assert flags == REASONING_NOT_FOUND and found[1] == [f"{said}<|im_end|>"] == found[2] and found[3:] == [[], []]
+
+
+def test_a_thought_of_which_no_tags_are_known_is_not_found():
+    template = (
+        templates.EACH
+        + "{{ message.reasoning_content or '' }} / {{ message.content }}</s>\n{% endfor %}"
+        + templates.GENERATE
+    )
+    assert flags_of(template, [say("assistant", "blue", reasoning_content="let me think")]) == REASONING_NOT_FOUND
+
+
+def test_plain_text_is_one_turn():
+    tokenizer, ids, pair, _ = marked(None, Preference("sky?", " blue", "<think>hm</think>\nred"))
+    assert [counted(tokenizer, ids.chosen, pair.chosen, part) for part in PARTS] == [[" blue</s>"]] * 3 + [[]]
+    assert counted(tokenizer, ids.rejected, pair.rejected, "answer") == ["red</s>"]
+    assert counted(tokenizer, ids.rejected, pair.rejected, "reasoning") == ["<think>hm</think>\n"]
+    opened = Preference("sky? <think>\n", "hm</think> blue", "red")
+    tokenizer, ids, pair, found = marked(None, opened)
+    assert counted(tokenizer, ids.chosen, pair.chosen, "reasoning") == ["hm</think>"]  # the space is the next token's
+    assert pair.flags == REASONING_NOT_FOUND and (NO_REASONING, "rejected") in found

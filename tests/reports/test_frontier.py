@@ -121,12 +121,15 @@ def test_what_counts_in_held_out_pairs_is_one_yardstick(tmp_path):
     """The digests of pairs and of what counts in them are equal."""
     sweep, page = masked(tmp_path, ANSWER | YARDSTICK, ALL | YARDSTICK, WEIGHTED | YARDSTICK, digests=["a"] * 3)
     assert recommendation_of(sweep).point is not None and len(frontier_pictures(points_of(sweep), None)) == 4
-    assert "All trials are measured on the same held-out pairs." in page and ">measured on</button>" not in page
+    assert (
+        "on the same held-out pairs, and on the same tokens of them (completion)." in page
+        and ">measured on</button>" not in page
+    )
     assert page.count(">answer + 0.1 reasoning</td>") == 1
     partial = {"eval": {"fraction": 0.1, "train_on": "last_turn"}}
     (tmp_path / "more").mkdir()
     _, page = masked(tmp_path / "more", ANSWER | partial, ALL | partial, digests=["a"] * 2)
-    assert "All trials are measured on the same held-out pairs, on the tokens that count in them: last_turn." in page
+    assert "on the same held-out pairs, and on the same tokens of them (last_turn)." in page
 
 
 def test_parts_that_are_the_same_tokens_compare(tmp_path):
