@@ -278,6 +278,20 @@ def test_a_refusal_says_what_to_change(template, prompt, chosen, remedy):
     assert found.startswith("the chat template refuses it: ") and found.endswith(remedy)
 
 
+@pytest.mark.parametrize(
+    ("first", "told"),
+    [
+        ("system", "their first messages (system) differ, and a pair is two answers to one prompt"),
+        ("user", "their first messages (user) differ, and a pair is two answers to one prompt"),
+        ("assistant", "both begin with the assistant; give what they answer in a column 'prompt'"),
+    ],
+)
+def test_answers_to_different_prompts_are_refused(first, told):
+    sides = ([say(first, text), *PROMPT, FINAL] for text in "AB")
+    found, _ = read(templates.CHATML, dict(zip(("chosen", "rejected"), sides, strict=True)))
+    assert found == f"chosen and rejected have no prompt in common: {told}"
+
+
 def test_several_turns_name_the_setting_that_counts_only_the_assistant(write):
     turns = [FINAL, user("Sure?"), say("assistant", "Yes.", weight=0)]
     lines, _ = lines_of(write, templates.CHATML, record(PROMPT, turns, REJECTED))
