@@ -42,7 +42,7 @@ class Point:
         mark: gid that links pictures and table.
         done: whether the training is complete.
         beta: beta of the last evaluation; None if unknown.
-        accuracy, error: held-out accuracy and its standard error.
+        accuracy, error: held-out accuracy and its standard error; with labels (``of_labels``) the area under the ROC curve.
         low: lower bound of its 95 % interval (Wilson's, which holds for few pairs, too).
         margin: held-out reward margin divided by beta, in ``unit``: nats, or nats a token for a loss per token.
         kl: drift measured on the policy's own answers, nats a token.
@@ -72,6 +72,7 @@ class Point:
     protocol: str | None = None
     held_out: str | None = None
     counted: str | None = None
+    of_labels: bool = False
 
     @property
     def shown(self) -> str:
@@ -140,6 +141,7 @@ def _point(mark: str, trial: TrialRecord) -> Point:
         "" if objective is None else _unit(objective),
         _protocol(evaluation),
         *_measured_on(trial),
+        of_labels="rewards/auc" in scores or bool(labels),
     )
 
 
@@ -311,6 +313,9 @@ def recommend(points: Sequence[Point], drift: Axis) -> Recommendation:
         )
     if left_out := len(points) - len(known):
         reason += f" {left_out} trial(s) lack one of the two figures and were not considered."
+    if chosen.of_labels:
+        reason += " Accuracy is the area under the ROC curve here: how often a desirable answer has a higher reward than an "
+        reason += "undesirable one."
     return Recommendation(reason, chosen)
 
 
