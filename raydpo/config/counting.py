@@ -80,5 +80,6 @@ def counting_texts(data: Mapping[str, Any]) -> tuple[str, str | None]:
         own = held_out.get("train_on") or (usual if held_out.get("path") and len(words) > 1 else None)
         measured = trained if own is None else train_on_text(own)
     if spans := data.get("spans_column"):
-        trained, measured = (text and f"{text} within the spans of {spans}" for text in (trained, measured))
+        within = f" within the spans of {spans}"
+        trained, measured = trained + within, measured and measured + within
     return trained, measured
