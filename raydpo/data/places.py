@@ -31,8 +31,7 @@ class TokenPlaces:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        vocabulary = tokenizer.get_vocab()
-        self._byte_level = _SPACE_OF_BYTES in vocabulary and _SPACE not in vocabulary
+        self._byte_level = _has(tokenizer, _SPACE_OF_BYTES) and not _has(tokenizer, _SPACE)
         self._bytes: dict[int, bytes] = {}
 
     def of(self, text: str, ids: np.ndarray, *, special: bool) -> Place:
@@ -102,6 +101,11 @@ class TokenPlaces:
             return max(common - before, 0) if common == len(start) else None
 
         return place
+
+
+def _has(tokenizer: Any, token: str) -> bool:
+    number = tokenizer.convert_tokens_to_ids(token)
+    return number is not None and tokenizer.convert_ids_to_tokens(number) == token
 
 
 def _by_bytes(text: str, written: bytes, pieces: Sequence[bytes]) -> Place:
