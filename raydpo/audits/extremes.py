@@ -37,7 +37,7 @@ def _ranks(f: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Rank of each pair, [pairs], by kind: the lowest is shown first, NaN = not of this kind."""
     longer = f["length_difference"].astype(float)
     cut, tokens = np.maximum(f["chosen_cut"], f["rejected_cut"]), (f["chosen_tokens"], f["rejected_tokens"])
-    short = np.where(f["label"] == 0, np.minimum(*tokens), np.maximum(*tokens))
+    short = np.where(np.isnan(longer), np.maximum(*tokens), np.minimum(*tokens))  # NaN: there is one completion
     return {
         "The reference is most wrong, by sum": f["ref_margin"],
         "The reference is most wrong, per token": f["ref_chosen_per_token"] - f["ref_rejected_per_token"],

@@ -11,7 +11,7 @@ import polars as pl
 from raydpo.data.facts import LENGTH_BINS
 from raydpo.data.interval import Interval, mean_by_group, share, share_by_group
 
-__all__ = ["LABELS", "PAIR", "counts", "counts_by_source", "figures", "quantiles", "separation"]
+__all__ = ["LABELS", "counts", "counts_by_source", "figures", "pairs_of", "quantiles", "separation"]
 
 QUANTILES = {
     "least": 0,
@@ -31,8 +31,8 @@ FAR_SHARE = 0.01
 
 LABELS = {"desirable": (1, "chosen"), "undesirable": (-1, "rejected")}
 """Labels, their values in column ``label``, and the side whose facts are those of such a completion."""
-PAIR = pl.col("label") == 0
-"""Whether a row is a pair."""
+PAIR = pl.col("length_difference").is_not_null()
+"""Whether a row has two completions."""
 
 
 def _label_counts() -> pl.Expr:
@@ -92,8 +92,7 @@ def figures(frame: pl.DataFrame, counted: dict[str, Any] | None = None) -> dict[
         counted: ``counts`` of the pairs that ``frame`` is a sample of; None if it has them all.
     """
     counted = counts(frame) if counted is None else counted
-    labelled = any(each["all"] for each in counted["labels"].values())
-    pairs = frame.filter(PAIR) if labelled else frame  # a copy, which millions of pairs do not need
+    pairs = pairs_of(frame)
     scored = pairs.filter(pl.col("ref_margin").is_not_null())
     return {
         "pairs": pairs.height,
@@ -105,6 +104,11 @@ def figures(frame: pl.DataFrame, counted: dict[str, Any] | None = None) -> dict[
         "surprise": _surprise(scored),
         **{name: value for name, value in counted.items() if name != "labels"},
     }
+
+
+def pairs_of(frame: pl.DataFrame) -> pl.DataFrame:
+    """The rows with two completions. Where all have, nothing is copied."""
+    return frame.filter(PAIR) if frame["length_difference"].null_count() else frame
 
 
 def separation(

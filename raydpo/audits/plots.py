@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from raydpo.audits.measure import LABELS, PAIR
+from raydpo.audits.measure import LABELS, pairs_of
 from raydpo.pages.plot import BAD, GOOD, INK, PALE, Picture, figure, length_bars, svg
 
 __all__ = ["label_plots", "plots"]
@@ -20,7 +20,7 @@ TRENDS = 16
 
 def plots(frame: pl.DataFrame, figures: dict[str, Any]) -> list[Picture]:
     """Draw the pairs in ``frame``. ``figures`` is the result of ``measure.figures`` for them."""
-    frame = frame.filter(PAIR)
+    frame = pairs_of(frame)
     scored = frame.filter(pl.col("ref_margin").is_not_null())
     pictures = [_differences(frame["length_difference"].to_numpy(), figures)]
     if scored.height > 1:

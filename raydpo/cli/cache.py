@@ -395,11 +395,11 @@ def _export(args: argparse.Namespace, console: Console) -> Any:
     prepared = _prepare(args.config, args.overrides, console)
     from raydpo.data.counting import all_count
     from raydpo.data.lists import all_pairs
-    from raydpo.data.select import COUNT_COLUMNS
+    from raydpo.data.select import COUNT_COLUMNS, LABEL
     from raydpo.reference.exchange import export_pairs
     from raydpo.reference.pairs import join_reference
 
-    table = prepared.sets.train
+    table = prepared.own.train
     if not all_count(table):
         table = table.drop_columns(list(COUNT_COLUMNS))
         console.warn(
@@ -409,7 +409,8 @@ def _export(args: argparse.Namespace, console: Console) -> Any:
     joined = all_pairs(join_reference(table, prepared.cache, "training"))
     decode = prepared.tokeniser.tokenizer.batch_decode
     pairs = export_pairs(joined, lambda ids: decode(ids, skip_special_tokens=False), Path(args.out))
-    console.say(f"{pairs:,} pairs with reference log-probs of {prepared.reference.identity.digest}: {args.out}")
+    unit = "completions" if LABEL in joined.column_names else "pairs"
+    console.say(f"{pairs:,} {unit} with reference log-probs of {prepared.reference.identity.digest}: {args.out}")
     return {"pairs": pairs, "file": args.out, "identity": prepared.reference.identity.digest}
 
 
@@ -422,7 +423,7 @@ def _import(args: argparse.Namespace, console: Console) -> Any:
     from raydpo.reference.exchange import import_sums
 
     prepared.cache.prepare({"model": prepared.reference.path, "adapter": prepared.reference.adapter})
-    columns, pairs = None if args.chosen is None else (args.chosen, args.rejected), prepared.sets.train
+    columns, pairs = None if args.chosen is None else (args.chosen, args.rejected), prepared.own.train
     report = import_sums(prepared.config.data, pairs, prepared.cache, means=args.means, columns=columns)
     console.say(
         f"{report.pairs:,} pairs imported from {' and '.join(report.columns)} as {report.rows:,} unverified rows of "

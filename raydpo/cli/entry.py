@@ -195,12 +195,13 @@ def _sweep(args: argparse.Namespace, console: Console) -> None:
 
 def _show(args: argparse.Namespace, console: Console) -> None:
     config = _config(args)
+    from raydpo.data.lists import count_of
     from raydpo.data.show import render_pairs
 
     most_records = max(_SHOWN_RECORDS, 2 * args.count)
     with console.quiet():
         first, tokeniser = load_first_pairs(config, most_records, console)
-        while not first.whole and first.sets.train.num_rows < args.count:
+        while not first.whole and count_of(first.sets.train) < args.count:
             most_records *= 10
             first, tokeniser = load_first_pairs(config, most_records, console)
     for line in (*first.lines(), *first.sets.report.lines()):

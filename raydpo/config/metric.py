@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 __all__ = ["check_metric", "depends_on_scale", "held_out_metrics", "lower_is_better"]
 
-_LOWER_IS_BETTER = {"loss": True, "chosen_fell": True, "accuracies": False, "margins": False}
+_LOWER_IS_BETTER = {"loss": True, "chosen_fell": True, "accuracies": False, "auc": False, "margins": False}
 """Whether a lower value is better, by the last part of a metric's name. Rewards, log-probs and lengths of one side are left
 out: neither a lower nor a higher value is better."""
 _OF_ALL_PAIRS = (
@@ -16,6 +16,7 @@ _OF_ALL_PAIRS = (
     *("length/chosen", "length/rejected", "length/margin_correlation"),
 )
 _AGAINST_REFERENCE = ("logps/chosen_fell", "logratio/chosen_per_token", "logratio/rejected_per_token")
+_OF_LABELS = ("rewards/auc",)
 _OF_A_SOURCE = ("loss", "rewards/margins", "rewards/accuracies")
 
 
@@ -38,14 +39,15 @@ def depends_on_scale(metric: str) -> bool:
     return _last_part(metric) in ("loss", "margins")
 
 
-def held_out_metrics(sources: Sequence[str], *, reference: bool) -> list[str]:
+def held_out_metrics(sources: Sequence[str], *, reference: bool, labels: bool = False) -> list[str]:
     """Names of all metrics of an evaluation of held-out pairs.
 
     Args:
         sources: sources of the pairs. If there are several, each also has metrics of its own.
         reference: whether log-probs of the reference are known.
+        labels: whether completions may be alone, with a label.
     """
-    names = [*_OF_ALL_PAIRS, *(_AGAINST_REFERENCE if reference else ())]
+    names = [*_OF_ALL_PAIRS, *(_AGAINST_REFERENCE if reference else ()), *(_OF_LABELS if reference and labels else ())]
     names += [f"{source}/{name}" for source in sources for name in _OF_A_SOURCE if len(sources) > 1]
     return [f"eval_{name}" for name in names]
 

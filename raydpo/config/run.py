@@ -192,6 +192,7 @@ class Config(Section):
             # Held-out pairs from a file are one source.
             [source_name(source) for source in self.data.train] if self.data.eval.path is None else [],
             reference=self._may_need_reference,
+            labels=all(traits.unpaired for traits in self.train.traits.values()),
         )
 
     @property

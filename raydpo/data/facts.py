@@ -31,6 +31,7 @@ def pair_facts(pairs: pa.Table, ref_chosen: np.ndarray | None = None, ref_reject
     chosen, rejected = (counted_tokens(pairs, side).astype(np.int64) for side in _SIDES)
     full = [pairs[f"{side}_full"].to_numpy().astype(np.int64) for side in _SIDES]
     label = pairs[LABEL].to_numpy() if LABEL in pairs.column_names else np.zeros(pairs.num_rows, np.int8)
+    alone = (used[0] == 0) | (used[1] == 0)
     copies, copy, opposites = _copies(pairs)
     columns = {
         "pair_id": pairs["pair_id"],
@@ -39,7 +40,7 @@ def pair_facts(pairs: pa.Table, ref_chosen: np.ndarray | None = None, ref_reject
         "prompt_tokens": prompt,
         "chosen_tokens": chosen,
         "rejected_tokens": rejected,
-        "length_difference": pa.array(chosen - rejected, mask=label != 0 if label.any() else None),
+        "length_difference": pa.array(chosen - rejected, mask=alone if alone.any() else None),
         "chosen_uncounted": used[0] - chosen,
         "rejected_uncounted": used[1] - rejected,
         "chosen_cut": full[0] - used[0],
@@ -61,8 +62,12 @@ def pair_facts(pairs: pa.Table, ref_chosen: np.ndarray | None = None, ref_reject
 
 def with_reference(facts: pa.Table, ref_chosen: np.ndarray, ref_rejected: np.ndarray) -> pa.Table:
     """Rows of ``pair_facts`` with their columns of the reference. Arguments as there, for these rows."""
-    label, unknown = facts["label"].to_numpy(), np.isnan(ref_chosen) | np.isnan(ref_rejected)
-    lacking = {"chosen": unknown | (label < 0), "rejected": unknown | (label > 0), "margin": unknown | (label != 0)}
+    unknown = np.isnan(ref_chosen) | np.isnan(ref_rejected)
+    lacking = {
+        side: unknown | ((facts[f"{side}_tokens"].to_numpy() == 0) & (facts[f"{side}_uncounted"].to_numpy() == 0))
+        for side in _SIDES
+    }
+    lacking["margin"] = lacking["chosen"] | lacking["rejected"]
     with np.errstate(invalid="ignore"):  # the missing side of a completion alone: 0 nats, 0 tokens
         reference = {
             "ref_chosen_logps": ref_chosen,

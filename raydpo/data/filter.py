@@ -12,12 +12,11 @@ import pyarrow.compute as pc
 from raydpo.config import DataConfig
 from raydpo.config.filter import PairFilter
 from raydpo.data.facts import pair_facts
-from raydpo.data.lists import all_pairs, begins
+from raydpo.data.lists import all_pairs, starts_of_table
 from raydpo.data.pairs import PairSets
-from raydpo.data.select import LIST_COLUMNS
 from raydpo.errors import DataError
 
-__all__ = ["filter_pairs", "filtered_by_tokens", "left_out", "pairs_to_keep"]
+__all__ = ["filter_pairs", "filtered_by_tokens", "kept_rows", "left_out", "pairs_to_keep"]
 
 
 def pairs_to_keep(condition: PairFilter, facts: pa.Table) -> np.ndarray:
@@ -44,10 +43,18 @@ def pairs_to_keep(condition: PairFilter, facts: pa.Table) -> np.ndarray:
     return keep
 
 
-def filter_pairs(
+def filter_pairs(condition: PairFilter, pairs: pa.Table) -> tuple[pa.Table, str]:
+    """The pairs that meet ``condition``, and a line for the user. Errors as of ``kept_rows``."""
+    keep, line = kept_rows(condition, pairs)
+    return pairs.filter(pa.array(keep)), line
+
+
+def kept_rows(
     condition: PairFilter, pairs: pa.Table, ref_chosen: np.ndarray | None = None, ref_rejected: np.ndarray | None = None
-) -> tuple[pa.Table, str]:
-    """The pairs that meet ``condition``, and a line for the user.
+) -> tuple[np.ndarray, str]:
+    """Which rows of a table of pairs meet ``condition``, bool [rows], and a line for the user.
+
+    A ranked list meets it if all pairs of a better and a worse completion do.
 
     Args:
         ref_chosen, ref_rejected: see ``data.facts.pair_facts``.
@@ -55,31 +62,23 @@ def filter_pairs(
     Raises:
         DataError: if the condition has no value for some pair, or is true for none.
     """
-    if LIST_COLUMNS[0] in pairs.column_names:
-        return _filter_lists(condition, pairs, ref_chosen, ref_rejected)
-    facts = pair_facts(pairs, ref_chosen, ref_rejected)
-    keep = pairs_to_keep(condition, facts)
-    return pairs.filter(pa.array(keep)), left_out(condition, facts, keep)
-
-
-def _filter_lists(
-    condition: PairFilter, rows: pa.Table, ref_chosen: np.ndarray | None, ref_rejected: np.ndarray | None
-) -> tuple[pa.Table, str]:
-    """As ``filter_pairs``: the ranked lists of which all pairs of a better and a worse completion meet the condition."""
-    numbers = rows.append_column("filtered_list", rows[LIST_COLUMNS[0]])
+    starts = starts_of_table(pairs)
+    if starts is None:
+        facts = pair_facts(pairs, ref_chosen, ref_rejected)
+        keep = pairs_to_keep(condition, facts)
+        return keep, left_out(condition, facts, keep)
+    sizes, own = np.diff(starts), {"filtered": np.repeat(np.arange(len(starts) - 1), np.diff(starts))}
     if ref_chosen is not None and ref_rejected is not None:
-        for name, sums in (("filtered_chosen", ref_chosen), ("filtered_rejected", ref_rejected)):
-            numbers = numbers.append_column(name, pa.array(sums))
-    pairs = all_pairs(numbers)
-    sums = [pairs[name].to_numpy() for name in ("filtered_chosen", "filtered_rejected") if name in pairs.column_names]
-    unmet = pairs["filtered_list"].filter(pa.array(~pairs_to_keep(condition, pair_facts(pairs, *sums))))
-    keep = pc.invert(pc.is_in(rows[LIST_COLUMNS[0]], unmet.combine_chunks()))
-    if not pc.any(keep).as_py():
-        raise DataError(
-            f"data.filter {condition.expression!r} leaves none of the lists whole: each has a pair that fails it"
-        )
-    begin = pa.array(begins(rows[LIST_COLUMNS[0]]))
-    return rows.filter(keep), left_out(condition, rows.filter(begin), keep.filter(begin).to_numpy(), "lists")
+        own |= {"filtered_chosen": ref_chosen, "filtered_rejected": ref_rejected}
+    for name, values in own.items():
+        pairs = pairs.append_column(name, pa.array(values))
+    compared = all_pairs(pairs)
+    sums = [compared[name].to_numpy() for name in list(own)[1:]]
+    met = pairs_to_keep(condition, pair_facts(compared, *sums))
+    keep = np.bincount(compared["filtered"].to_numpy(), ~met, minlength=len(sizes)) == 0
+    if not keep.any():
+        raise DataError(f"data.filter {condition.expression!r} leaves none of {len(keep):,} lists: in each, a pair fails it")
+    return np.repeat(keep, sizes), left_out(condition, pairs.take(pa.array(starts[:-1])), keep, "lists")
 
 
 def left_out(condition: PairFilter, facts: pa.Table, keep: np.ndarray, unit: str = "pairs") -> str:

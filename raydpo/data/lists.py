@@ -19,7 +19,19 @@ from raydpo.data.shapes import common_prefix
 if TYPE_CHECKING:
     from raydpo.data.tokenise import TokenisedPair
 
-__all__ = ["NO_RANK", "aligned", "all_or_none", "all_pairs", "begins", "compared", "most_agreed", "rows_of", "starts_of"]
+__all__ = [
+    "NO_RANK",
+    "aligned",
+    "all_or_none",
+    "all_pairs",
+    "begins",
+    "compared",
+    "count_of",
+    "most_agreed",
+    "rows_of",
+    "starts_of",
+    "starts_of_table",
+]
 
 _LIST = "list"
 """The first of ``select.LIST_COLUMNS``."""
@@ -40,6 +52,19 @@ def begins(numbers: pa.ChunkedArray | np.ndarray) -> np.ndarray:
 def starts_of(begin: np.ndarray) -> np.ndarray:
     """First row of each list, and the number of rows at the end: int64 [lists + 1]."""
     return np.append(np.flatnonzero(begin), len(begin)).astype(np.int64)
+
+
+def starts_of_table(table: pa.Table) -> np.ndarray | None:
+    """``starts_of`` the rows of a table that ``select`` returns; None if they are pairs."""
+    return starts_of(begins(table[_LIST])) if _LIST in table.column_names else None
+
+
+def count_of(table: pa.Table | None) -> int:
+    """Number of pairs of such a table, or of its ranked lists; 0 without a table."""
+    if table is None:
+        return 0
+    starts = starts_of_table(table)
+    return table.num_rows if starts is None else len(starts) - 1
 
 
 def rows_of(starts: np.ndarray, lists: Sequence[int] | np.ndarray) -> np.ndarray:

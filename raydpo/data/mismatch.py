@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from raydpo.config import Config, TrainConfig
 from raydpo.data.index import as_bytes
 from raydpo.data.keys import completion_key
 from raydpo.data.ragged import Ragged, tokens_in_use
@@ -23,12 +24,23 @@ from raydpo.data.rows import TOKEN_SCHEMA, TokenSource
 from raydpo.data.select import COUNT_COLUMNS, LABEL, PairSets
 from raydpo.data.spool import Spool
 
-__all__ = ["MismatchedTokens", "with_mismatched"]
+__all__ = ["MismatchedTokens", "as_trained", "mismatched_run", "with_mismatched"]
 
 _SIDES = ("chosen", "rejected")
 _BLOCK_ROWS = 10_000
 _PLACE_BITS = 44
 """Bits of a place in a code ``set << _PLACE_BITS | place``."""
+
+
+def mismatched_run(train: TrainConfig) -> int | None:
+    """Rows within which completions are mismatched, see ``with_mismatched``; None if the loss needs none."""
+    return train.pairs_per_step if train.estimates_drift else None
+
+
+def as_trained(sets: PairSets, config: Config) -> PairSets:
+    """``sets`` with the mismatched completions that the loss needs."""
+    run = mismatched_run(config.train)
+    return sets if run is None else with_mismatched(sets, run, config.data.max_length)
 
 
 def with_mismatched(sets: PairSets, run: int, max_length: int) -> PairSets:

@@ -61,8 +61,8 @@ _SENTENCES = {
     ),
     PROMPT_IN_ANSWER: (
         "warning: in {count} pairs the chat template writes the prompt otherwise before a completion, so that texts of the "
-        "prompt stand in the completion and count as its tokens: {all}; set data.train_on=assistant, which counts what the "
-        "assistant writes, or make each turn a pair of its own"
+        "prompt stand in the completion: {all}; set data.train_on=assistant, with which they do not count, or make each "
+        "turn a pair of its own"
     ),
     THOUGHT_TWICE: (
         "warning: in {count} pairs a thought stands in a field and in the content of a message, and the chat template "

@@ -11,6 +11,7 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from raydpo.data.counting import token_weights
+from raydpo.data.lists import starts_of_table
 from raydpo.data.select import COUNT_COLUMNS, LABEL, LIST_COLUMNS
 from raydpo.data.tokenise import Tokeniser
 
@@ -27,7 +28,7 @@ _LONGEST_CHARACTER = 4
 
 
 def render_pairs(table: pa.Table, tokeniser: Tokeniser, count: int, *, coloured: bool = True) -> Iterator[RenderableType]:
-    """The first ``count`` pairs of a table of ``pairs.PAIR_SCHEMA``, as rich renderables.
+    """The first ``count`` pairs, or ranked lists, of a table of ``pairs.PAIR_SCHEMA``, as rich renderables.
 
     The prompt is dim (no loss). Completion tokens that count are coloured (loss), every second one underlined to show where
     one ends; those that do not count are dim. Where weights other than 0 and 1 occur, each run of tokens begins with its
@@ -38,13 +39,11 @@ def render_pairs(table: pa.Table, tokeniser: Tokeniser, count: int, *, coloured:
         coloured: whether the output shows colours. If not, each run of tokens of a completion of which not everything counts
             is on lines of its own, below one that says how many tokens it has and how much they count.
     """
-    first = table.slice(0, count)
+    starts = starts_of_table(table)
+    first = table.slice(0, count if starts is None else int(starts[: count + 1][-1]))
     for number, row in enumerate(first.to_pylist()):
-        yield Text(_visible(f"\n{row['pair_id']}  (source {row['source']}, weight {row['weight']:g})"), style="bold")
-        if LIST_COLUMNS[0] in row:
-            yield Text(f"ranked list {row[LIST_COLUMNS[0]]}, the best completion has place 1", style=_FACTS)
-        ids = row["prompt_ids"]
-        yield _heading("prompt", f"{len(ids)} tokens, no loss").append_text(_tokens(ids, [], tokeniser.tokenizer, _NO_LOSS))
+        if starts is None or number in starts:
+            yield from _begin(row, tokeniser.tokenizer)
         for side, name in _completions(row):
             weights = token_weights(first, side, number)
             masked = COUNT_COLUMNS[0] in row and bool((weights != 1).any())
@@ -52,6 +51,15 @@ def render_pairs(table: pa.Table, tokeniser: Tokeniser, count: int, *, coloured:
             told = _facts(row, side, weights if masked else None) + (", the others are dim" if masked and dim else "")
             text = _heading(name, f"{told}, key {row[f'{side}_key'].hex()}")
             yield text.append_text(_completion(row, side, weights if masked else None, tokeniser.tokenizer, coloured))
+
+
+def _begin(row: dict[str, Any], tokenizer: Any) -> Iterator[RenderableType]:
+    """The name of a pair or of a ranked list, and its prompt."""
+    yield Text(_visible(f"\n{row['pair_id']}  (source {row['source']}, weight {row['weight']:g})"), style="bold")
+    if LIST_COLUMNS[0] in row:
+        yield Text("a ranked list, the best completion has place 1", style=_FACTS)
+    ids = row["prompt_ids"]
+    yield _heading("prompt", f"{len(ids)} tokens, no loss").append_text(_tokens(ids, [], tokenizer, _NO_LOSS))
 
 
 def _completions(row: dict[str, Any]) -> list[tuple[str, str]]:

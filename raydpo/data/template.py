@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from datetime import date, datetime
 from functools import cached_property
 from hashlib import blake2b
@@ -244,6 +244,8 @@ class ChatTemplate:
         content = message.get("content")
         parts = [part for part in content if _is_thought_part(part)] if isinstance(content, list) else []
         fields = [key for key in message if is_thought(key) and message[key]]
+        if any("text" in part for part in parts) and not self.probes.thought_fields:
+            raise Malformed(_refused_parts("assistant", parts))  # it would write them as a part of the answer
         if parts and not fields and not self.probes.reads_thought_parts and self.probes.thought_fields:
             thought = "\n\n".join(map(_text_of_thought, parts))
             rest = [part for part in content if not _is_thought_part(part)]  # type: ignore[union-attr]
@@ -403,20 +405,19 @@ def _joined(parts: list[Any], role: str) -> Any:
     if all(isinstance(text, str) for text in texts):
         return "".join(texts)
     if role in ("system", "developer", "user", "assistant"):
-        others = sorted(
-            {str(part.get("type"))[:40] for part in parts if isinstance(part, Mapping)} - {*map(str, TEXT_PARTS)}
-        )
-        raise Malformed(
-            f"content of role {role!r} has parts other than text ({', '.join(others[:3]) or 'no type'}), which the chat "
-            f"template cannot take{_remedy_of_parts(others)}"
-        )
+        raise Malformed(_refused_parts(role, parts))
     return parts  # the result of a tool may be any JSON
 
 
-def _remedy_of_parts(kinds: Sequence[str]) -> str:
-    """What to do about content parts of these types, in words."""
+def _refused_parts(role: str, parts: list[Any]) -> str:
+    """What to say of content with parts that are not text."""
+    kinds = sorted({str(part.get("type"))[:40] for part in parts if isinstance(part, Mapping)} - {*map(str, TEXT_PARTS)})
+    remedy = "write their text as parts of type 'text'"
     if any(kind in THOUGHT_PARTS for kind in kinds):
-        return "; write thoughts into the text, in <think> and </think>"
-    if any(kind in ("tool_use", "tool_result") for kind in kinds):
-        return "; write tool_calls, and results as messages of role 'tool'"
-    return "; write their text as parts of type 'text'"
+        remedy = "write thoughts into the text, in <think> and </think>"
+    elif any(kind in ("tool_use", "tool_result") for kind in kinds):
+        remedy = "write tool_calls, and results as messages of role 'tool'"
+    return (
+        f"content of role {role!r} has parts other than text ({', '.join(kinds[:3]) or 'no type'}), which the chat template "
+        f"cannot take; {remedy}"
+    )

@@ -16,7 +16,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raydpo.config import Config, TrainConfig
-from raydpo.data.lists import rows_of
+from raydpo.data.lists import count_of, rows_of, starts_of_table
+from raydpo.data.mismatch import as_trained
 from raydpo.data.pairs import PairSets
 from raydpo.data.plan import epoch_order, split_over_ranks
 from raydpo.data.shapes import LayoutName
@@ -24,7 +25,7 @@ from raydpo.data.simulate import STEPS, WORLD_SIZES, Simulation, amounts, deal, 
 from raydpo.errors import ConfigError
 from raydpo.estimate.modes import Modes
 from raydpo.estimate.tokenising import Tokenising
-from raydpo.estimate.work import by_scale, evaluation_pass, lengths_of, list_starts, reference_pass, shapes_of_steps
+from raydpo.estimate.work import by_scale, evaluation_pass, lengths_of, reference_pass, shapes_of_steps
 from raydpo.model.cost import ModelCost
 
 __all__ = [
@@ -187,7 +188,7 @@ def make_plan(
     for name, value, least in (("--workers", workers, 1), ("--runs", runs, 1), ("--price", price, 0)):
         if value is not None and not value >= least:
             raise ConfigError(f"{name} is {value:g}; at least {least} is expected")
-    train = config.train
+    sets, train = as_trained(sets, config), config.train
     layout: LayoutName = "tree" if config.model.layout == "auto" else config.model.layout
     together = train.sequence_parallel
     budget = _budget(train.tokens_per_batch) * together  # of all workers that share a micro-batch
@@ -256,7 +257,7 @@ def make_plan(
         for times, (table,) in by_scale([sets.eval], scales):
             looked_at, once = evaluation_pass(table, budget, layout)
             planned["held_out_pairs"] += looked_at
-            held_out_pairs += times * len(lengths_of(table)[0])
+            held_out_pairs += times * count_of(table)
             held_out += times * once * (1 + -(-steps // train.eval_every))
 
     def of_training(flops: float, rate: float, lost: float) -> Stage:
@@ -319,14 +320,14 @@ def sample_pairs(config: Config, table: pa.Table, count: int = 32) -> pa.Table:
     """The first ``count`` pairs, or ranked lists, of a run, for a measurement."""
     sources, weights, _ = _sources(table, {})
     order = training_order(sources, weights, seed=config.train.seed, shuffle=config.data.shuffle, count=count)
-    starts = list_starts(table)
+    starts = starts_of_table(table)
     return table.take(pa.array(order if starts is None else rows_of(starts, order)))
 
 
 def _sources(table: pa.Table, scales: Mapping[str, float]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Index of the source of each pair or ranked list, int [pairs], weight of each source, and number of pairs for which one
     of its pairs stands, float [sources]."""
-    starts = list_starts(table)
+    starts = starts_of_table(table)
     table = table if starts is None else table.take(pa.array(starts[:-1]))
     column = table["source"]
     names = column.unique()  # in order of their first pairs, as in training

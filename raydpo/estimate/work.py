@@ -8,10 +8,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from raydpo.data.lists import begins, starts_of
+from raydpo.data.lists import starts_of_table
 from raydpo.data.plan import fill_batches
 from raydpo.data.ragged import Ragged
-from raydpo.data.select import LIST_COLUMNS
 from raydpo.data.shapes import LayoutName, PositionCost, Shapes
 from raydpo.data.simulate import amounts
 from raydpo.model.layout import PromptGroup, shapes_of
@@ -22,7 +21,6 @@ __all__ = [
     "by_scale",
     "evaluation_pass",
     "lengths_of",
-    "list_starts",
     "pair_groups",
     "reference_pass",
     "shapes_of_steps",
@@ -35,16 +33,11 @@ RUNS = 5
 _SIDES = ("prompt", "chosen", "rejected")
 
 
-def list_starts(table: pa.Table) -> np.ndarray | None:
-    """The first row of each ranked list of a table, see ``data.lists.starts_of``; None if its rows are pairs."""
-    return starts_of(begins(table[LIST_COLUMNS[0]])) if LIST_COLUMNS[0] in table.column_names else None
-
-
 def pair_groups(table: pa.Table, items: Iterable[int] | None = None) -> tuple[list[PromptGroup], Shapes]:
     """The pairs, or the ranked lists, with these numbers (None = all) of a table of ``data.pairs.PAIR_SCHEMA``: groups of a
     prompt and its completions, and their shapes."""
     prompts, *sides = (Ragged.of(table[f"{side}_ids"]) for side in _SIDES)
-    starts = list_starts(table)
+    starts = starts_of_table(table)
     starts = np.arange(table.num_rows + 1) if starts is None else starts
     items = range(len(starts) - 1) if items is None else map(int, items)
     groups = [
@@ -61,7 +54,7 @@ def lengths_of(table: pa.Table) -> list[np.ndarray]:
     """Tokens of the prompt, the chosen and the rejected completion of each pair, int32 [pairs] each. Of each ranked list
     those of the prompt and of all its completions; 0 beyond the last of a shorter list."""
     prompt, *sides = (pc.list_value_length(table[f"{side}_ids"]).to_numpy().astype(np.int32, copy=False) for side in _SIDES)
-    if (starts := list_starts(table)) is None:
+    if (starts := starts_of_table(table)) is None:
         return [prompt, *sides]
     sizes = np.diff(starts)
     places = np.arange(table.num_rows) - np.repeat(starts[:-1], sizes)

@@ -5,6 +5,7 @@ Shapes: n = pairs.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from raydpo.config import ObjectiveConfig
 from raydpo.data.facts import LENGTH_BINS
 from raydpo.data.interval import by_group, mean_by_group, share_by_group
+from raydpo.data.separation import auc_by_group
 from raydpo.errors import RaydpoError
 from raydpo.losses import PairLogps, implicit_rewards
 from raydpo.losses.pairs import TIE
@@ -32,7 +34,8 @@ class ScoredPairs:
     """Sums of log-probs over the completions of n pairs, nats; numbers of tokens; source and number of the prompt of each
     pair. Each is [n].
 
-    Sums are over the tokens that count, each times its weight, and numbers of tokens are the sums of these weights.
+    Sums are over the tokens that count, each times its weight, and numbers of tokens are the sums of these weights. Rows of
+    which ``labels`` is 1 or -1 have a chosen or a rejected completion alone; None = all are pairs.
     """
 
     chosen: np.ndarray
@@ -43,6 +46,20 @@ class ScoredPairs:
     rejected_tokens: np.ndarray
     sources: np.ndarray
     prompts: np.ndarray
+    labels: np.ndarray | None = None
+
+    def take(self, mask: np.ndarray) -> ScoredPairs:
+        """The rows for which ``mask``, bool [n], is true."""
+        return ScoredPairs(*(None if each is None else each[mask] for each in vars(self).values()))
+
+    def rewards(self, beta: float, objective: ObjectiveConfig) -> tuple[np.ndarray, np.ndarray]:
+        """Return the rewards of chosen and rejected completions by ``objective``, [n] each."""
+        sums = (self.chosen, self.rejected, self.ref_chosen, self.ref_rejected)
+        # A side without tokens has no mean.
+        tokens = (np.where(each == 0, 1, each) for each in (self.chosen_tokens, self.rejected_tokens))
+        logps = PairLogps(*(torch.from_numpy(np.asarray(each, np.float64)) for each in (*sums, *tokens)))
+        chosen, rejected = implicit_rewards(objective, logps, beta)
+        return chosen.numpy(), rejected.numpy()
 
     def margins(self, beta: float, objective: ObjectiveConfig) -> np.ndarray:
         """Return reward of the chosen completion minus reward of the rejected one, [n], by the rewards of ``objective``.
@@ -50,11 +67,9 @@ class ScoredPairs:
         Raises:
             RaydpoError: if a margin is not finite, for example the exponential of a divergence.
         """
-        sums = (self.chosen, self.rejected, self.ref_chosen, self.ref_rejected)
-        numbers = (*sums, self.chosen_tokens, self.rejected_tokens)
-        logps = PairLogps(*(torch.from_numpy(np.asarray(each, np.float64)) for each in numbers))
-        chosen, rejected = implicit_rewards(objective, logps, beta)
-        margins = (chosen - rejected).numpy()
+        chosen, rejected = self.rewards(beta, objective)
+        with np.errstate(invalid="ignore"):  # infinite ones are refused below
+            margins = chosen - rejected
         if not np.isfinite(margins).all():
             raise RaydpoError(
                 f"the rewards of {np.count_nonzero(~np.isfinite(margins)):,} pairs are not finite under "
@@ -87,7 +102,17 @@ def measure_preferences(pairs: ScoredPairs, beta: float, objective: ObjectiveCon
     - ``longer_is_wrong``, ``longer_is_right``: accuracy where the rejected, or the chosen, completion is longer. A policy
       that prefers length is poor at the former and good at the latter.
     - ``chosen_fell``: share whose chosen completion is less likely than under the reference.
+
+    With completions alone there is also ``labels``, of them all and by source, and the figures above are of the pairs:
+
+    - ``auc``: probability that a desirable completion has a higher reward than an undesirable one (``data.separation``).
+    - ``desirable_rose``, ``undesirable_fell``: share of each that is more, or less, likely than under the reference.
+    - ``desirable_reward``, ``undesirable_reward``: mean rewards.
     """
+    if pairs.labels is not None:
+        alone = pairs.labels != 0
+        found = measure_preferences(dataclasses.replace(pairs.take(~alone), labels=None), beta, objective)
+        return found | {"labels": _of_labels(pairs.take(alone), beta, objective)}
     margins = pairs.margins(beta, objective)
     wins = pairs.wins(margins, objective)
     difference = pairs.chosen_tokens - pairs.rejected_tokens
@@ -103,6 +128,32 @@ def measure_preferences(pairs: ScoredPairs, beta: float, objective: ObjectiveCon
         "total": figures(np.ones(len(margins), bool)),
         "by_source": {name: figures(pairs.sources == name) for name in dict.fromkeys(pairs.sources.tolist())},
         "by_length": by_length,
+    }
+
+
+def _of_labels(alone: ScoredPairs, beta: float, objective: ObjectiveConfig) -> dict[str, Any]:
+    """Figures of completions alone, see ``measure_preferences``."""
+    good = alone.labels > 0
+    rewards = np.where(good, *alone.rewards(beta, objective))
+    moved = np.where(good, alone.chosen - alone.ref_chosen, alone.rejected - alone.ref_rejected)
+    tokens = np.where(good, alone.chosen_tokens, alone.rejected_tokens)
+    rose = np.where(np.abs(moved) <= TIE * tokens, 0.5, moved > 0)
+
+    def figures(mask: np.ndarray) -> dict[str, Any]:
+        kinds = {"desirable": mask & good, "undesirable": mask & ~good}
+        return {
+            "completions": int(mask.sum()),
+            "prompts": len(np.unique(alone.prompts[mask])),
+            **{name: int(of.sum()) for name, of in kinds.items()},
+            "auc": auc_by_group(rewards[mask], alone.labels[mask], alone.prompts[mask]),
+            "desirable_rose": share_by_group(rose[kinds["desirable"]], alone.prompts[kinds["desirable"]]),
+            "undesirable_fell": share_by_group(1 - rose[kinds["undesirable"]], alone.prompts[kinds["undesirable"]]),
+            **{f"{name}_reward": mean_by_group(rewards[of], alone.prompts[of]) for name, of in kinds.items()},
+        }
+
+    return {
+        "total": figures(np.ones(len(good), bool)),
+        "by_source": {name: figures(alone.sources == name) for name in dict.fromkeys(alone.sources.tolist())},
     }
 
 

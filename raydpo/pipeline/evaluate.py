@@ -29,7 +29,7 @@ from raydpo.data.counting import counts
 from raydpo.data.facts import prompt_numbers
 from raydpo.data.lists import all_pairs
 from raydpo.data.pairs import load_pairs
-from raydpo.data.select import COUNT_COLUMNS
+from raydpo.data.select import COUNT_COLUMNS, LABEL
 from raydpo.data.tokenise import Tokeniser
 from raydpo.errors import CacheMissError, ConfigError, RaydpoError
 from raydpo.evaluation.display import print_evaluation
@@ -302,9 +302,9 @@ class _Evaluation:
     def _scored_pairs(self) -> ScoredPairs:
         policy, reference = self._log_probs(self.pairs)
         tokens = (counts(self.pairs, side) for side in ("chosen", "rejected"))
-        return ScoredPairs(
-            *policy, *reference, *tokens, np.array(self.pairs["source"].to_pylist(), object), prompt_numbers(self.pairs)
-        )
+        sources = np.array(self.pairs["source"].to_pylist(), object)
+        labels = self.pairs[LABEL].to_numpy() if LABEL in self.pairs.column_names else None
+        return ScoredPairs(*policy, *reference, *tokens, sources, prompt_numbers(self.pairs), labels)
 
     def _log_probs(self, pairs: pa.Table) -> list[list[np.ndarray]]:
         """Return sums over chosen and rejected completions, by policy and by reference: float64 [pairs] each."""

@@ -22,7 +22,7 @@ from raydpo.data.counting import all_count, mask_digests
 from raydpo.data.imbalance import label_doubts
 from raydpo.data.index import as_bytes
 from raydpo.data.lists import all_pairs, begins
-from raydpo.data.mismatch import with_mismatched
+from raydpo.data.mismatch import as_trained
 from raydpo.data.rows import PAIR_MARGIN, PAIR_WEIGHT
 from raydpo.data.select import LABEL, LIST_COLUMNS, PairSets
 from raydpo.data.tokenise import Tokeniser
@@ -40,7 +40,6 @@ __all__ = [
     "Prepared",
     "checked",
     "measured_pairs",
-    "mismatched_run",
     "native_dtype",
     "open_reference",
     "reference_line",
@@ -110,7 +109,7 @@ class Prepared:
         dtype = native if model.dtype == "auto" else model.dtype
         policy_dir = resolve_model(model.path)
         tokeniser, own = (both := tokenised or Tokenised.of(config, console)).tokeniser, both.sets
-        sets = _as_trained(own, config)
+        sets = as_trained(own, config)
         for line in label_doubts(own.train, config.train):
             console.warn(line)
         spec, cache = open_reference(config, native)
@@ -130,7 +129,7 @@ class Prepared:
 
     def trained_by(self, config: Config) -> Prepared:
         """The same pairs and models for another configuration, whose loss may need other mismatched completions."""
-        sets = _as_trained(self.own, config)
+        sets = as_trained(self.own, config)
         digest = functools.cache(lambda: _digest(sets.train))
         return replace(self, config=config, sets=sets, pairs_digest=digest)
 
@@ -187,16 +186,6 @@ class Prepared:
             | {f"train.{key}": value for key, value in train.items()}
             | {f"train.loss (source of {name})": digest for name, digest in own_sources(config.train).items()}
         )
-
-
-def mismatched_run(config: Config) -> int | None:
-    """Rows within which completions are mismatched (``data.mismatch.with_mismatched``); None if the loss needs none."""
-    return config.train.pairs_per_step if config.train.estimates_drift else None
-
-
-def _as_trained(own: PairSets, config: Config) -> PairSets:
-    run = mismatched_run(config)
-    return own if run is None else with_mismatched(own, run, config.data.max_length)
 
 
 def native_dtype() -> str:

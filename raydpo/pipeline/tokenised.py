@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from raydpo.cluster.session import has_ray, owns_ray, session, starts_own_ray
 from raydpo.config import Config
 from raydpo.data.filter import filtered_by_tokens
+from raydpo.data.lists import count_of
 from raydpo.data.select import PairSets
 from raydpo.data.tokenise import Tokeniser, load_tokenizer
 from raydpo.errors import CacheError, RaydpoError
@@ -65,10 +66,10 @@ class Tokenised:
         sets, line = filtered_by_tokens(sets, config.data)
         if line:
             console.say(line)
-        held_out = 0 if sets.eval is None else sets.eval.num_rows
+        unit, train, held_out = sets.report.unit, count_of(sets.train), count_of(sets.eval)
         how = "tokenised while scoring, read in" if streamed else "tokenised in" if made else "tokenised before, read in"
         seconds = time.perf_counter() - started
-        console.say(f"pairs: {sets.train.num_rows:,} to train on, {held_out:,} held out, {how} {seconds:.1f} s")
+        console.say(f"{unit}: {train:,} to train on, {held_out:,} held out, {how} {seconds:.1f} s")
         for line in tokenizer_warnings(tokeniser.tokenizer, _models_of(config), config.model.trust_remote_code):
             console.warn(line)
         for line in check_limits([sets.train, *([] if sets.eval is None else [sets.eval])], limits_of(config)):

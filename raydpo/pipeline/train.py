@@ -15,8 +15,8 @@ from raydpo.cluster.preflight import check_cluster
 from raydpo.cluster.resources import Resources, resources_for
 from raydpo.cluster.session import owns_ray, session
 from raydpo.config import Config
-from raydpo.data.facts import pair_facts
-from raydpo.data.filter import left_out, pairs_to_keep
+from raydpo.data.filter import kept_rows
+from raydpo.data.lists import count_of
 from raydpo.data.ragged import tokens_in_use
 from raydpo.model.cost import ModelCost
 from raydpo.pipeline.checks import check_labels
@@ -73,7 +73,7 @@ class Joined:
 
     Attributes:
         pairs, held_out: their files; ``held_out`` is None if nothing is held out.
-        training_pairs: number of ``pairs``.
+        training_pairs: number of ``pairs``, or of ranked lists.
         fused: whether fused functions computed the log-probs; empty if that is not known.
     """
 
@@ -117,10 +117,9 @@ def join_sets(prepared: Prepared, folder: PairFolder, console: Console) -> Joine
     if prepared.filter_by_reference is not None:
         own, condition = prepared.own.train, prepared.filter_by_reference  # no condition on mismatched completions
         sums = (np.where(tokens_in_use(own, side) > 0, pairs[f"ref_{side}_sum"], 0.0) for side in SIDES)
-        facts = pair_facts(own, *sums)
-        keep = pairs_to_keep(condition, facts)
+        keep, line = kept_rows(condition, own, *sums)
         pairs = pairs.filter(pa.array(keep))
-        console.say(left_out(condition, facts, keep))
+        console.say(line)
     held_out = prepared.sets.eval
     held_logps: Sequence[np.ndarray] = ()
     if held_out is not None and compares:
@@ -130,7 +129,7 @@ def join_sets(prepared: Prepared, folder: PairFolder, console: Console) -> Joine
     return Joined(
         folder.write(pairs, logps, tokens),
         None if held_out is None else folder.write(held_out, held_logps, tokens, prompts=True),
-        pairs.num_rows,
+        count_of(pairs),
         frozenset(cache.fused if compares else ()),
     )
 
@@ -300,7 +299,8 @@ def _summarise(
         "first_loss": steps[0]["loss"],
         "last_loss": steps[-1]["loss"],
         "training_pairs": training_pairs,
-        "held_out_pairs": 0 if prepared.sets.eval is None else prepared.sets.eval.num_rows,
+        "held_out_pairs": count_of(prepared.sets.eval),
+        "unit": prepared.sets.report.unit,
         "eval_before": evals[0] if evals else None,
         "eval_after": evals[-1] if evals else None,
         "reference": dict(zip(("path", "adapter", "identity", "cache"), reference, strict=True)),

@@ -49,7 +49,7 @@ def evaluation_part(evaluation: dict[str, Any]) -> EvaluationPart:
         shares = [each["accuracy"] for each in known]
         pictures.append(length_bars("Accuracy by length", caption, known, shares, "accuracy"))
     about = (
-        f"{total['pairs']:,} pairs of {', '.join(evaluation['data'])}, beta {evaluation['beta']:g}, reference "
+        f"{_measured(preferences)} of {', '.join(evaluation['data'])}, beta {evaluation['beta']:g}, reference "
         f"{evaluation['reference']['path']}."
     )
     if counted := evaluation.get("train_on"):
@@ -66,14 +66,24 @@ def evaluation_part(evaluation: dict[str, Any]) -> EvaluationPart:
     return EvaluationPart(about, evaluation_tables(evaluation), pictures, shown_samples(evaluation.get("samples")))
 
 
+def _measured(preferences: dict[str, Any]) -> str:
+    """``3 pairs``, ``3 completions with labels``, or both."""
+    pairs, alone = preferences["total"]["pairs"], ((preferences.get("labels") or {}).get("total") or {}).get("completions")
+    told = [f"{pairs:,} pairs"] if pairs or not alone else []
+    return " and ".join([*told, *([f"{alone:,} completions with labels"] if alone else [])])
+
+
 def shown_samples(samples: list[dict[str, str]] | None) -> list[dict[str, str]]:
     """Return the samples with visible signs in place of invisible characters and those that change the writing direction."""
     return [{side: shown(said) for side, said in sample.items()} for sample in samples or []]
 
 
 def evaluation_tables(evaluation: dict[str, Any]) -> list[Table]:
-    """Return the tables of an evaluation: preferences first, then answers, drift and wins, where they were measured."""
-    tables = [_preferences(evaluation)]
+    """Return the tables of an evaluation: preferences over pairs and over labels first, then answers, drift and wins, where
+    they were measured."""
+    tables = [_preferences(evaluation)] if evaluation["preferences"]["total"]["pairs"] else []
+    if labels := evaluation["preferences"].get("labels"):
+        tables.append(_labels(labels))
     if generation := evaluation.get("generation"):
         tables.append(_generation(generation))
     if drift := evaluation.get("drift"):
@@ -109,6 +119,24 @@ def _preferences(evaluation: dict[str, Any]) -> Table:
     rows = [Row(name, [read(each) for read in columns.values()]) for name, each in groups]
     which = "held-out pairs" if evaluation.get("held_out") else "the pairs that were measured"
     return Table(f"Preferences of {which}", ("pairs of", *columns), rows)
+
+
+def _labels(labels: dict[str, Any]) -> Table:
+    """Figures of completions with a label, without another to compare them with."""
+    sources = labels["by_source"]
+    groups = [("all completions", labels["total"]), *(sources.items() if len(sources) > 1 else ())]
+    columns: dict[str, Callable[[dict[str, Any]], Cell]] = {
+        "desirable": lambda each: number(each["desirable"], ",.0f"),
+        "undesirable": lambda each: number(each["undesirable"], ",.0f"),
+        "AUC": lambda each: interval(each["auc"]),
+        "desirable more likely than before": lambda each: interval(each["desirable_rose"]),
+        "undesirable less likely than before": lambda each: interval(each["undesirable_fell"]),
+        "reward of desirable": lambda each: interval(each["desirable_reward"], ".2f"),
+        "reward of undesirable": lambda each: interval(each["undesirable_reward"], ".2f"),
+    }
+    rows = [Row(name, [read(each) for read in columns.values()]) for name, each in groups]
+    label = "Completions with labels; AUC: how often a desirable one has a higher reward than an undesirable one"
+    return Table(label, ("completions of", *columns), rows)
 
 
 def _generation(generation: dict[str, Any]) -> Table:

@@ -97,7 +97,8 @@ def _normalised(run: RunRecord) -> str:
 def _held_out(run: RunRecord) -> Iterator[Finding]:
     if not run.evals.height or "loss" not in run.evals.columns:
         return
-    accuracy = run.held_out("rewards/accuracies")[1]
+    yield from _labels(run)
+    accuracy = None if _auc(run) is not None else run.held_out("rewards/accuracies")[1]
     pairs = run.held_out("pairs")[1] or (run.summary or {}).get("held_out_pairs")
     if accuracy is not None and pairs and run.evals["step"][-1] > 0:
         # Older runs do not store how many of their pairs are independent.
@@ -135,6 +136,32 @@ def _held_out(run: RunRecord) -> Iterator[Finding]:
                 f"It was lowest at step {best['step']:,} ({best['loss']:.4f}) and ended at {last['loss']:.4f}.",
                 "Train fewer steps, or keep the best checkpoint: train.keep_best=eval_loss.",
             )
+
+
+def _auc(run: RunRecord) -> float | None:
+    """How well the last evaluation told desirable completions from undesirable ones; None without labels."""
+    return run.held_out("rewards/auc")[1]
+
+
+def _labels(run: RunRecord) -> Iterator[Finding]:
+    auc, count = _auc(run), run.held_out("effective_labels")[1]
+    if auc is None or not count or run.evals["step"][-1] == 0:
+        return
+    within = share(auc * count, count)
+    said = (
+        f"A desirable held-out answer has a higher reward than an undesirable one in {auc:.3f} of cases (AUC, 95 % interval "
+        f"from {within['low']:.3f} to {within['high']:.3f})."
+    )
+    if within["high"] < 0.5:
+        yield Finding(
+            "Tells held-out labels the wrong way round",
+            said,
+            "Good and bad are most likely swapped in the labels of the training data or of the held-out data. Look at both "
+            "with 'raydpo show'.",
+        )
+    elif within["low"] <= 0.5:
+        why = "Train longer, raise train.lr, or hold out more answers if the interval is wide."
+        yield Finding("Not yet better than a coin", said, why)
 
 
 def _evaluation(run: RunRecord) -> Iterator[Finding]:

@@ -42,7 +42,7 @@ class Point:
         mark: gid that links pictures and table.
         done: whether the training is complete.
         beta: beta of the last evaluation; None if unknown.
-        accuracy, error: held-out accuracy and its standard error.
+        accuracy, error: held-out accuracy and its standard error; with labels (``of_labels``) the area under the ROC curve.
         low: lower bound of its 95 % interval (Wilson's, which holds for few pairs, too).
         margin: held-out reward margin divided by beta, in ``unit``: nats, or nats a token for a loss per token.
         kl: drift measured on the policy's own answers, nats a token.
@@ -72,6 +72,7 @@ class Point:
     protocol: str | None = None
     held_out: str | None = None
     counted: str | None = None
+    of_labels: bool = False
 
     @property
     def shown(self) -> str:
@@ -117,7 +118,8 @@ def points_of(sweep: SweepRecord) -> list[Point]:
 def _point(mark: str, trial: TrialRecord) -> Point:
     evaluation, scores, done = trial.evaluation or {}, trial.eval, trial.status == "done"
     total = (evaluation.get("preferences") or {}).get("total") or {}
-    accuracy, error, low = _accuracy(trial, total.get("accuracy") or {})
+    labels = ((evaluation.get("preferences") or {}).get("labels") or {}).get("total") or {}
+    accuracy, error, low = _accuracy(trial, labels.get("auc") or total.get("accuracy") or {})
     objective = trial.run.objective if trial.run else None
     beta = _last_beta(trial.settings.get("train.beta") if objective is None else objective.model_dump()["beta"], done)
     margin = scores.get("rewards/margins", (total.get("margin") or {}).get("value"))
@@ -139,6 +141,7 @@ def _point(mark: str, trial: TrialRecord) -> Point:
         "" if objective is None else _unit(objective),
         _protocol(evaluation),
         *_measured_on(trial),
+        of_labels="rewards/auc" in scores or bool(labels),
     )
 
 
@@ -157,12 +160,16 @@ def _accuracy(trial: TrialRecord, evaluated: dict[str, float | None]) -> tuple[f
 
     They come from the last evaluation in training, or else from ``raydpo eval``.
     """
-    accuracy = trial.eval.get("rewards/accuracies")
+    # Labels out of balance make an accuracy of more than one half without any learning, but not an area under the curve.
+    ranks = "rewards/auc" in trial.eval
+    accuracy = trial.eval.get("rewards/auc" if ranks else "rewards/accuracies")
     if accuracy is None:
         value, low, high = (evaluated.get(key) for key in ("value", "low", "high"))
         return value, None if low is None else (high - low) / (2 * Z95), low
     # Pairs of one prompt are not independent; newer evaluations store the effective number.
-    pairs = trial.eval.get("effective_pairs") or ((trial.run and trial.run.summary) or {}).get("held_out_pairs")
+    pairs = trial.eval.get("effective_labels" if ranks else "effective_pairs") or (
+        (trial.run and trial.run.summary) or {}
+    ).get("held_out_pairs")
     if not pairs:
         return accuracy, None, None
     return accuracy, share_error(accuracy, pairs), share(accuracy * pairs, pairs)["low"]
@@ -306,6 +313,9 @@ def recommend(points: Sequence[Point], drift: Axis) -> Recommendation:
         )
     if left_out := len(points) - len(known):
         reason += f" {left_out} trial(s) lack one of the two figures and were not considered."
+    if chosen.of_labels:
+        reason += " Accuracy is the area under the ROC curve here: how often a desirable answer has a higher reward than an "
+        reason += "undesirable one."
     return Recommendation(reason, chosen)
 
 

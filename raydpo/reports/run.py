@@ -34,9 +34,11 @@ SCRIPTS = ("pages/plots.js", "pages/tables.js")
 CURVES: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
     ("Loss", "loss", "loss", {}),
     ("Accuracy", "rewards/accuracies", "accuracy", {"level": 0.5}),
+    ("Labels told apart", "rewards/auc", "AUC", {"level": 0.5}),
     ("Margin", "rewards/margins", "reward margin", {"level": 0.0}),
     ("Rewards", "rewards/{}", "reward", {"level": 0.0}),
     ("Drift", "logratio/{}_per_token", "nats a token", {"level": 0.0}),
+    ("Estimated drift", "kl", "nats an answer", {}),
     ("Log-probs", "logps/{}", "nats", {}),
     ("Chosen fell", "logps/chosen_fell", "share of pairs", {"ylim": (-0.02, 1.02)}),
     ("Margin and length", "length/margin_correlation", "correlation", {"level": 0.0}),
@@ -47,11 +49,16 @@ CURVES: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
 """(title, metric, label of the y axis, options of ``curves_picture``) of each picture of a run."""
 CAPTIONS = {
     "Loss": "Compare it only between runs with the same loss and beta.",
-    "Accuracy": "Share of pairs whose chosen answer has the higher reward; a tie counts one half.",
-    "Margin": "Reward of the chosen answer minus reward of the rejected one.",
+    "Accuracy": "Share of pairs whose chosen answer has the higher reward; a tie counts one half. An answer alone is right "
+    "if its reward is on the side of the loss's threshold that its label says.",
+    "Labels told apart": "How often a desirable answer has a higher reward than an undesirable one: the area under the ROC "
+    "curve.",
+    "Margin": "Mean reward of chosen answers minus that of rejected ones.",
     "Rewards": "beta times the change of each side's log-prob against the reference. Where both fall, the chosen answers "
     "become less likely while the margin grows.",
     "Drift": "Change of the log-prob per token against the reference.",
+    "Estimated drift": "The loss's estimate of KL(policy || reference), at least 0: the mean change of log-prob, of answers "
+    "to other prompts where answers are alone.",
     "Log-probs": "Sums over an answer. Training steps vary with the lengths of their answers.",
     "Chosen fell": "Share of pairs whose chosen answer is less likely than under the reference.",
     "Margin and length": "Correlation of the margin with the difference in length. Near 1 the policy prefers the longer "

@@ -56,7 +56,7 @@ def sweep_page(sweep: SweepRecord) -> str:
         otherwise=measured_otherwise(points),
         same_pairs=on_same_pairs(points),
         tokens=counted_apart(points),
-        counted=_counted(evaluated),
+        counted=_counted(sweep, evaluated),
         units=units,
         table=_table(sweep, evaluated, tell_unit=len(units) > 1),
         failed=[trial for trial in sweep.trials if trial.error],
@@ -74,10 +74,12 @@ def _drawn(sweep: SweepRecord, recommended: Point | None) -> tuple[list[RunRecor
     return [*drawn[: MOST - len(taken)], *taken], max(0, len(runs) - MOST)
 
 
-def _counted(points: list[Point]) -> str | None:
-    """What counts in the held-out pairs, in words, if that is the same for all points and not simply everything."""
+def _counted(sweep: SweepRecord, points: list[Point]) -> str | None:
+    """What counts in the held-out pairs, in words, if that is the same for all points. None if everything counts in all
+    pairs of the sweep."""
     words = {point.counted for point in points if point.counted is not None}
-    return next(iter(words)) if len(words) == 1 and words != {EVERYTHING} else None
+    varied = any(key.endswith(".train_on") for key in sweep.parameters)
+    return next(iter(words)) if len(words) == 1 and (varied or words != {EVERYTHING}) else None
 
 
 def _facts(sweep: SweepRecord) -> list[tuple[str, str]]:

@@ -28,7 +28,7 @@ def model_card(config: Config, summary: dict[str, Any]) -> str:
     }
     if is_hub_name(config.model.path):
         front["base_model"] = config.model.path
-    train, reference = config.train, summary["reference"]
+    train, reference, unit = config.train, summary["reference"], summary.get("unit", "pairs")
     method = "direct preference optimization (arXiv 2305.18290)" if train.loss == "sigmoid" else "preference optimization"
     start = f"`{_last(config.model.path)}`"
     if config.model.adapter:
@@ -55,17 +55,17 @@ def model_card(config: Config, summary: dict[str, Any]) -> str:
         *((name.replace("_", " "), str(value)) for name, value in train.shaped().items()),
         ("learning rate", f"{train.lr:g}, {train.schedule}"),
         ("steps", f"{summary['steps']:,}"),
-        ("pairs a step", f"{train.pairs_per_step:,}"),
-        ("pairs seen", f"{summary['pairs_seen']:,}"),
+        (f"{unit} a step", f"{train.pairs_per_step:,}"),
+        (f"{unit} seen", f"{summary['pairs_seen']:,}"),
         ("seed", f"{train.seed}"),
-        ("data", f"{data}, {summary['training_pairs']:,} pairs"),
+        ("data", f"{data}, {summary['training_pairs']:,} {unit}"),
         ("reference", compared or "none"),
         ("step-0 gate", (summary["gate"] or "not run").removeprefix("step-0 gate: ")),
     ]
     lines += [f"| {name} | {_cell(value)} |" for name, value in rows]
     before, after = summary["eval_before"], summary["eval_after"]
     if before and after:
-        lines += ["", f"## Held-out pairs ({summary['held_out_pairs']:,})", "", "| | before | after |", "|---|---|---|"]
+        lines += ["", f"## Held-out {unit} ({summary['held_out_pairs']:,})", "", "| | before | after |", "|---|---|---|"]
         lines += [
             f"| {label} | {before[key]:.3f} | {after[key]:.3f} |"
             for key, label in EVALUATION_TABLE

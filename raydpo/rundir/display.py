@@ -33,20 +33,19 @@ class TrainingDisplay:
         self.console.begin(name)
 
     def _begin(self, facts: dict[str, Any]) -> None:
-        first, total = facts["first_step"], facts["total_steps"]
+        first, total, trained = facts["first_step"], facts["total_steps"], f"{facts['pairs']:,} {facts['unit']}"
         if self._total:
             self.console.warn(f"workers were restarted; continuing after step {first}")
             self._bar.close()
         elif first:
             self.console.say(f"continuing after step {first}")
         self.console.say(
-            f"training: {facts['pairs']:,} pairs, {total:,} steps ({facts['steps_per_epoch']:,} an epoch), "
-            f"{facts['world_size']} worker(s)"
+            f"training: {trained}, {total:,} steps ({facts['steps_per_epoch']:,} an epoch), {facts['world_size']} worker(s)"
         )
         if facts["steps_per_epoch"] == total == 1:
             self.console.warn(
-                f"all {facts['pairs']:,} pairs fit into one step, and the run ends after it; lower train.pairs_per_step, or "
-                "raise train.epochs or train.steps"
+                f"all {trained} fit into one step, and the run ends after it; lower train.pairs_per_step, or raise "
+                "train.epochs or train.steps"
             )
         self._line, self._total = None, total
 

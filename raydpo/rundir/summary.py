@@ -15,6 +15,7 @@ PROMPT_CHARACTERS = 120
 EVALUATION_TABLE = (
     ("eval_loss", "loss"),
     ("eval_rewards/accuracies", "preference accuracy (reward)"),
+    ("eval_rewards/auc", "desirable above undesirable (AUC)"),
     ("eval_rewards/margins", "reward margin"),
     ("eval_logps/accuracies", "chosen more likely than rejected"),
     ("eval_logps/chosen", "log-prob of chosen, nats"),
@@ -28,10 +29,10 @@ EVALUATION_TABLE = (
 
 def print_summary(console: Console, summary: dict[str, Any]) -> None:
     """Print the end of a run. ``summary``: content of summary.json."""
-    before, after = summary["eval_before"], summary["eval_after"]
+    before, after, unit = summary["eval_before"], summary["eval_after"], summary.get("unit", "pairs")
     if before and after:
         console.table(
-            f"held-out pairs: {summary['held_out_pairs']:,}",
+            f"held-out {unit}: {summary['held_out_pairs']:,}",
             ("", "before", "after"),
             [(label, _figure(before.get(key)), _figure(after[key])) for key, label in EVALUATION_TABLE if key in after],
         )
@@ -40,7 +41,7 @@ def print_summary(console: Console, summary: dict[str, Any]) -> None:
         console.print(f"[bold]before[/bold]  {escape(plain_text(sample['before']))}")
         console.print(f"[bold]after[/bold]   {escape(plain_text(sample['after']))}\n")
     console.say(
-        f"trained {summary['steps']:,} steps on {summary['pairs_seen']:,} pairs in {summary['train_seconds']:.0f} s "
+        f"trained {summary['steps']:,} steps on {summary['pairs_seen']:,} {unit} in {summary['train_seconds']:.0f} s "
         f"with evaluations and checkpoints, at {summary['tokens_per_second']:,.0f} tokens/s without; first loss "
         f"{_loss(summary['first_loss'])}, last {_loss(summary['last_loss'])}"
     )

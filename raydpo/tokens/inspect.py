@@ -66,6 +66,8 @@ def describe_set(storage: Storage, digest: str) -> dict[str, Any]:
     lengths = [rows.light[f"{part}_tokens"].to_numpy() for part in ("prompt", "chosen", "rejected")]
     total = sum(int(part.sum()) for part in lengths)
     longest = lengths[0] + np.maximum(*lengths[1:])
+    completions = np.concatenate(lengths[1:])
+    completions = completions[completions > 0]  # a completion alone has no other side
     return {
         "identity": {"digest": digest} | ({} if identity is None else {"path": identity.path} | identity.to_dict()),
         "contents": {name: entry[name] for name in ("complete", "pairs", "blocks", "bytes")}
@@ -78,7 +80,7 @@ def describe_set(storage: Storage, digest: str) -> dict[str, Any]:
         },
         "tokens_of_a_pair": {
             "mean_prompt": float(lengths[0].mean()) if len(longest) else 0.0,
-            "mean_completion": float(np.concatenate(lengths[1:]).mean()) if len(longest) else 0.0,
+            "mean_completion": float(completions.mean()) if len(completions) else 0.0,
             "longest_prompt_and_completion": int(longest.max(initial=0)),
         },
         "facts": {} if whole is None else whole.facts,

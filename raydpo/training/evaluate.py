@@ -13,6 +13,7 @@ from torch import Tensor
 from raydpo.config import ObjectiveConfig
 from raydpo.data.plan import MicroBatch, split_over_ranks
 from raydpo.data.prefetch import prefetch
+from raydpo.data.separation import effective_auc
 from raydpo.losses import Objective, ObjectiveState, PairLogps
 from raydpo.model.layout import Layout
 from raydpo.training.metrics import PairSums
@@ -183,6 +184,9 @@ def evaluate(
     """Metrics over all ``pairs``, with prefix ``eval_``; the same on every rank. A whole-step objective sees them as one
     step.
 
+    Of completions with labels also ``rewards/auc``, and ``effective_labels``: how many independent completions would measure
+    it as precisely.
+
     Args:
         as_reference: the policy is the reference, so its log-probs are the stored ones, and nothing is computed. WPO, which
             needs more than log-probs, computes them all the same.
@@ -201,12 +205,18 @@ def evaluate(
         prompts = send(pairs.prompts[np.asarray(of)], engine.device)
         sums.add(objective(logps, beta, memory), logps, pairs.source_of(of, engine.device), prompts)
 
+    apart: dict[str, float] = {}
+
+    def add_all(logps: PairLogps) -> None:  # on every rank, so nothing is to be summed
+        add(logps, rows)
+        apart.update(_labels_apart(pairs, logps))
+
     if as_reference and not config.use_weighting:
-        add(reference_logps(pairs, rows, config, engine.device), rows)  # on every rank, so nothing is to be summed
-    elif objective.whole_step:
+        add_all(reference_logps(pairs, rows, config, engine.device))
+    elif objective.whole_step or pairs.labels is not None:
         everything = AllPairLogps(engine, pairs, rows, config)
         everything.compute(batches)
-        add(everything.join(), rows)
+        add_all(everything.join())
     else:
         mean_chosen_tokens = pairs.mean_chosen_tokens(rows)
         with engine.evaluating():
@@ -215,7 +225,19 @@ def evaluate(
                 if batch.counts and engine.is_leader:
                     add(logps, batch.pairs)
         engine.sum_over_ranks(sums.values)
-    return {f"eval_{name}": value for name, value in sums.metrics().items()}
+    return {f"eval_{name}": value for name, value in (sums.metrics() | apart).items()}
+
+
+def _labels_apart(pairs: TrainingPairs, logps: PairLogps) -> dict[str, float]:
+    """How well log-ratios tell desirable from undesirable completions that are alone (``data.separation``); empty without
+    both, or without a reference."""
+    if pairs.labels is None or not pairs.has_reference:
+        return {}
+    logratios = np.where(
+        pairs.labels > 0, *(each.cpu().numpy() for each in (logps.chosen_logratio, logps.rejected_logratio))
+    )
+    value, count = effective_auc(logratios, pairs.labels, pairs.prompts)
+    return {} if value is None else {"rewards/auc": value, "effective_labels": count}
 
 
 def _my_batches(

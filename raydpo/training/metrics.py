@@ -196,7 +196,8 @@ class PairSums:
         if self.prompts:
             sizes, wins = self.values[self._end :].view(2, -1).cpu().numpy()
             seen = sizes > 0
-            row |= {"pairs": pairs, "prompts": float(seen.sum())}
+            # Of ranked lists, these are the pairs that are compared, which are more.
+            row |= {"pairs": max(pairs, total["both"]), "prompts": float(seen.sum())}
             row["effective_pairs"] = effective_count(wins[seen], sizes[seen])
         return row
 

@@ -99,6 +99,16 @@ class TrainingPairs:
     def __len__(self) -> int:
         return len(self.ids)
 
+    @property
+    def count(self) -> int:
+        """Number of pairs, or of ranked lists."""
+        return len(self) if self.starts is None else len(self.starts) - 1
+
+    @property
+    def unit(self) -> str:
+        """What ``count`` counts."""
+        return "pairs" if self.starts is None else "lists"
+
     def shapes_of(self, items: np.ndarray) -> Shapes:
         """Lengths and shared tokens of the pairs, or of the ranked lists, with these numbers, for the batch plan."""
         rows = items if self.starts is None else rows_of(self.starts, items)

@@ -91,8 +91,8 @@ def train_policy(
         work=job.work,
         starts=pairs.starts,
     )
-    facts = {"pairs": len(pairs), "steps_per_epoch": plan.steps_per_epoch, "world_size": engine.world_size}
-    facts["held_out"] = 0 if held_out is None else len(held_out)
+    facts = {"pairs": pairs.count, "steps_per_epoch": plan.steps_per_epoch, "world_size": engine.world_size}
+    facts |= {"unit": pairs.unit, "held_out": 0 if held_out is None else held_out.count}
     hooks.begin(summary.steps, plan.total_steps, facts)
     stepper = Stepper(train, plan, pairs, engine, objective, StepClock(engine.device), ObjectiveState(**summary.memory))
     saver = CheckpointSaver(engine, hooks, scratch, job.fingerprint)

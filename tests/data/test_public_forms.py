@@ -193,7 +193,7 @@ def test_the_winner_decides_and_not_the_order(name):
 REFUSED = {
     "HelpSteer2, one answer a row": (
         {"prompt": "Which?", "response": "good", "helpfulness": 4, "correctness": 4},
-        "one answer and none to compare it with: .*; found 'prompt', 'response', 'helpfulness'",
+        "one answer, and neither another to compare it with nor a label: .*; found 'prompt', 'response', 'helpfulness'",
     ),
     "stack-exchange-paired": (
         {"qid": 1, "question": "Which?", "date": "d", "metadata": ["m"], "response_j": "good", "response_k": "bad"},

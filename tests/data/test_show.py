@@ -116,7 +116,7 @@ def test_a_ranked_list_tells_places(table, tokeniser):
     for column, values in columns.items():
         table = table.append_column(column, pa.array(values, pa.int64() if column == "list" else pa.int32()))
     output = plain(printed(table, tokeniser, count=2))
-    assert output.count("ranked list 7") == 2 and [f"\nplace {place} " in output for place in (1, 2, 3)] == [True] * 3
+    assert output.count("a ranked list") == 1 and [f"\nplace {place} " in output for place in (1, 2, 3)] == [True] * 3
     nothing = pa.array([table["rejected_ids"][0].as_py(), []], table.schema.field("rejected_ids").type)
     odd = table.set_column(table.column_names.index("rejected_ids"), "rejected_ids", nothing)
     odd = odd.set_column(table.column_names.index("rejected_full"), "rejected_full", pa.array([2, 0], pa.int32()))

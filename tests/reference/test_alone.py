@@ -1,23 +1,29 @@
 """Completions without another to compare them with: scored once, never missing on the other side, never computed there."""
 
+import json
+
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from kernel import tiny_pairs, unpaired
 from rows import ONE
-from tiny import make_model
+from tiny import make_model, make_tokenizer
 
+from raydpo.config import DataConfig
 from raydpo.data.index import as_bytes
 from raydpo.data.plan import BatchPlan
+from raydpo.data.ragged import tokens_in_use
 from raydpo.data.shapes import Shapes
 from raydpo.errors import CacheMissError
 from raydpo.model.layout import Method, PromptGroup, lay_out, shapes_of
 from raydpo.model.load import load_causal_lm
 from raydpo.model.logps import LogpModel
 from raydpo.model.selfcheck import logps_by_definition
+from raydpo.reference.exchange import export_pairs, import_sums
 from raydpo.reference.join import join
-from raydpo.reference.pairs import join_reference, place_reference
+from raydpo.reference.pairs import SIDES, join_reference, place_reference
 from raydpo.reference.shards import Wanted, plan_shards, read_groups
 from raydpo.reference.store import ReferenceCache
 from raydpo.training.pairs import TrainingPairs
@@ -132,3 +138,33 @@ def test_a_plan_of_them_has_each_row_once():
             for pair in batch.pairs
         ]
         assert sorted(seen) == list(range(35))
+
+
+def test_sums_are_exchanged_in_trls_unpaired_form(cache, tmp_path):
+    """Export writes one row for each completion, and import reads these sums back for the same completions."""
+    alone = unpaired(tiny_pairs(3))
+    mixed = pa.concat_tables([alone, tiny_pairs(1, seed=1).append_column("label", pa.array([0], pa.int8()))])
+    fill(cache, list(Wanted([mixed])))
+    joined = join_reference(mixed, cache, "training")
+    decode = make_tokenizer().batch_decode
+    assert export_pairs(joined, decode, tmp_path / "out.parquet") == 8
+    rows = pq.read_table(tmp_path / "out.parquet").to_pylist()
+    assert [row["label"] for row in rows] == [True, False] * 4
+    for row, (number, side) in zip(
+        rows, [*((n, s) for n, s in enumerate(SIDES * 3)), (6, "chosen"), (6, "rejected")], strict=True
+    ):
+        of = joined.slice(number, 1).to_pylist()[0]
+        assert row["pair_id"] == of["pair_id"] and row["completion"] == decode([of[f"{side}_ids"]])[0]
+        assert (row["ref_logps"], row["ref_token_logps"]) == (of[f"ref_{side}_sum"], of[f"ref_{side}_logps"])
+        assert (row["prompt_ids"], row["completion_ids"]) == (of["prompt_ids"], of[f"{side}_ids"])
+
+    records = [{"prompt": "", "completion": "", "label": row["label"], "ref_logps": row["ref_logps"]} for row in rows[:6]]
+    path = tmp_path / "sums.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in [*records, {"prompt": "", "ref_logps": -1.0}]))
+    pairs = mixed.set_column(0, "pair_id", pa.array([f"sums:{number}" for number in range(1, 8)]))
+    other = ReferenceCache.open(str(tmp_path / "other"), ONE, unverified=True)
+    report = import_sums(DataConfig(train=str(path)), pairs, other)
+    assert (report.pairs, report.rows, report.without, report.columns) == (6, 6, 1, ("ref_logps", "ref_logps"))
+    sums = [join(other, as_bytes(pairs[f"{side}_key"]), tokens_in_use(pairs, side)).sums[:6] for side in SIDES]
+    assert sums[0] + sums[1] == pytest.approx([row["ref_logps"] for row in rows[:6]])
+    assert not np.isnan(sums).any()

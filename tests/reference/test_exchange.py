@@ -3,10 +3,12 @@
 import math
 
 import pytest
-from kernel import tokenised, with_reference
+from kernel import counting, part_of, tokenised, with_reference
 from tiny import make_tokenizer, preferences
 
-from raydpo.reference.exchange import completion_name, export_pairs
+from raydpo.config import DataConfig
+from raydpo.errors import DataError
+from raydpo.reference.exchange import completion_name, export_pairs, import_sums
 
 
 def test_trl_trains_against_exported_values(tiny_llama, tmp_path):
@@ -61,3 +63,9 @@ def test_the_name_of_a_completion():
     for side, of_side in keys.items():
         assert [completion_name(tables, key) for key in of_side] == [f"{one} {side}" for one in ids]
     assert completion_name(tables, bytes(16)) == "?"
+
+
+def test_sums_are_not_imported_where_not_every_token_counts():
+    pairs = counting(tokenised(preferences(3)), part_of)
+    with pytest.raises(DataError, match=r"sums are over all tokens .* set data\.train_on=completion"):
+        import_sums(DataConfig(train="a.jsonl"), pairs, None)

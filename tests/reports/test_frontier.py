@@ -121,12 +121,15 @@ def test_what_counts_in_held_out_pairs_is_one_yardstick(tmp_path):
     """The digests of pairs and of what counts in them are equal."""
     sweep, page = masked(tmp_path, ANSWER | YARDSTICK, ALL | YARDSTICK, WEIGHTED | YARDSTICK, digests=["a"] * 3)
     assert recommendation_of(sweep).point is not None and len(frontier_pictures(points_of(sweep), None)) == 4
-    assert "All trials are measured on the same held-out pairs." in page and ">measured on</button>" not in page
+    assert (
+        "on the same held-out pairs, and on the same tokens of them (completion)." in page
+        and ">measured on</button>" not in page
+    )
     assert page.count(">answer + 0.1 reasoning</td>") == 1
     partial = {"eval": {"fraction": 0.1, "train_on": "last_turn"}}
     (tmp_path / "more").mkdir()
     _, page = masked(tmp_path / "more", ANSWER | partial, ALL | partial, digests=["a"] * 2)
-    assert "All trials are measured on the same held-out pairs, on the tokens that count in them: last_turn." in page
+    assert "on the same held-out pairs, and on the same tokens of them (last_turn)." in page
 
 
 def test_parts_that_are_the_same_tokens_compare(tmp_path):
@@ -315,3 +318,19 @@ def test_accuracies_of_evaluations_on_other_pairs_do_not_compare(tmp_path):
     write_sweep(tmp_path, trials)
     assert [one.held_out for one in points_of(read(tmp_path))] == ["a", "b"]
     assert frontier_pictures(points_of(read(tmp_path)), None) == []
+
+
+def test_labels_are_compared_by_the_area_under_the_curve(tmp_path):
+    """Where nine of ten labels are desirable, the accuracy of a policy that raises everything is 0.9."""
+    from raydpo.rundir.read import TrialRecord
+
+    scores = {"rewards/accuracies": 0.9, "effective_pairs": 400.0, "rewards/auc": 0.61, "effective_labels": 150.0}
+    moved = {f"logratio/{side}_per_token": 0.1 for side in ("chosen", "rejected")}
+    trials = [
+        TrialRecord(f"beta={beta}", {"train.beta": beta}, "done", None, 1.0, scores | moved | more, None, None)
+        for beta, more in ((0.1, {}), (0.2, {"rewards/auc": 0.5, "rewards/accuracies": 0.95}))
+    ]
+    points = points_of(SweepRecord("here", "betas", ["train.beta"], {}, trials))
+    assert [point.accuracy for point in points] == [0.61, 0.5] and points[0].error == pytest.approx(0.0394, abs=1e-3)
+    found = recommend(points, drift_axis(points))
+    assert found.point.name == "beta=0.1" and "area under the ROC curve" in found.reason

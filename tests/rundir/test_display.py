@@ -5,7 +5,7 @@ import io
 from raydpo.rundir.display import TrainingDisplay
 from raydpo.terminal.console import Console
 
-BEGINS = {"pairs": 8, "first_step": 0, "total_steps": 3, "steps_per_epoch": 2, "world_size": 1}
+BEGINS = {"pairs": 8, "unit": "pairs", "first_step": 0, "total_steps": 3, "steps_per_epoch": 2, "world_size": 1}
 
 
 def test_a_run_of_one_step_is_a_warning():

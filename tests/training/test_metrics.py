@@ -91,7 +91,7 @@ def test_lists_are_measured_by_all_pairs_that_are_ranked():
     sums = PairSums(["a", "b"], torch.device("cpu"), prompts=2)
     sums.add(loss, logps, torch.tensor([0, 0, 1]), torch.tensor([0, 0, 1]))
     row = sums.metrics()
-    assert row["pairs"] == 2 and row["prompts"] == 2
+    assert row["pairs"] == 4 and row["prompts"] == 2
     assert row["loss"] == pytest.approx(loss.losses.sum().item() / 2)
     assert row["a/loss"] == pytest.approx(loss.losses[:2].sum().item()) and row["b/loss"] == pytest.approx(2.126928)
     assert row["rewards/accuracies"] == 0.75 and row["a/rewards/accuracies"] == 1.0 and row["b/rewards/accuracies"] == 0.0
