@@ -15,10 +15,10 @@ from raydpo.data.messages import Malformed, Message, Text
 from raydpo.data.places import Place, TokenPlaces
 from raydpo.data.preference import Preference
 from raydpo.data.remarks import Remark
-from raydpo.data.rendering import MARKS, TAGS, thoughts_of
 from raydpo.data.segments import any_of
 from raydpo.data.spans import Span, Spans, Written, message_text
 from raydpo.data.template import ChatTemplate
+from raydpo.data.texts import MARKS, TAGS, thoughts_of
 from raydpo.errors import RaydpoError
 
 __all__ = [

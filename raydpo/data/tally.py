@@ -314,8 +314,9 @@ class DataReport:
 
     @property
     def unit(self) -> str:
-        """What is counted: pairs, or ranked lists."""
-        return "lists" if any(source.ranked for source in self.sources) else "pairs"
+        """What is counted: pairs, ranked lists, or rows if some are completions alone."""
+        units = {source.unit for source in self.sources}
+        return next((unit for unit in ("lists", "rows") if unit in units), "pairs")
 
     def lines(self) -> list[str]:
         """A summary for people; lines that begin with ``warning:`` need attention."""

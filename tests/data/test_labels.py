@@ -13,8 +13,9 @@ from raydpo.data.pairs import load_pairs
 from raydpo.data.parse import Record
 from raydpo.data.preference import normalise
 from raydpo.data.rows import DESIRABLE, SEVERAL_TURNS, UNDESIRABLE, RowMaker
-from raydpo.data.select import LABEL
+from raydpo.data.select import LABEL, window
 from raydpo.data.tokenise import Tokeniser
+from raydpo.reference.shards import Wanted
 from raydpo.tokens.block import Span, decode, encode
 
 Q, GOOD = [user("q")], [bot("good")]
@@ -218,6 +219,19 @@ def test_a_table_of_completions_and_pairs(write):
     pairs = load_pairs(DataConfig(train=write(RECORDS[15:18], "b.jsonl")), tokeniser)
     assert LABEL not in pairs.train.column_names
     assert pairs.report.lines()[0] == "data b: 3 records, 3 pairs kept"
+
+
+def test_windows_of_a_source_are_parts_of_the_table(write):
+    config = DataConfig(train=write(RECORDS), max_length=60, max_malformed=1.0, max_dropped=1.0)
+    sets = load_pairs(config, Tokeniser(make_tokenizer()))
+    parts = [window(config, sets.sources[0], 0, start, stop) for start, stop in ((0, 7), (7, 15), (15, 18), (18, None))]
+    for name in ("pair_id", "chosen_key", "rejected_key", "chosen_full", "place"):
+        assert [value for part in parts for value in part[name].to_pylist()] == sets.train[name].to_pylist()
+    labels = [part[LABEL].to_pylist() if LABEL in part.column_names else [0] * part.num_rows for part in parts]
+    assert [label for part in labels for label in part] == sets.train[LABEL].to_pylist()
+    assert LABEL not in parts[2].column_names, "three pairs"
+    wanted = [one.key for part in parts for one in Wanted([part], sets.tokens, [sets.sources[0].light])]
+    assert sorted(set(wanted)) == sorted(one.key for one in Wanted([sets.train], sets.tokens, [sets.sources[0].light]))
 
 
 def test_prompts_are_held_out_and_found_again(write):

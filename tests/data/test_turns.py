@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import re
 
+import numpy as np
 import pytest
 import templates
 from samples import user
 from templates import PROMPT, answer, calling, lines_of, noted, record, say, tokenizer_for, tool
 
-from raydpo.data import remarks
+from raydpo.data import marks, remarks
 from raydpo.data.messages import Malformed
 from raydpo.data.preference import normalise
 from raydpo.data.tokenise import Tokeniser
@@ -278,6 +279,20 @@ def test_a_refusal_says_what_to_change(template, prompt, chosen, remedy):
     assert found.startswith("the chat template refuses it: ") and found.endswith(remedy)
 
 
+@pytest.mark.parametrize(
+    ("first", "told"),
+    [
+        ("system", "their first messages (system) differ, and a pair is two answers to one prompt"),
+        ("user", "their first messages (user) differ, and a pair is two answers to one prompt"),
+        ("assistant", "both begin with the assistant; give what they answer in a column 'prompt'"),
+    ],
+)
+def test_answers_to_different_prompts_are_refused(first, told):
+    sides = ([say(first, text), *PROMPT, FINAL] for text in "AB")
+    found, _ = read(templates.CHATML, dict(zip(("chosen", "rejected"), sides, strict=True)))
+    assert found == f"chosen and rejected have no prompt in common: {told}"
+
+
 def test_several_turns_name_the_setting_that_counts_only_the_assistant(write):
     turns = [FINAL, user("Sure?"), say("assistant", "Yes.", weight=0)]
     lines, _ = lines_of(write, templates.CHATML, record(PROMPT, turns, REJECTED))
@@ -337,6 +352,44 @@ def conversations(words: Words):
                 [words.bot(None, 2), *(words.other("tool", tool_call_id=f"call0000{n}") for n in (0, 1)), words.bot()],
             )
     yield [words.other("user"), words.other("user")], [words.bot(), words.bot()]
+
+
+def parts_of(message: dict, last: bool, kind: str) -> int:
+    """The parts that a text of a message belongs to."""
+    if message["role"] != "assistant":
+        return 0
+    return marks.ASSISTANT | last * marks.LAST_TURN | (marks.REASONING if kind == "thought" else marks.ANSWER)
+
+
+@pytest.mark.parametrize("template", sorted(TEMPLATES))
+def test_each_text_has_the_marks_of_its_message_or_none_are_told(template):
+    tokeniser = Tokeniser(tokenizer_for(TEMPLATES[template]))
+    marked = 0
+    for prompt, chosen in conversations(words := Words()):
+        noted: list = []
+        ((ids, found),) = tokeniser.encode_noted(normalise(record(prompt, chosen, REJECTED)), noted)
+        if isinstance(ids, Malformed):
+            continue
+        runs, kinds = noted[0].chosen, {note.kind for note in found if note.what == "chosen"}
+        if not len(runs.marks):
+            assert remarks.NO_TURNS in kinds
+            continue
+        marked += 1
+        firsts = runs.marks >> marks.MARK_BITS
+        bits = np.repeat(runs.marks & 15, np.diff(firsts, append=len(ids.chosen)))
+        pieces = [tokeniser.tokenizer.decode([token]) for token in ids.chosen.tolist()]
+        text, ends = "".join(pieces), np.cumsum([len(piece) for piece in pieces])
+        last = max(place for place, message in enumerate(chosen) if message["role"] == "assistant")
+        known = marks.ASSISTANT | marks.LAST_TURN if remarks.NO_REASONING in kinds else 15
+        for place, message in enumerate(chosen):
+            for word in set(WORD.findall(json.dumps(message))):
+                if text.count(word) != 1:
+                    continue
+                start = text.index(word)
+                inside = (ends > start + 1) & (ends <= start + len(word))  # tokens that begin before it may belong elsewhere
+                wanted = parts_of(message, place == last, words.kinds[word]) & known
+                assert set(bits[inside].tolist()) <= {wanted}, (word, text, runs)
+    assert marked
 
 
 @pytest.mark.parametrize("template", sorted(TEMPLATES))

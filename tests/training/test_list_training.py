@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 from distributed import run_distributed
-from kernel import exact, train_here, with_reference
+from kernel import counting, exact, part_of, train_here, with_reference
 from test_equalities import with_live_reference
 from tiny import make_tokenizer, preferences
 
@@ -100,8 +100,13 @@ def test_one_worker_equals_two_in_every_layout_and_a_live_reference(table, tiny_
     ]
     jobs = [((table, tiny_llama, tmp_path / "scratch"), one) for one in settings]
     live = with_live_reference(table, tiny_llama), tiny_llama, tmp_path / "scratch"
-    (alone,) = run_distributed(runs, 1, tmp_path / "one", [*jobs, (live, {})])
-    two, other = run_distributed(runs, 2, tmp_path / "two", jobs)
+    of_some = counting(table, lambda side, row, tokens: part_of(side, row, tokens) if tokens else [])
+    masked = (of_some, tiny_llama, tmp_path / "scratch"), dict(held_out=of_some)
+    (alone,) = run_distributed(
+        runs, 1, tmp_path / "one", [*jobs, (live, {}), (masked[0], dict(policy={"layout": "padded"}))]
+    )
+    two, other = run_distributed(runs, 2, tmp_path / "two", [*jobs, masked])
+    one_masked, two_masked, _ = (found.pop() for found in (alone, two, other))
     wanted = [row["loss"] for row in alone[0][0]]
     assert min(wanted) < wanted[0] - 1e-3  # it learns
     for found in (*alone, *two, *other):
@@ -111,8 +116,12 @@ def test_one_worker_equals_two_in_every_layout_and_a_live_reference(table, tiny_
             assert row["rewards/margins"] == pytest.approx(first["rewards/margins"], abs=1e-5)
             assert row["tokens"] == first["tokens"]
     for row, same in zip(alone[0][1], two[0][1], strict=True):
-        assert row.keys() == same.keys() and row["eval_pairs"] == 98
+        assert row.keys() == same.keys() and row["eval_pairs"] == 81
         assert all(row[name] == pytest.approx(same[name], abs=1e-5) for name in row)
+    losses = [row["loss"] for row in one_masked[0]]
+    assert [row["loss"] for row in two_masked[0]] == pytest.approx(losses, abs=1e-5)
+    assert losses[0] == pytest.approx(wanted[0], abs=1e-6) and abs(losses[-1] - wanted[-1]) > 1e-3
+    assert two_masked[1][0]["eval_length/chosen"] < alone[0][1][0]["eval_length/chosen"]
     # At the reference, the loss of a list is the sum of log(1 + number below).
     of_size = {size: sum(math.log(1 + below) for below in range(1, size)) for size in SIZES}
     of_size[4] = math.log(4) + 2 * math.log(2)
