@@ -99,7 +99,10 @@ MOVED = (
     "The margin is divided by beta, so that trials compare. If it grows only with drift, the policy has moved without "
     "learning more."
 )
-BY_LABELS = " Accuracy is the area under the ROC curve here: how often a desirable answer has a higher reward than an undesirable one."
+BY_LABELS = (
+    " Accuracy is the area under the ROC curve here: how often a desirable answer has a higher reward than an "
+    "undesirable one."
+)
 LONGER = "If accuracy grows with length, it may only be a preference for length."
 
 
