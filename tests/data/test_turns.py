@@ -299,6 +299,43 @@ def test_several_turns_name_the_setting_that_counts_only_the_assistant(write):
     assert len([line for line in lines if "ata.train_on=assistant" in line]) == 2  # for the turns, and for the mark
 
 
+# -- marks ------------------------------------------------------------------------------------------------------------
+
+
+def marked(template: str, chosen: list[dict], eos: str | None = None, **more) -> list[tuple[int, str]]:
+    """Runs of the chosen completion: parts, and text."""
+    tokenizer = tokenizer_for(template)
+    tokenizer.eos_token = eos or tokenizer.eos_token
+    noted: list = []
+    ((ids, _),) = Tokeniser(tokenizer).encode_noted(normalise(record(PROMPT, chosen, REJECTED, **more)), noted)
+    firsts = noted[0].chosen.marks >> marks.MARK_BITS
+    ends = [*firsts[1:], len(ids.chosen)]
+    return [
+        (run & 15, tokenizer.decode(ids.chosen[first:end]))
+        for run, first, end in zip(noted[0].chosen.marks.tolist(), firsts, ends, strict=False)
+    ]
+
+
+def test_a_turn_that_two_tokens_end_ends_with_eos():
+    turns = [FINAL, user("Sure?"), FINAL]
+    assert marked(templates.TWO_ENDS, turns, "<|END|>") == [
+        (5, "It is noon.<|END_RESPONSE|><|END|>"),
+        (0, "<|START|><|USER|>Sure?<|END|><|START|><|BOT|><|START_RESPONSE|>"),
+        (7, "It is noon.<|END_RESPONSE|><|END|>"),
+    ]
+
+
+@pytest.mark.parametrize("result", ["At noon.", {"time": "noon", "n": 1}, [{"time": "noon"}]])
+def test_a_turn_that_holds_a_result_of_a_tool_is_not_found(result):
+    assert marked(templates.FOLDED, [called(content="Asking."), RESULT | {"content": result}, FINAL]) == []
+    assert marked(templates.FOLDED, [called(content="Asking."), user("Well?"), FINAL])[-1][0] == 0
+
+
+def test_turns_are_found_with_tools_that_are_given_in_another_form():
+    bare = [tool("clock")["function"]]
+    assert marked(templates.HARMONY, [FINAL], tools=bare) == marked(templates.HARMONY, [FINAL], tools=[tool("clock")]) != []
+
+
 # -- nothing vanishes --------------------------------------------------------------------------------------------------
 
 WORD = re.compile(r"w\d+x")
