@@ -70,6 +70,14 @@ def test_a_call_in_another_form_is_the_same_call(template, form):
     assert found == plain
 
 
+@pytest.mark.parametrize("form", ["no content", "null content"])
+def test_a_call_without_content_gets_an_empty_one_where_the_template_needs_it(form):
+    template = templates.CALLS.replace("message.content or ''", "message.content + ''")
+    plain, _ = read(template, with_tools([called(), RESULT, FINAL]))
+    assert read(template, with_tools([*FORMS[form], RESULT, FINAL]))[0] == plain
+    assert "[clock " in plain[1]
+
+
 @pytest.mark.parametrize("arguments", [None, "", " ", "{}"])
 @pytest.mark.parametrize("template", ANY_CALLS)
 def test_a_call_without_arguments_has_an_empty_object(template, arguments):
@@ -332,8 +340,8 @@ def test_a_turn_that_holds_a_result_of_a_tool_is_not_found(result):
 
 
 def test_turns_are_found_with_tools_that_are_given_in_another_form():
-    bare = [tool("clock")["function"]]
-    assert marked(templates.HARMONY, [FINAL], tools=bare) == marked(templates.HARMONY, [FINAL], tools=[tool("clock")]) != []
+    turns, bare = [FINAL, user("Sure?"), FINAL], [tool("clock")["function"]]
+    assert marked(templates.HARMONY, turns, tools=bare) == marked(templates.HARMONY, turns, tools=[tool("clock")]) != []
 
 
 # -- nothing vanishes --------------------------------------------------------------------------------------------------
