@@ -99,6 +99,10 @@ MOVED = (
     "The margin is divided by beta, so that trials compare. If it grows only with drift, the policy has moved without "
     "learning more."
 )
+BY_LABELS = (
+    " Accuracy is the area under the ROC curve here: how often a desirable answer has a higher reward than an "
+    "undesirable one."
+)
 LONGER = "If accuracy grows with length, it may only be a preference for length."
 
 
@@ -288,6 +292,7 @@ def recommend(points: Sequence[Point], drift: Axis) -> Recommendation:
         return Recommendation(
             f"No trial is better than a coin by more than chance: the best held-out accuracy is {first.accuracy:.3f} "
             f"(standard error {first.error:.3f}), of {first.shown}. Train longer, raise train.lr, or hold out more pairs."
+            + (BY_LABELS if first.of_labels else "")
         )
     best = max(learnt, key=lambda point: (point.accuracy, -drift.read(point)))
     bound = best.accuracy - best.error
@@ -313,10 +318,7 @@ def recommend(points: Sequence[Point], drift: Axis) -> Recommendation:
         )
     if left_out := len(points) - len(known):
         reason += f" {left_out} trial(s) lack one of the two figures and were not considered."
-    if chosen.of_labels:
-        reason += " Accuracy is the area under the ROC curve here: how often a desirable answer has a higher reward than an "
-        reason += "undesirable one."
-    return Recommendation(reason, chosen)
+    return Recommendation(reason + (BY_LABELS if chosen.of_labels else ""), chosen)
 
 
 def frontier_pictures(points: Sequence[Point], recommended: Point | None) -> list[Picture]:

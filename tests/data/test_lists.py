@@ -4,6 +4,7 @@ import json
 from itertools import pairwise
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 from tiny import make_tokenizer
@@ -19,6 +20,8 @@ from raydpo.data.select import COUNT_COLUMNS
 from raydpo.data.shapes import Shapes
 from raydpo.data.tokenise import TokenisedPair, Tokeniser
 from raydpo.errors import DataError
+from raydpo.pipeline.prepare import _digest, measured_pairs
+from raydpo.reference.shards import Wanted
 
 WORDS = ["sky", "blue", "green", "cat", "dog", "runs", "red", "sun"]
 CHAT = [{"role": "user", "content": "q"}]
@@ -79,6 +82,23 @@ def test_all_pairs_of_lists_are_those_that_are_read_as_pairs(load):
     assert all_pairs(pairs) is pairs
     empty = lists.filter(pc.equal(lists["rejected_rank"], -1))
     assert empty["rejected_ids"].to_pylist() == [[]] * 2 and empty["rejected_key"].to_pylist() == [bytes(16)] * 2
+
+
+def test_each_completion_is_scored_once_whether_it_is_in_lists_or_in_pairs(load):
+    records = [record("one", 1, 2, 3), record("two", 4, 3, 2, 1), record("three", 1, 2, 2)]
+    of_lists, of_pairs = (Wanted([load(records, ranked=ranked).train]) for ranked in ("lists", "pairs"))
+    assert len(of_lists) == len(of_pairs) == 3 + 4 + 3
+    assert sorted(map(bytes, of_lists.keys)) == sorted(map(bytes, of_pairs.keys))
+
+
+def test_digests_know_lists_and_ranks(load):
+    """A training depends on them. Held-out pairs are the same, wherever they are compared."""
+    ranked = load([record("one", 1, 2, 3), record("two", 1, 2, 3, 4)]).train
+    tied = load([record("one", 1, 2, 2), record("two", 1, 2, 3, 4)]).train
+    pairs = load([record("one", 1, 2, 3), record("two", 1, 2, 3, 4)], ranked="pairs").train
+    joined = ranked.set_column(ranked.column_names.index("list"), "list", pa.array([1] * len(ranked)))
+    assert len({_digest(table) for table in (ranked, tied, joined, pairs)}) == 4
+    assert measured_pairs(ranked) == measured_pairs(pairs) != measured_pairs(tied)
 
 
 def test_masks_of_lists_are_those_of_pairs(load):

@@ -70,6 +70,14 @@ def test_a_call_in_another_form_is_the_same_call(template, form):
     assert found == plain
 
 
+@pytest.mark.parametrize("form", ["no content", "null content"])
+def test_a_call_without_content_gets_an_empty_one_where_the_template_needs_it(form):
+    template = templates.CALLS.replace("message.content or ''", "message.content + ''")
+    plain, _ = read(template, with_tools([called(), RESULT, FINAL]))
+    assert read(template, with_tools([*FORMS[form], RESULT, FINAL]))[0] == plain
+    assert "[clock " in plain[1]
+
+
 @pytest.mark.parametrize("arguments", [None, "", " ", "{}"])
 @pytest.mark.parametrize("template", ANY_CALLS)
 def test_a_call_without_arguments_has_an_empty_object(template, arguments):
@@ -297,6 +305,43 @@ def test_several_turns_name_the_setting_that_counts_only_the_assistant(write):
     turns = [FINAL, user("Sure?"), say("assistant", "Yes.", weight=0)]
     lines, _ = lines_of(write, templates.CHATML, record(PROMPT, turns, REJECTED))
     assert len([line for line in lines if "ata.train_on=assistant" in line]) == 2  # for the turns, and for the mark
+
+
+# -- marks ------------------------------------------------------------------------------------------------------------
+
+
+def marked(template: str, chosen: list[dict], eos: str | None = None, **more) -> list[tuple[int, str]]:
+    """Runs of the chosen completion: parts, and text."""
+    tokenizer = tokenizer_for(template)
+    tokenizer.eos_token = eos or tokenizer.eos_token
+    noted: list = []
+    ((ids, _),) = Tokeniser(tokenizer).encode_noted(normalise(record(PROMPT, chosen, REJECTED, **more)), noted)
+    firsts = noted[0].chosen.marks >> marks.MARK_BITS
+    ends = [*firsts[1:], len(ids.chosen)]
+    return [
+        (run & 15, tokenizer.decode(ids.chosen[first:end]))
+        for run, first, end in zip(noted[0].chosen.marks.tolist(), firsts, ends, strict=False)
+    ]
+
+
+def test_a_turn_that_two_tokens_end_ends_with_eos():
+    turns = [FINAL, user("Sure?"), FINAL]
+    assert marked(templates.TWO_ENDS, turns, "<|END|>") == [
+        (5, "It is noon.<|END_RESPONSE|><|END|>"),
+        (0, "<|START|><|USER|>Sure?<|END|><|START|><|BOT|><|START_RESPONSE|>"),
+        (7, "It is noon.<|END_RESPONSE|><|END|>"),
+    ]
+
+
+@pytest.mark.parametrize("result", ["At noon.", {"time": "noon", "n": 1}, [{"time": "noon"}]])
+def test_a_turn_that_holds_a_result_of_a_tool_is_not_found(result):
+    assert marked(templates.FOLDED, [called(content="Asking."), RESULT | {"content": result}, FINAL]) == []
+    assert marked(templates.FOLDED, [called(content="Asking."), user("Well?"), FINAL])[-1][0] == 0
+
+
+def test_turns_are_found_with_tools_that_are_given_in_another_form():
+    turns, bare = [FINAL, user("Sure?"), FINAL], [tool("clock")["function"]]
+    assert marked(templates.HARMONY, turns, tools=bare) == marked(templates.HARMONY, turns, tools=[tool("clock")]) != []
 
 
 # -- nothing vanishes --------------------------------------------------------------------------------------------------

@@ -6,10 +6,12 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import torch
 from distributed import run_distributed
 from kernel import counting, exact, part_of, train_here, with_reference
 from test_equalities import with_live_reference
 from tiny import make_tokenizer, preferences
+from transformers import AutoModelForCausalLM
 
 from raydpo.config import DataConfig, ObjectiveConfig
 from raydpo.data.lists import rows_of
@@ -83,11 +85,36 @@ def test_a_list_that_occurs_twice_is_two_lists(table):
     assert expected_first_loss(objective, pairs, rows_of(pairs.starts, [2, 2]), 0.1) == pytest.approx(math.log(720))
 
 
+def first_rows(jobs):
+    return [train_here(*args, shuffle=False, **LISTS | settings).steps[0] for args, settings in jobs]
+
+
 def runs(jobs):
     return [
         (found.steps, found.evals, found.notes)
         for found in (train_here(*args, steps=STEPS, **LISTS | settings) for args, settings in jobs)
     ]
+
+
+def test_the_gradient_of_a_step_is_that_of_the_mean_over_lists(table, tiny_llama, tmp_path):
+    """Two lists, of two and of three completions, against plain transformers and the formula."""
+    two = table.slice(0, 3)
+    job = ((two, tiny_llama, tmp_path / "scratch"), dict(pairs_per_step=2, beta=0.5, clip=1e9, steps=1))
+    ((row,),) = run_distributed(first_rows, 1, tmp_path / "ranks", [job])
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32).eval()
+    scores = []
+    for place in range(5):
+        side, at = ("chosen", "rejected")[place % 2], place // 2
+        prompt = two["prompt_ids"][at].as_py()
+        ids = torch.tensor([prompt + two[f"{side}_ids"][at].as_py()])
+        logps = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[len(prompt) - 1 :]
+        scores.append(0.5 * (logps.sum() - sum(two[f"ref_{side}_logps"][at].as_py())))
+    losses = [torch.logsumexp(torch.stack(scores[own:end]), 0) - scores[own] for own, end in ((0, 2), (2, 5), (3, 5))]
+    loss = sum(losses) / 2
+    loss.backward()
+    norm = sum(each.grad.square().sum() for each in model.parameters()).sqrt().item()
+    assert row["loss"] == pytest.approx(loss.item(), abs=1e-6) == pytest.approx((2 * math.log(2) + math.log(3)) / 2)
+    assert row["grad_norm"] == pytest.approx(norm, rel=1e-4)
 
 
 def test_one_worker_equals_two_in_every_layout_and_a_live_reference(table, tiny_llama, tmp_path):
