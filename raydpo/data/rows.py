@@ -24,6 +24,7 @@ from raydpo.data.marks import (
     REASONING_NOT_FOUND,
     TURNS_NOT_FOUND,
     MarkedPair,
+    mark_columns,
 )
 from raydpo.data.messages import Malformed
 from raydpo.data.preference import Preference, normalise
@@ -33,7 +34,7 @@ from raydpo.data.remarks import SPELLED, Remark
 from raydpo.data.repeats import Repeats, repeating
 from raydpo.data.scores import Compared, compared
 from raydpo.data.shapes import common_prefix
-from raydpo.data.spans import spans_of
+from raydpo.data.spans import spanned
 from raydpo.data.split import prompt_digest, question_digest
 from raydpo.data.tally import SourceReport
 from raydpo.data.tokenise import TokenisedPair, Tokeniser
@@ -238,8 +239,7 @@ class _Read:
 
 @dataclass
 class _Encoded:
-    """Records as far as they depend on ``take_off`` and not on ``head``: tokens, None of giants, of well-formed pairs; and
-    their marks in a set with marks."""
+    """Records as far as they depend on ``take_off`` and not on ``head``: tokens, None of giants, and marks of sound pairs."""
 
     account: SourceReport
     pairs: list[tuple[_Entry, TokenisedPair | None]]
@@ -452,7 +452,7 @@ class RowMaker:
         ]
         columns = [
             *map(pa.array, columns),
-            *(_mark_columns(encoded.marks) if self.marks else ()),
+            *(mark_columns(encoded.marks) if self.marks else ()),
             *(_rank_columns(pairs) if self.lists else ()),
         ]
         schema = light_schema(self.numbers, marks=self.marks, lists=self.lists)
@@ -501,11 +501,8 @@ def preferences_of(
     if record.value is None:
         raise Malformed(record.problem or "unreadable")
     found = normalise(record.value, tuple(numbers.values()), () if spans is None else (spans,), lists=lists)
-    if spans is not None and record.value.get(spans) is not None:
-        if len(found) > 1:
-            raise Malformed(f"{spans!r} stands beside more completions than those of one pair")
-        given = spans_of(record.value[spans], spans, found[0].chosen, found[0].rejected)
-        found = [replace(found[0], spans=given)]
+    if spans is not None:
+        found = spanned(found, record.value.get(spans), spans)
     if PAIR_WEIGHT in numbers and found[0].numbers[0] < 0:
         raise Malformed(f"{numbers[PAIR_WEIGHT]!r} is below 0")
     if record.absent:
@@ -573,21 +570,6 @@ def _rank_columns(pairs: Sequence[tuple[_Entry, TokenisedPair | None]]) -> list[
         for each in (entry.preference for entry, _ in pairs)
     ]
     return [pa.array([both[side] for both in ranks], pa.int32()) for side in range(2)]
-
-
-def _mark_columns(marks: Sequence[MarkedPair]) -> list[pa.Array]:
-    """The columns ``MARK_COLUMNS``."""
-    chosen, rejected = ([each[side] for each in marks] for side in (0, 1))
-    values = [
-        [each[kind] for each in runs] or [np.empty(0, np.int32 if not kind else np.float32)]
-        for kind in (0, 1)
-        for runs in (chosen, rejected)
-    ]
-    ends = [np.cumsum([0, *map(len, each[: len(marks)])], dtype=np.int32) for each in values]
-    return [
-        pa.ListArray.from_arrays(pa.array(stops), pa.array(np.concatenate(each)))
-        for stops, each in zip(ends, values, strict=True)
-    ]
 
 
 def _fixed(content: bytes, width: int) -> pa.Array:
