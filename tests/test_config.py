@@ -159,6 +159,13 @@ def test_what_a_sweep_varies_may_be_refined(tree):
         load_config(tree, ["sweep.list=[{data.eval.fraction: 0.1}, {data.eval: {fraction: 0.2}}]", "data.eval={}"])
     )
     assert [trial.config.data.eval.fraction for trial in found] == [0.1, 0.2]
+    both = [{"data.ranked": "lists", "train.loss": "plackett_luce"}, {"train.loss": "sigmoid"}]
+    found = trials_of(load_config(tree | {"sweep": {"list": both}}, []))
+    assert [trial.config.data.ranked for trial in found] == ["lists", "pairs"]
+    with pytest.raises(ConfigError, match=r"'sigmoid' of train[.]loss is over pairs"):
+        trials_of(
+            load_config(tree | {"sweep": {"grid": {"train.loss": ["plackett_luce", "sigmoid"]}}}, ["data.ranked=lists"])
+        )
     random = "sweep.random={samples: 2, train.sample_prompts: {choice: [1, 2]}}"
     assert len(trials_of(load_config(tree, [random, "train.sample_tokens=8"]))) == 2
     with pytest.raises(ConfigError, match=r"sweep.metric eval_loss has no effect: nothing is held out"):
@@ -233,6 +240,16 @@ def test_it_is_frozen(tree):
         ("train.beta={start: 0.2, end: 0.2}", ["beta: 0.2"]),
         ("train.loss=aot data.weight_column=importance", ["weight_column", "importance", "'aot'"]),
         ("train.loss=bco_pair data.margin_column=gap", ["margin_column", "gap", "'bco_pair'"]),
+        (
+            "data.ranked=lists",
+            ["data.ranked is lists", "'sigmoid' of train.loss", "(plackett_luce)", "data.ranked to pairs"],
+        ),
+        (
+            "data.ranked=lists train.loss=[{plackett_luce: 1.0}, {sft: 0.1}]",
+            ["data.ranked is lists", "'sft' of train.loss is over pairs"],
+        ),
+        ("train.loss=plackett_luce", ["'plackett_luce' is over ranked lists", "data.ranked is pairs", "such as sigmoid"]),
+        ("data.ranked=lists train.loss=plackett_luce data.margin_column=gap", ["margin_column", "'plackett_luce'"]),
         ("train.steps=5 train.epochs=3", ["steps (5)", "epochs (3)"]),
         ("data.spans_column=gap data.margin_column=gap", ["spans_column and data.margin_column are both 'gap'"]),
         ("data.train_on=answers", ["data.train_on", "'answers' is no part", "answer, reasoning", "{answer: 1.0}"]),

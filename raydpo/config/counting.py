@@ -79,6 +79,5 @@ def counting_texts(data: Mapping[str, Any]) -> tuple[str, str | None]:
     if held_out:
         own = held_out.get("train_on") or (usual if held_out.get("path") and len(words) > 1 else None)
         measured = trained if own is None else train_on_text(own)
-    if spans := data.get("spans_column"):
-        trained, measured = (text and f"{text} within the spans of {spans}" for text in (trained, measured))
-    return trained, measured
+    within = f" within the spans of {data['spans_column']}" if data.get("spans_column") else ""
+    return trained + within, None if measured is None else measured + within

@@ -151,8 +151,9 @@ class DataConfig(Section):
         if twice:
             raise ValueError(f"two sources are both named {sorted(twice)[0]!r}; give each its own name")
         own = [source.train_on for source in self.train]
-        held_out_file = self.eval is not None and self.eval.path is not None and self.eval.train_on is None
-        if self.train_on != "completion" and None not in own and not (held_out_file and any(one != own[0] for one in own)):
+        # Where sources differ, it says what counts in pairs that are only measured.
+        measures = any(one != own[0] for one in own) and (self.eval is None or self.eval.train_on is None)
+        if self.train_on != "completion" and None not in own and not measures:
             raise ValueError(
                 f"data.train_on {train_on_text(self.train_on)!r} has no effect: each source has its own train_on; drop "
                 "it, or theirs"

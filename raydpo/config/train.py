@@ -110,7 +110,7 @@ class TrainConfig(ObjectiveConfig):
     labels: dict[str, str] = Field(default={})
     """Ray labels that nodes must have, as score.labels."""
     pairs_per_step: Int = Field(default=64, ge=1)
-    """Number of pairs in one optimizer step, over all workers."""
+    """Number of pairs, or of ranked lists, in one optimizer step, over all workers."""
     tokens_per_batch: Literal["auto"] | Annotated[Int, Field(ge=1)] = "auto"
     """Token positions of one forward and backward pass of a worker, with each shared prefix counted once; auto = as many as
     fit, measured at start. Gradients are accumulated over the passes of a step."""

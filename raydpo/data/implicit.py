@@ -42,7 +42,15 @@ def implicit(chosen: Any, rejected: Any, notes: Notes) -> Parts:
     while common == shorter and common and chosen[common - 1]["role"] == "assistant":
         common = shorter = common - 1  # one is the start of the other: keep its last answer as the completion
     if not common:
-        raise Malformed("chosen and rejected have no prompt in common")
+        roles = sorted({chosen[0]["role"], rejected[0]["role"]})
+        raise Malformed(
+            "chosen and rejected have no prompt in common: "
+            + (
+                "both begin with the assistant; give what they answer in a column 'prompt'"
+                if roles == ["assistant"]
+                else f"their first messages ({', '.join(roles)}) differ, and a pair is two answers to one prompt"
+            )
+        )
     return chosen[:common], chosen[common:], rejected[common:], None
 
 

@@ -15,10 +15,10 @@ from raydpo.data.messages import Malformed, Message, Text
 from raydpo.data.places import Place, TokenPlaces
 from raydpo.data.preference import Preference
 from raydpo.data.remarks import Remark
-from raydpo.data.rendering import MARKS, TAGS, thoughts_of
 from raydpo.data.segments import any_of
 from raydpo.data.spans import Span, Spans, Written, message_text
 from raydpo.data.template import ChatTemplate
+from raydpo.data.texts import MARKS, TAGS, leaves, thoughts_of
 from raydpo.errors import RaydpoError
 
 __all__ = [
@@ -63,6 +63,8 @@ nothing is known has no runs."""
 
 _LAST = 200
 """Characters at the end of a rendering among which the last token is looked for."""
+_FEW = 3
+"""Characters of a text that may stand anywhere by chance."""
 _PROBE = "raydpoMarks"
 """Content of a message of which the place is looked for, found in no template."""
 _USER: Message = {"role": "user", "content": "x"}
@@ -131,6 +133,8 @@ class Marker:
         self._places = TokenPlaces(tokenizer)
         added = [str(token) for token in tokenizer.added_tokens_decoder.values()]
         self._token = re.compile(any_of(token for token in added if token.strip()) or "(?!)")
+        eos = re.escape(tokenizer.eos_token) if tokenizer.eos_token else "(?!)"
+        self._up_to_eos = re.compile(rf"(?:{self._token.pattern})*?{eos}")
         self._added = frozenset(added)
         special = [token for token in tokenizer.all_special_tokens if token.strip()]
         self._last_token = re.compile(rf"({any_of(special) or '(?!)'})\s*\Z")
@@ -301,8 +305,9 @@ class Marker:
 
     def _length(self, tail: str) -> int:
         """Characters of what ends a turn, at the beginning of what a template writes after its content; 0 if no token ends
-        it."""
-        end = self._token.match(tail, len(tail) - len(tail.lstrip()))
+        it. Where several tokens follow one another and EOS is among them, as in Cohere's, the turn ends with EOS."""
+        start = len(tail) - len(tail.lstrip())
+        end = self._up_to_eos.match(tail, start) or self._token.match(tail, start)
         return end.end() if end else 0
 
     def _length_before(self, tail: str, usual: str) -> int | None:
@@ -389,7 +394,7 @@ class _Talk:
 
     def __init__(self, template: ChatTemplate, preference: Preference, messages: list[Message]) -> None:
         self._template = template
-        self.tools, self._arguments = preference.tools, preference.template_kwargs
+        self.tools, self._arguments = template.fitted_tools(preference.tools, set()), preference.template_kwargs
         self._prompt, self.messages = list(preference.prompt), messages
         self._fitted = template.fits(self._prompt) and template.fits(messages)  # type: ignore[arg-type]
         self._around: dict[tuple[int, bool], tuple[str, str] | None] = {}
@@ -438,12 +443,17 @@ class _Talk:
 def _apart(messages: Sequence[Message], turns: Sequence[_Turn], whole: str) -> bool:
     """Whether no text of another message, such as a tool's result, stands within a turn and not between turns."""
     for place, message in enumerate(messages):
-        text = message_text(message).strip() if message["role"] != "assistant" else ""
+        if message["role"] == "assistant":
+            continue
+        said = message_text(message).strip()
+        # A result may be an object, which templates write in many ways.
+        texts = [said] if said else [leaf for leaf in leaves(message.get("content"), []) if len(leaf) > _FEW]
         before = [turn for turn in turns if turn.place < place][-1:]
         after = [turn for turn in turns if turn.place > place][:1]
         between = whole[before[0].end if before else 0 : after[0].start if after else len(whole)]
-        if text and text not in between and any(text in whole[turn.start : turn.end] for turn in (*before, *after)):
-            return False
+        for text in texts:
+            if text not in between and any(text in whole[turn.start : turn.end] for turn in (*before, *after)):
+                return False
     return True
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -31,8 +33,7 @@ class TokenPlaces:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        vocabulary = tokenizer.get_vocab()
-        self._byte_level = _SPACE_OF_BYTES in vocabulary and _SPACE not in vocabulary
+        self._byte_level = _has(tokenizer, _SPACE_OF_BYTES) and not _has(tokenizer, _SPACE)
         self._bytes: dict[int, bytes] = {}
 
     def of(self, text: str, ids: np.ndarray, *, special: bool) -> Place:
@@ -64,8 +65,10 @@ class TokenPlaces:
 
     def _bytes_of(self, token: str) -> bytes:
         if self._byte_level:
-            table = _byte_level()
-            return bytes([table[sign] for sign in token]) if all(sign in table for sign in token) else token.encode()
+            try:
+                return bytes(map(_byte_level().__getitem__, token))
+            except KeyError:  # a token that was added
+                return token.encode()
         if _BYTE.fullmatch(token):
             return bytes([int(token[3:5], 16)])
         return token.replace(_SPACE, " ").encode(errors="surrogatepass")
@@ -104,17 +107,22 @@ class TokenPlaces:
         return place
 
 
+def _has(tokenizer: Any, token: str) -> bool:
+    number = tokenizer.convert_tokens_to_ids(token)
+    return number is not None and tokenizer.convert_ids_to_tokens(number) == token
+
+
 def _by_bytes(text: str, written: bytes, pieces: Sequence[bytes]) -> Place:
     """Places by the bytes of each token."""
-    ends = np.cumsum([len(piece) for piece in pieces])
-    first = len(written) - int(ends[-1])
+    ends = list(accumulate(map(len, pieces)))
+    first = len(written) - ends[-1]
     plain = len(written) == len(text)
 
     def place(character: int) -> int:
         at = (character if plain else len(text[:character].encode(errors="surrogatepass"))) - first
         if at <= 0:
             return 0
-        token = int(np.searchsorted(ends, at, "left"))
+        token = bisect_left(ends, at)
         if ends[token] == at:
             return token + 1
         piece = pieces[token].decode(errors="surrogateescape")

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-__all__ = ["Ragged", "digests", "tokens_in_use"]
+from raydpo.data.spool import MOST_SMALL
+
+__all__ = ["Ragged", "digests", "first_values", "tokens_in_use"]
 
 _BLOCK_ROWS = 10_000
 """Rows whose values ``sums`` copies at once."""
@@ -162,3 +164,33 @@ def digests(lists: pa.Array | pa.ChunkedArray, rows: np.ndarray | None = None) -
         total = np.concatenate([[np.uint64(0)], np.cumsum((flat * flat + flat) * powers[within], dtype=np.uint64)])
         found[start:stop] = (total[offsets[1:]] - total[offsets[:-1]]) * powers[0] + lengths.astype(np.uint64)
     return found
+
+
+def first_values(columns: Sequence[pa.ChunkedArray], use: np.ndarray, sizes: np.ndarray) -> pa.ChunkedArray:
+    """The first ``sizes`` values, int32 [pairs in use], of each list in use, as list views of the columns' own values.
+
+    Args:
+        columns: of type list or large_list, one after another.
+        use: bool [lists].
+    """
+    found, row, done = [], 0, 0
+    for chunk in (chunk for column in columns for chunk in column.chunks):
+        mask, starts = use[row : row + len(chunk)], chunk.offsets.to_numpy()[:-1]
+        starts = starts if mask.all() else starts[mask]
+        found += _views_of(chunk.values, starts, sizes[done : done + len(starts)])
+        row, done = row + len(chunk), done + len(starts)
+    if row != len(use):
+        raise ValueError(f"{row} pairs with tokens, {len(use)} light rows")
+    return pa.chunked_array(found, pa.list_view(pa.int32()))
+
+
+def _views_of(values: pa.Array, starts: np.ndarray, sizes: np.ndarray) -> Iterator[pa.Array]:
+    """Views of one array of values. Several if their ends need more than 32 bits, since all offsets are from its start."""
+    row = 0
+    while row < len(starts):
+        base = int(starts[row]) if int(starts[-1]) + int(sizes[-1]) > MOST_SMALL else 0
+        ends = starts[row:].astype(np.int64) + sizes[row:] - base
+        stop = row + max(1, int(np.searchsorted(ends, MOST_SMALL, side="right")))
+        offsets = (starts[row:stop] - base).astype(np.int32, copy=False)
+        yield pa.ListViewArray.from_arrays(pa.array(offsets), pa.array(sizes[row:stop]), values.slice(base))
+        row = stop

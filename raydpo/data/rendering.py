@@ -2,50 +2,45 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 from raydpo.data import remarks
-from raydpo.data.messages import RESULTS, THOUGHT_PARTS, Malformed, Message, is_thought
+from raydpo.data.messages import Malformed, Message
 from raydpo.data.preference import Preference
 from raydpo.data.remarks import Remark
 from raydpo.data.segments import any_of
-from raydpo.data.template import TEXT_PARTS
-
-__all__ = ["MARKS", "TAGS", "RenderingCheck", "left_out", "remedy", "thoughts_of"]
-
-_KNOWN_FIELDS = {"role", "content", "tools", "tool_calls", "function_call", "tool_call_id", "id"}
-MARKS = {"weight", "loss_weight", "train", "training", "trainable", "trained", "learn", "loss"}
-"""Fields with which other tools say whether a message is trained, and how much it counts: 0 or false if not."""
-_IDS = {"type", "id", "index", "tool_use_id", "tool_call_id", "cache_control", "signature"}
-"""Keys of content parts that are no text."""
-TAGS = (
-    *((f"<{name}>", f"</{name}>") for name in ("think", "thinking", "thought", "reasoning", "seed:think")),
-    ("[THINK]", "[/THINK]"),
-    ("◁think▷", "◁/think▷"),
-    ("<|START_THINKING|>", "<|END_THINKING|>"),
-    ("<|begin_of_thought|>", "<|end_of_thought|>"),
-    ("<|channel>thought", "<channel|>"),
+from raydpo.data.texts import (
+    CLOSERS,
+    MARKS,
+    TAG,
+    TAGS,
+    Text,
+    fields_of,
+    found_in,
+    leaves,
+    left_out,
+    pieces_of,
+    reflowed,
+    texts_of,
+    tool_texts,
+    written_twice,
 )
-"""How models mark the beginning and the end of a thought in a text."""
-_OPENERS, _CLOSERS = ([pair[place] for pair in TAGS] for place in (0, 1))
+
+__all__ = ["RenderingCheck", "remedy"]
+
 _CLOSER_SIGNS = ("</", "[/", "◁/", "<|", "<channel")
 """Texts of which each closing tag contains one."""
-_TAG = re.compile("|".join(map(re.escape, (*_OPENERS, *_CLOSERS))))
 _EMPTY_THOUGHT = re.compile(
     "|".join(rf"{re.escape(opener)}\s*{re.escape(closer)}" for opener, closer in TAGS)
-    + rf"|\A\s*(?:{'|'.join(map(re.escape, _CLOSERS))})"  # opened at the end of the prompt
+    + rf"|\A\s*(?:{'|'.join(map(re.escape, CLOSERS))})"  # opened at the end of the prompt
 )
 _MARK = re.compile(r"<([|\uff5c]).+\1>")
 """Tokens that can be nothing but marks, special or not."""
 _MOST_SIGNS = 4
-_FEW_WORDS = 2
 _TAIL = 40
-_CUT = "\x00"
-"""Stands where a text was found, so that no other is found there again."""
 _REMEDIES = {
     remarks.THOUGHTS: "set data.chat_template to one that keeps thoughts, or move them to where it reads them (the field "
     "reasoning_content, or <think> in content)",
@@ -62,14 +57,6 @@ _LOST_IN_PROMPT = {
     **dict.fromkeys((remarks.TOOLS, remarks.CALLS, remarks.NAMES), remarks.TOOLS_BEFORE),
 }
 """What does not count for ``data.max_lost`` in a prompt: many templates have no place for it, at inference neither."""
-
-
-class Text(NamedTuple):
-    """A text that the rendering must hold. ``what`` says where it stands: ``tool calls``, ``content of role 'user'``."""
-
-    what: str
-    text: str
-    turn: int = 0
 
 
 def remedy(what: str) -> str:
@@ -96,7 +83,7 @@ class RenderingCheck:
         self._end = re.compile(any_of(ends) or "(?!)")
         written = _written(tokenizer)
         special += [token for token in added if token in written or _MARK.fullmatch(token)]  # read as special tokens are
-        spelled = sorted({token for token in special if token.strip() and not _TAG.fullmatch(token)}, key=len, reverse=True)
+        spelled = sorted({token for token in special if token.strip() and not TAG.fullmatch(token)}, key=len, reverse=True)
         self._special = re.compile(any_of(spelled) or "(?!)")
         self._signs = _common_signs(spelled)
         self._signs_of_all = tuple(dict.fromkeys((*self._signs, *_CLOSER_SIGNS)))
@@ -132,7 +119,7 @@ class RenderingCheck:
         if preference.tools is not None or self._end_if_usual(preference.prompt, prompt, 0, answer=False)[0] < 0:
             self._check_prompt(preference, prompt, found)
         if preference.template_kwargs:
-            values = _leaves(preference.template_kwargs, [])
+            values = leaves(preference.template_kwargs, [])
             self._check_spelling_of_others("chat_template_kwargs", prompt, values, found)
         for (side, messages), whole in zip(preference.sides, answers, strict=True):
             if whole.startswith(prompt):
@@ -180,7 +167,7 @@ class RenderingCheck:
         """A remark for each text of the prompt that ``prompt`` holds, and that ``whole``, the rendering with an answer,
         leaves out or holds behind ``start``, where the answer begins."""
         more: list[str] = []
-        wanted = [text for turn, message in enumerate(messages) for text in _texts(message, turn, more)]
+        wanted = [text for turn, message in enumerate(messages) for text in texts_of(message, turn, more)]
         absent = set(left_out(prompt, wanted, more))
         behind = [one for one in left_out(whole[:start], wanted, more) if one not in absent]
         if not behind:
@@ -197,16 +184,16 @@ class RenderingCheck:
         ]
 
     def _check_prompt(self, preference: Preference, prompt: str, found: list[Remark]) -> None:
-        wanted, more = _tool_texts(preference.tools) if preference.tools else ([], [])
+        wanted, more = tool_texts(preference.tools) if preference.tools else ([], [])
         fields: list[Text] = []
         for turn, message in enumerate(preference.prompt):
-            wanted += _texts(message, turn, more)
-            fields += _fields(message)
+            wanted += texts_of(message, turn, more)
+            fields += fields_of(message)
             found += [Remark(remarks.UNTRAINED_BEFORE, key) for key in message.keys() & MARKS]
         self._check_spelling("prompt", [one.text for one in wanted], found)
         self._check_spelling_of_others("prompt", prompt, [*more, *(one.text for one in fields)], found)
         _check_fields(prompt, fields, wanted, more, found)
-        found += _reflowed("prompt", prompt, wanted)
+        found += reflowed("prompt", prompt, wanted)
         for one in left_out(prompt, wanted, more):
             kind = _LOST_IN_PROMPT.get(one.what, remarks.LOST)
             found.append(Remark(kind, f"{one.what} (prompt)" if one.turn >= 0 else one.what, one.text, remedy(one.what)))
@@ -217,9 +204,9 @@ class RenderingCheck:
         fields: list[Text] = []
         region = whole[start:]
         for turn, message in enumerate(messages):
-            wanted += _texts(message, turn, more)
-            fields += _fields(message)
-            found += [Remark(remarks.THOUGHT_TWICE, side, thought) for thought in _written_twice(message, region)]
+            wanted += texts_of(message, turn, more)
+            fields += fields_of(message)
+            found += [Remark(remarks.THOUGHT_TWICE, side, thought) for thought in written_twice(message, region)]
             found += [
                 Remark(remarks.UNTRAINED, f"{key} ({side})", str(message[key]))
                 for key in message.keys() & MARKS
@@ -230,8 +217,8 @@ class RenderingCheck:
         self._check_spelling_of_others(side, region, [*more, *(one.text for one in fields)], found)
         _check_fields(region, fields, wanted, more, found)
         lost = left_out(region, wanted, more)
-        found += _reflowed(side, region, wanted)
-        if lost and len(lost) >= sum(len(_pieces(one)) for one in wanted):
+        found += reflowed(side, region, wanted)
+        if lost and len(lost) >= sum(len(pieces_of(one)) for one in wanted):
             what = ", ".join(dict.fromkeys(one.what for one in lost))
             raise Malformed(f"the chat template leaves out or changes all of {side} ({what}); {remedy(lost[0].what)}")
         last = max((turn for turn, message in enumerate(messages) if message["role"] == "assistant"), default=0)
@@ -278,7 +265,7 @@ class RenderingCheck:
         spelled = [text for text in texts if self.spelled(text) is not None]
         if spelled:
             rest = "".join(rendered.split())
-            self._check_spelling(part, [text for text in spelled if _found(rest, text) is not None], found)
+            self._check_spelling(part, [text for text in spelled if found_in(rest, text) is not None], found)
 
     def _check_thoughts(self, side: str, texts: list[str], whole: str, start: int, found: list[Remark]) -> None:
         """Note an answer that ends a thought which neither it nor the prompt begins."""
@@ -317,145 +304,6 @@ class RenderingCheck:
         return tail.rstrip() != before and before.rstrip().endswith(self._eos)
 
 
-# -- texts that must be there ---------------------------------------------------------------------------------------------
-
-
-def _texts(message: Message, turn: int, more: list[str]) -> list[Text]:
-    """All texts of a message. Adds to ``more`` texts that a rendering may hold, but need not."""
-    content, what = message.get("content"), f"content of role {message['role']!r}"
-    found: list[Text] = []
-    any_json = message["role"] in RESULTS
-    for part in content if isinstance(content, list) else [content]:
-        if isinstance(part, str):
-            found.append(Text(what, part, turn))
-        elif isinstance(part, Mapping):
-            is_text, thinks = _is_text(part), part.get("type") in THOUGHT_PARTS
-            for key, value in part.items():
-                if (not is_text or key == "text" or is_thought(key)) and (key not in _IDS or (any_json and not is_text)):
-                    kind = remarks.THOUGHTS if thinks or is_thought(key) else what
-                    value = _without_ids(value) if kind == remarks.THOUGHTS else value
-                    found += [Text(kind, leaf, turn) for leaf in _leaves(value, more)]
-    said = " ".join(one.text for one in found)
-    within = _TAG.search(said) is not None
-    for thought in _thoughts(message, more):  # content may hold it, too; a word or two stand there by chance
-        if thought.strip() not in said or not (within or len(thought.split(maxsplit=_FEW_WORDS)) > _FEW_WORDS):
-            found.append(Text(remarks.THOUGHTS, thought, turn))
-    tools = _parsed(message.get("tools"))
-    for one in _tool_texts(tools)[0] if isinstance(tools, list) else []:
-        found.append(Text(remarks.TOOLS_INSIDE, one.text, turn))
-    calls = message.get("tool_calls")
-    calls = list(calls) if isinstance(calls, list) else []
-    for call in (*calls, message.get("function_call")):
-        function = call.get("function", call) if isinstance(call, Mapping) else None
-        if isinstance(function, Mapping):
-            values = [function.get("name"), *_leaves(_parsed(function.get("arguments")), more)]
-            found += [Text(remarks.CALLS, str(value), turn) for value in values if value is not None]
-    return [Text(one.what, one.text.strip(), turn) for one in found if one.text.strip()]
-
-
-def thoughts_of(message: Message) -> list[str]:
-    """The texts of the fields and content parts of a message that hold thoughts."""
-    parts = (
-        [part for part in message["content"] if isinstance(part, Mapping)] if type(message.get("content")) is list else []
-    )
-    fields = [
-        value
-        for each in (message, *parts)
-        for field, value in each.items()
-        if is_thought(field) or (field not in _IDS and each.get("type") in THOUGHT_PARTS)
-    ]
-    return [leaf.strip() for value in fields for leaf in _leaves(_without_ids(value), []) if leaf.strip()]
-
-
-def _thoughts(message: Message, more: list[str]) -> dict[str, None]:
-    """The thoughts in fields of a message."""
-    return dict.fromkeys(
-        leaf for field in message if is_thought(field) for leaf in _leaves(_without_ids(message[field]), more)
-    )
-
-
-def _written_twice(message: Message, rendered: str) -> list[str]:
-    """Thoughts that a field of a message and its content hold, and ``rendered`` twice."""
-    content = message.get("content")
-    if len(message) == 2 or type(content) is not str or not any(closer in content for closer in _CLOSERS):
-        return []
-    thoughts = [thought.strip() for thought in _thoughts(message, [])]
-    return [each for each in thoughts if each and content.count(each) == 1 and rendered.count(each) > 1]
-
-
-def _without_ids(value: Any) -> Any:
-    """Parts of a thought without what is no text of it."""
-    if isinstance(value, list):
-        return [_without_ids(part) for part in value]
-    if isinstance(value, Mapping):
-        return {key: part for key, part in value.items() if key not in _IDS and key not in ("format", "data")}
-    return value
-
-
-def _parsed(arguments: Any) -> Any:
-    """Arguments of a call as an object, also if they are JSON text."""
-    if not isinstance(arguments, str):
-        return arguments
-    try:
-        value = json.loads(arguments)
-    except (ValueError, RecursionError):
-        return arguments
-    return value if isinstance(value, (dict, list)) else arguments
-
-
-def _leaves(value: Any, keys: list[str]) -> Iterator[str]:
-    """All texts, numbers and truth values inside ``value``. Adds the keys of objects to ``keys``."""
-    if isinstance(value, Mapping):
-        keys += map(str, value)
-        for entry in value.values():
-            yield from _leaves(entry, keys)
-    elif isinstance(value, (list, tuple)):
-        for entry in value:
-            yield from _leaves(entry, keys)
-    elif isinstance(value, (str, int, float)):
-        yield str(value)
-
-
-def _tool_texts(tools: list[Any]) -> tuple[list[Text], list[str]]:
-    """The names of tools, which a rendering must hold, and their other texts, which it may hold."""
-    more: list[str] = []
-    wanted = []
-    for tool in tools:
-        function = tool.get("function", tool) if isinstance(tool, Mapping) else None
-        name = function.get("name") if isinstance(function, Mapping) else None
-        texts = list(_leaves(tool, more))
-        if isinstance(name, str) and name.strip():
-            wanted.append(Text(remarks.TOOLS, name.strip(), -1))
-            if name in texts:
-                texts.remove(name)
-        more += [text.strip() for text in texts if text.strip()]
-    return wanted, more
-
-
-def _fields(message: Message) -> list[Text]:
-    """The texts of fields that few templates read, such as ``name``, each under the name of its field."""
-    content = message.get("content")
-    others = [(str(key)[:40], message[key]) for key in message.keys() - _KNOWN_FIELDS - MARKS if not is_thought(key)]
-    others += [
-        (f"{str(key)[:40]} of a content part", value)
-        for part in (content if isinstance(content, list) else [])
-        if _is_text(part)
-        for key, value in part.items()
-        if key not in ("text", *_IDS) and not is_thought(key)
-    ]
-    return [
-        Text(key, leaf.strip())
-        for key, value in sorted(others, key=lambda field: field[0])
-        for leaf in _leaves(value, [])
-        if leaf.strip()
-    ]
-
-
-def _is_text(part: Any) -> bool:
-    """Whether a content part is text. What else it has is said about the text, such as where it was found."""
-    return isinstance(part, Mapping) and part.get("type") in TEXT_PARTS and isinstance(part.get("text"), str)
-
-
 def _check_fields(rendered: str, fields: list[Text], wanted: list[Text], more: list[str], found: list[Remark]) -> None:
     """Note the fields that ``rendered`` does not hold beside the texts that it must hold. Many templates have no place for
     them."""
@@ -464,94 +312,6 @@ def _check_fields(rendered: str, fields: list[Text], wanted: list[Text], more: l
     if fields:
         others = [*more, *(one.text for one in wanted)]
         found += [Remark(remarks.FIELD, one.what, one.text) for one in left_out(rendered, fields, others)]
-
-
-# -- finding them ---------------------------------------------------------------------------------------------------------
-
-
-def left_out(rendered: str, wanted: Sequence[Text], more: Sequence[str] = ()) -> list[Text]:
-    """Those of ``wanted`` that ``rendered`` does not hold.
-
-    Each needs a place of its own: the longest are looked for first, and what was found is taken away. White space does not
-    count, nor how JSON or Python spell a text inside quotation marks. A text with a thought may be cut apart at its tags.
-
-    Args:
-        more: texts that may be there, too, so that none of ``wanted`` is found inside them.
-    """
-    rest = "".join(rendered.split())
-    lost = []
-    again: list[Text] = []
-    texts = [*((one.text, one) for one in wanted), *((text, None) for text in more)]
-    # Of two equal texts that of a message comes before the name of a tool.
-    for text, one in sorted(texts, key=lambda entry: (-len(entry[0]), entry[1] is None or entry[1].what == remarks.TOOLS)):
-        place = _found(rest, text)
-        if place is not None:
-            rest = rest[: place[0]] + _CUT + rest[place[1] :]
-        elif one is not None:
-            pieces = _pieces(one)
-            if len(pieces) > 1 or pieces != [one]:
-                again += pieces
-            else:
-                lost.append(one)
-    for one in sorted(again, key=lambda piece: len(piece.text), reverse=True):
-        place = _found(rest, one.text)
-        if place is None:
-            lost.append(one)
-        else:
-            rest = rest[: place[0]] + _CUT + rest[place[1] :]
-    called = {one.text for one in wanted if one.what == remarks.CALLS}
-    return [one._replace(what=remarks.NAMES) if one.what == remarks.TOOLS and one.text in called else one for one in lost]
-
-
-def _reflowed(part: str, rendered: str, wanted: Sequence[Text]) -> list[Remark]:
-    """A remark for each text that ``rendered`` holds with other white space, but for that at tags of thoughts."""
-    found, rest = [], ""
-    for one in wanted:
-        for piece in _pieces(one) if one.text not in rendered else []:
-            bare = "".join(piece.text.split())
-            rest = rest or "".join(rendered.split())
-            if bare in rest and not any(form in rendered for form in _forms(piece.text)):
-                found.append(Remark(remarks.REFLOWED, f"{one.what} ({part})", piece.text))
-    return found
-
-
-def _found(rest: str, text: str) -> tuple[int, int] | None:
-    """Start and end of ``text`` in ``rest``, which has no white space."""
-    for form in _forms(text):
-        squeezed = "".join(form.split())
-        if not squeezed:
-            return 0, 0
-        if (place := rest.find(squeezed)) >= 0:
-            return place, place + len(squeezed)
-    return None
-
-
-def _forms(text: str) -> Iterator[str]:
-    """Ways in which a template may write a text: as it is, within JSON once or twice, within Python, in lower case."""
-    yield text
-    for ascii_only in (False, True):
-        once = json.dumps(text, ensure_ascii=ascii_only)[1:-1]
-        yield once
-        yield json.dumps(once, ensure_ascii=ascii_only)[1:-1]
-    yield repr(text)[1:-1]
-    if text in ("True", "False"):
-        yield text.lower()
-    try:
-        yield json.dumps(json.loads(text))  # a number as JSON writes it
-    except (ValueError, RecursionError):
-        return
-
-
-def _pieces(one: Text) -> list[Text]:
-    """A text cut apart at the tags of thoughts: what stands before a closing tag is a thought."""
-    pieces = []
-    start = 0
-    for tag in _TAG.finditer(one.text):
-        what = remarks.THOUGHTS if tag[0] in _CLOSERS else one.what
-        pieces.append(Text(what, one.text[start : tag.start()].strip(), one.turn))
-        start = tag.end()
-    pieces.append(Text(one.what, one.text[start:].strip(), one.turn))
-    return [piece for piece in pieces if piece.text] if start else [one]
 
 
 @lru_cache(1000)
@@ -566,8 +326,8 @@ def _start_of_answer(prompt: str, whole: str, messages: list[Message]) -> int:
     """
     common = _common(prompt, whole)
     for message in messages[:1]:
-        for text in (one.text for one in _texts(message, 0, [])):
-            tag = _TAG.match(text)
+        for text in (one.text for one in texts_of(message, 0, [])):
+            tag = TAG.match(text)
             first = common - (tag.end() - 1 if tag else len(text))  # a tag that both have in full is shared
             place = whole.find(text, max(0, first), common + len(text))
             if 0 <= place < common:

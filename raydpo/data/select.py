@@ -16,7 +16,7 @@ from raydpo.config import DataConfig
 from raydpo.data.counting import Counted, counted_of, needs_marks, train_on_of
 from raydpo.data.index import KeyIndex, as_bytes
 from raydpo.data.lists import all_or_none, begins
-from raydpo.data.ragged import Ragged
+from raydpo.data.ragged import Ragged, first_values
 from raydpo.data.rows import (
     CHARACTERS_A_TOKEN,
     DESIRABLE,
@@ -30,7 +30,6 @@ from raydpo.data.rows import (
     TokenSource,
 )
 from raydpo.data.split import held_out, kept
-from raydpo.data.spool import MOST_SMALL
 from raydpo.data.tally import FIRST_PLACES, DataReport, SourceReport
 from raydpo.errors import DataError
 from raydpo.storage.uri import redact
@@ -531,7 +530,7 @@ def _part(
         if source.tokens is None:
             columns[f"{name}_tokens"] = pa.array(used)
         else:
-            columns[f"{name}_ids"] = _views([table[f"{name}_ids"] for table in source.tokens], use, used)
+            columns[f"{name}_ids"] = first_values([table[f"{name}_ids"] for table in source.tokens], use, used)
     columns |= {f"{side}_key": light[f"{side}_key"] for side in _SIDES}
     columns |= {f"{side}_full": light[f"{side}_tokens"] for side in _SIDES}
     columns |= {name: light[name] for name in numbers}
@@ -576,33 +575,3 @@ def _constant(light: pa.Table, value: pa.Scalar) -> pa.ChunkedArray:
     lengths = [min(_BLOCK_ROWS, light.num_rows - start) for start in range(0, light.num_rows, _BLOCK_ROWS)]
     same = pa.repeat(value, max(lengths, default=0))
     return pa.chunked_array([same.slice(0, length) for length in lengths], value.type)
-
-
-def _views(columns: Sequence[pa.ChunkedArray], use: np.ndarray, sizes: np.ndarray) -> pa.ChunkedArray:
-    """The first ``sizes`` values, int32 [pairs in use], of each list in use, as list views of the columns' own values.
-
-    Args:
-        columns: of type list or large_list, one after another.
-        use: bool [lists].
-    """
-    found, row, done = [], 0, 0
-    for chunk in (chunk for column in columns for chunk in column.chunks):
-        mask, starts = use[row : row + len(chunk)], chunk.offsets.to_numpy()[:-1]
-        starts = starts if mask.all() else starts[mask]
-        found += _of_chunk(chunk.values, starts, sizes[done : done + len(starts)])
-        row, done = row + len(chunk), done + len(starts)
-    if row != len(use):
-        raise ValueError(f"{row} pairs with tokens, {len(use)} light rows")
-    return pa.chunked_array(found, pa.list_view(pa.int32()))
-
-
-def _of_chunk(values: pa.Array, starts: np.ndarray, sizes: np.ndarray) -> Iterator[pa.Array]:
-    """Views of one array of values. Several if their ends need more than 32 bits, since all offsets are from its start."""
-    row = 0
-    while row < len(starts):
-        base = int(starts[row]) if int(starts[-1]) + int(sizes[-1]) > MOST_SMALL else 0
-        ends = starts[row:].astype(np.int64) + sizes[row:] - base
-        stop = row + max(1, int(np.searchsorted(ends, MOST_SMALL, side="right")))
-        offsets = (starts[row:stop] - base).astype(np.int32, copy=False)
-        yield pa.ListViewArray.from_arrays(pa.array(offsets), pa.array(sizes[row:stop]), values.slice(base))
-        row = stop

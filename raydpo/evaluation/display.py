@@ -31,7 +31,8 @@ def _print_preferences(console: Console, found: dict[str, Any], preferences: Tab
     _print(
         console,
         f"{preferences.label}: beta {found['beta']:g}, rewards of {found['reward_of']} "
-        f"({found['rewards'].replace('_', ' ')})",
+        f"({found['rewards'].replace('_', ' ')})"
+        + (f", tokens that count: {found['train_on']}" if found.get("train_on") else ""),
         ("all pairs", "value"),
         [(name, cell.text) for name, cell in zip(preferences.columns[1:], total.cells, strict=True)],
     )

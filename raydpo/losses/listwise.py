@@ -21,10 +21,15 @@ def comparisons(logps: PairLogps) -> tuple[Tensor, Tensor]:
 
     Completions of equal rank are not compared, nor is a side without tokens (rank -1). Without lists, each row is a list of
     two, chosen before rejected.
+
+    Raises:
+        ValueError: if there are lists without ranks.
     """
     if logps.lists is None:
         better = torch.arange(len(logps.chosen), device=logps.chosen.device) * 2
         return better, better + 1
+    if logps.chosen_ranks is None or logps.rejected_ranks is None:
+        raise ValueError("lists need the ranks of their completions: set chosen_ranks and rejected_ranks of PairLogps")
     fields = (logps.lists, logps.chosen_ranks, logps.rejected_ranks)
     better, worse = compared(*(field.cpu().numpy() for field in fields))
     return torch.from_numpy(better).to(logps.chosen.device), torch.from_numpy(worse).to(logps.chosen.device)

@@ -77,7 +77,8 @@ def score_prepared(
     if config.needs_reference:
         if report is None or sets is not prepared.own:
             stored = {"tokens": sets.tokens, "light": [source.light for source in sets.sources]} if tables is None else {}
-            report = fill_cache(tables or prepared.tables, prepared.reference, cache, config, console, **stored)
+            more = fill_cache(tables or prepared.tables, prepared.reference, cache, config, console, **stored)
+            report = more if report is None else report.followed_by(more)
     else:
         console.say(f"reference: none; loss {config.train.loss_text} needs none, so nothing is scored")
         nothing = dict.fromkeys(("wanted", "hits", "scored", "by_others", "twice", "tokens", "parts"), 0)

@@ -7,7 +7,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from itertools import chain, islice
 from typing import Any, Literal
@@ -72,6 +72,12 @@ class BuildReport:
     seconds: float
     parts: int
     problems: tuple[str, ...]
+
+    def followed_by(self, other: BuildReport) -> BuildReport:
+        """Both builds as one, where ``other`` wanted all that this one did, and more."""
+        added = ("scored", "by_others", "twice", "tokens", "seconds", "parts", "problems")
+        both = {name: getattr(self, name) + getattr(other, name) for name in added}
+        return replace(other, hits=max(0, other.hits - self.scored - self.by_others), **both)
 
     @property
     def hit_rate(self) -> float:

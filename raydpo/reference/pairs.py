@@ -80,9 +80,8 @@ def reference_values(
     that count, each with its weight.
 
     Raises:
-        CacheMissError: if not every token counts alike, and of some completions only the sum is known.
+        CacheMissError: if not every token of a completion counts with weight 1, and only its sum is known.
     """
-
     masked = not all_count(table)
 
     def values(side: str) -> Joined:

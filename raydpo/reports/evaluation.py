@@ -129,8 +129,8 @@ def _labels(labels: dict[str, Any]) -> Table:
         "desirable": lambda each: number(each["desirable"], ",.0f"),
         "undesirable": lambda each: number(each["undesirable"], ",.0f"),
         "AUC": lambda each: interval(each["auc"]),
-        "desirable more likely than before": lambda each: interval(each["desirable_rose"]),
-        "undesirable less likely than before": lambda each: interval(each["undesirable_fell"]),
+        "desirable that rose": lambda each: interval(each["desirable_rose"]),
+        "undesirable that fell": lambda each: interval(each["undesirable_fell"]),
         "reward of desirable": lambda each: interval(each["desirable_reward"], ".2f"),
         "reward of undesirable": lambda each: interval(each["undesirable_reward"], ".2f"),
     }

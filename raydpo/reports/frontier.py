@@ -42,7 +42,7 @@ class Point:
         mark: gid that links pictures and table.
         done: whether the training is complete.
         beta: beta of the last evaluation; None if unknown.
-        accuracy, error: held-out accuracy and its standard error.
+        accuracy, error: held-out accuracy and its standard error; with labels (``of_labels``) the area under the ROC curve.
         low: lower bound of its 95 % interval (Wilson's, which holds for few pairs, too).
         margin: held-out reward margin divided by beta, in ``unit``: nats, or nats a token for a loss per token.
         kl: drift measured on the policy's own answers, nats a token.
@@ -72,6 +72,7 @@ class Point:
     protocol: str | None = None
     held_out: str | None = None
     counted: str | None = None
+    of_labels: bool = False
 
     @property
     def shown(self) -> str:
@@ -97,6 +98,10 @@ UNBEATEN = "Up and to the left is better. The line joins the trials that no othe
 MOVED = (
     "The margin is divided by beta, so that trials compare. If it grows only with drift, the policy has moved without "
     "learning more."
+)
+BY_LABELS = (
+    " Accuracy is the area under the ROC curve here: how often a desirable answer has a higher reward than an "
+    "undesirable one."
 )
 LONGER = "If accuracy grows with length, it may only be a preference for length."
 
@@ -140,6 +145,7 @@ def _point(mark: str, trial: TrialRecord) -> Point:
         "" if objective is None else _unit(objective),
         _protocol(evaluation),
         *_measured_on(trial),
+        of_labels="rewards/auc" in scores or bool(labels),
     )
 
 
@@ -286,6 +292,7 @@ def recommend(points: Sequence[Point], drift: Axis) -> Recommendation:
         return Recommendation(
             f"No trial is better than a coin by more than chance: the best held-out accuracy is {first.accuracy:.3f} "
             f"(standard error {first.error:.3f}), of {first.shown}. Train longer, raise train.lr, or hold out more pairs."
+            + (BY_LABELS if first.of_labels else "")
         )
     best = max(learnt, key=lambda point: (point.accuracy, -drift.read(point)))
     bound = best.accuracy - best.error
@@ -311,7 +318,7 @@ def recommend(points: Sequence[Point], drift: Axis) -> Recommendation:
         )
     if left_out := len(points) - len(known):
         reason += f" {left_out} trial(s) lack one of the two figures and were not considered."
-    return Recommendation(reason, chosen)
+    return Recommendation(reason + (BY_LABELS if chosen.of_labels else ""), chosen)
 
 
 def frontier_pictures(points: Sequence[Point], recommended: Point | None) -> list[Picture]:

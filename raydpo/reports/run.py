@@ -127,15 +127,16 @@ def _facts(run: RunRecord) -> list[tuple[str, str]]:
     seconds = summary.get("train_seconds", steps["time/step"].sum() if "time/step" in known else None)
     memory = steps["peak_memory_bytes"].max() if "peak_memory_bytes" in known and steps.height else None
     losses = [steps["loss"][at] for at in (0, -1)] if steps.height else [None]
+    unit = run.setting("data.ranked") or "pairs"
     facts = [
         ("model", path and path.rstrip("/").rsplit("/", 1)[-1]),
         ("what trains", "an adapter" if run.setting("model.adapter") else trains),
         *_counted(run),
         *((name, _setting(run, f"train.{name}")) for name in ("loss", "beta")),
         ("learning rate", _form(run.setting("train.lr"), "g")),
-        ("pairs a step", run.setting("train.pairs_per_step")),
+        (f"{unit} a step", run.setting("train.pairs_per_step")),
         ("steps", f"{run.done:,}" if steps.height else None),
-        ("pairs seen", _form(steps["pairs"].sum(), ",.0f") if "pairs" in known else None),
+        (f"{unit} seen", _form(steps["pairs"].sum(), ",.0f") if "pairs" in known else None),
         ("training time, with evaluations and checkpoints", None if seconds is None else duration(seconds)),
         ("tokens a second, without these", _form(summary.get("tokens_per_second"), ",.0f")),
         ("peak memory of a worker", None if memory is None else f"{memory / 2**30:.2f} GiB"),

@@ -15,6 +15,7 @@ PROMPT_CHARACTERS = 120
 EVALUATION_TABLE = (
     ("eval_loss", "loss"),
     ("eval_rewards/accuracies", "preference accuracy (reward)"),
+    ("eval_rewards/auc", "desirable above undesirable (AUC)"),
     ("eval_rewards/margins", "reward margin"),
     ("eval_logps/accuracies", "chosen more likely than rejected"),
     ("eval_logps/chosen", "log-prob of chosen, nats"),

@@ -182,28 +182,33 @@ def _on_same_pairs(config: Config, prepared: dict[str, Prepared], console: Conso
         counted.setdefault(counting_texts(settings["data"])[1] or "", name)
     if len(first) < 2:
         return True
-    if len(counted) > 1:
-        parts = "; ".join(f"{text} ({name})" for text, name in counted.items())
-        found = (
-            f"trials are measured on different tokens of the held-out pairs ({parts}), so their accuracies do not compare"
-        )
-        fix = (
-            "Set data.eval.train_on, for example data.eval.train_on=completion, so that all are measured on the same "
-            "tokens; a trial that is done keeps its figures"
-        )
-    else:
-        (_, one), (_, other), *_ = first.items()
-        found = (
-            f"trials are measured on different held-out pairs (as {one} and {other} are), so their figures do not compare"
-        )
-        fix = (
-            "Hold out the same pairs in all of them: a separate file (data.eval.path) that no setting of section data "
-            "changes. Or make two sweeps"
-        )
+    found, fix = _why_apart(list(first.values()), counted)
     if config.sweep.stop_early is not None:
         raise ConfigError(f"{found}, and sweep.stop_early would stop the wrong ones. {fix}, or set sweep.stop_early=null")
     console.warn(f"{found}: none will be recommended. {fix}")
     return False
+
+
+def _why_apart(trials: list[str], counted: dict[str, str]) -> tuple[str, str]:
+    """Why trials cannot be compared, and what to do.
+
+    Args:
+        trials: names of trials that are measured on different pairs, or on different tokens of them.
+        counted: what counts in held-out pairs, in words, with the name of a trial.
+    """
+    if len(counted) > 1:
+        parts = "; ".join(f"{words} ({name})" for words, name in counted.items())
+        return (
+            f"trials are measured on different tokens of the held-out pairs ({parts}), so their accuracies do not compare",
+            "Set data.eval.train_on, for example data.eval.train_on=completion, so that all are measured on the same "
+            "tokens; a trial that is done keeps its figures",
+        )
+    one, other, *_ = trials
+    return (
+        f"trials are measured on different held-out pairs (as {one} and {other} are), so their figures do not compare",
+        "Hold out the same pairs in all of them: a separate file (data.eval.path) that no setting of section data changes. "
+        "Or make two sweeps",
+    )
 
 
 def _say_which_to_take(storage: Storage, console: Console) -> None:
@@ -227,8 +232,10 @@ def _score(
     # Workers read the tokens of stored sets where they are; those of trials on several data travel in the tables.
     everything = [table for one in compare for table in one.tables] if len(compare) > 1 else None
     rates = {key: _hit_rate(one) for key, one in sets.items()}  # before the pass, which stores all of them
-    # The audit is written for the configuration of the sweep: in its directory, with its loss and beta.
-    whole = config if config.needs_reference else config.model_copy(update={"train": first.config.train})
+    # The audit is written for the configuration of the sweep, in its directory, with its loss and beta. But the pairs are
+    # those of the first trial, and the audit tells which of their tokens count.
+    sections = ("data",) if config.needs_reference else ("data", "train")
+    whole = config.model_copy(update={name: getattr(first.config, name) for name in sections})
     score_prepared(dataclasses.replace(first, config=whole), console, everything)
     joined = {key: join_sets(one, folder, console) for key, one in sets.items()}
     ledger.found_in_cache(first.reference.identity.digest, [rates[_pairs_of(one)] for one in prepared.values()])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import mmap
+import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ from raydpo.data.rows import TOKEN_SCHEMA, TokenSource
 from raydpo.data.select import TokenTables
 from raydpo.data.spool import room_for
 from raydpo.errors import RaydpoError
+from raydpo.reference.pairs import REFERENCE_COLUMNS, SIDES
 from raydpo.rundir.directory import SCRATCH
 from raydpo.storage.files import Storage
 from raydpo.storage.local_copy import RemoteDirectory
@@ -83,6 +85,7 @@ class PairFolder:
         self._storage, self._upload = storage, not storage.is_local and not one_machine
         self._stack = contextlib.ExitStack()
         self._written: set[str] = set()
+        self._values: dict[str, Path] = {}  # files of log-probs, by the completions that they are of
 
     def __enter__(self) -> PairFolder:
         return self
@@ -111,7 +114,8 @@ class PairFolder:
         *,
         prompts: bool = False,
     ) -> PairFiles:
-        """Write the files of ``table``. Equal pairs share their files.
+        """Write the files of ``table``. Equal pairs share their files, and pairs of which other tokens count that of the
+        log-probs. All log-probs in this folder must be of one reference.
 
         Args:
             table: rows of ``data.pairs.PAIR_SCHEMA``, and the columns that ``reference.pairs.place_reference`` adds.
@@ -132,7 +136,8 @@ class PairFolder:
             whole.mkdir()
             columns = pair_columns(table, prompts=prompts)
             _write_batches(whole / _PAIRS, columns.schema, [columns])
-            if logps:
+            values = _name("", table, columns) if logps else ""
+            if logps and not _linked(self._values.get(values), whole / _LOGPS):
                 _write_values(whole / _LOGPS, logps)
             if tokens is None:
                 _write_batches(whole / _TOKENS, TOKEN_SCHEMA, _token_batches(table))
@@ -145,6 +150,7 @@ class PairFolder:
                 shutil.rmtree(kept, ignore_errors=True)
                 whole.rename(kept)
                 self._written.add(name)
+            self._values.setdefault(values, kept / _LOGPS)
         if not self._upload:
             return PairFiles(str(kept), sizes, checksum, tokens)
         remote = f"{_FOLDER}/{name}"
@@ -180,9 +186,15 @@ def _checksum(data: pa.Buffer) -> str:
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
-def _name(checksum: str, table: pa.Table) -> str:
-    """Digest of all that the files of ``table`` hold. Keys are digests of the tokens, and sums stand for log-probs."""
+def _name(checksum: str, table: pa.Table, columns: pa.RecordBatch | None = None) -> str:
+    """Digest of all that the files of ``table`` hold. Keys are digests of the tokens, and sums stand for log-probs.
+
+    Args:
+        columns: what ``pair_columns`` gives, for the digest of what the file of log-probs holds.
+    """
     digest = hashlib.blake2b(checksum.encode(), digest_size=16)
+    for name in () if columns is None else (*REFERENCE_COLUMNS[:3], *(f"{side}_tokens" for side in SIDES)):
+        digest.update(columns[name].to_numpy())
     for side in ("chosen", "rejected"):
         for chunk in table[f"{side}_key"].chunks:
             digest.update(as_bytes(chunk))
@@ -200,6 +212,17 @@ def _token_batches(table: pa.Table) -> Iterator[pa.RecordBatch]:
     for start in range(0, table.num_rows, _BATCH_ROWS):
         stop = min(start + _BATCH_ROWS, table.num_rows)
         yield pa.RecordBatch.from_arrays([column.lists(start, stop) for column in columns], schema=TOKEN_SCHEMA)
+
+
+def _linked(written: Path | None, path: Path) -> bool:
+    """Make ``path`` another name of the file ``written``, if there is one and its file system can."""
+    if written is None:
+        return False
+    try:
+        os.link(written, path)
+    except OSError:
+        return False
+    return True
 
 
 def _write_values(path: Path, arrays: Sequence[np.ndarray]) -> None:

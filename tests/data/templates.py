@@ -137,6 +137,22 @@ HARMONY = (
     "{%- if add_generation_prompt %}{{- '<|start|>assistant' }}{%- endif %}"
 )
 """As that of gpt-oss: channels, the field ``thinking``, one call a message."""
+TWO_ENDS = (
+    "{%- for message in messages %}{%- if message.role == 'assistant' %}"
+    "{{- '<|START|><|BOT|><|START_RESPONSE|>' + message.content + '<|END_RESPONSE|>' }}{%- else %}"
+    "{{- '<|START|><|USER|>' + message.content }}{%- endif %}{{- '<|END|>' }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|START|><|BOT|><|START_RESPONSE|>' }}{%- endif %}"
+)
+"""As those of Cohere: two tokens end a turn, the second of which is EOS."""
+FOLDED = (
+    "{%- for message in messages %}{%- if message.role != 'tool' %}{{- '<start_of_turn>' + message.role + '\n' }}"
+    "{%- if message.tool_calls %}{{- '[CALL]' + message.tool_calls[0].function.name }}"
+    "{{- message.tool_calls[0].function.arguments | tojson + '[RESULT]' }}"
+    "{%- if not loop.last %}{{- messages[loop.index0 + 1].content | tojson }}{%- endif %}{%- endif %}"
+    "{{- message.content + '<end_of_turn>\n' }}{%- endif %}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<start_of_turn>assistant\n' }}{%- endif %}"
+)
+"""As those of Gemma 4: the result of a tool stands within the turn that calls it, before the text of that turn."""
 DROPS_THOUGHTS = (
     "{% for message in messages %}<s>{{ message.role }}"
     "\n{{ message.content.split('</think>')[-1].lstrip('\n') }}</s>\n{% endfor %}" + GENERATE

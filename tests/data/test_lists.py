@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 from tiny import make_tokenizer
 
@@ -15,9 +16,12 @@ from raydpo.data.messages import Malformed
 from raydpo.data.pairs import load_pairs
 from raydpo.data.plan import BatchPlan
 from raydpo.data.preference import normalise
+from raydpo.data.select import COUNT_COLUMNS
 from raydpo.data.shapes import Shapes
 from raydpo.data.tokenise import TokenisedPair, Tokeniser
 from raydpo.errors import DataError
+from raydpo.pipeline.prepare import _digest, measured_pairs
+from raydpo.reference.shards import Wanted
 
 WORDS = ["sky", "blue", "green", "cat", "dog", "runs", "red", "sun"]
 CHAT = [{"role": "user", "content": "q"}]
@@ -76,8 +80,48 @@ def test_all_pairs_of_lists_are_those_that_are_read_as_pairs(load):
     for name in both:
         assert found[name].to_pylist() == pairs[name].to_pylist(), name
     assert all_pairs(pairs) is pairs
-    empty = lists.filter(pa.compute.equal(lists["rejected_rank"], -1))
+    empty = lists.filter(pc.equal(lists["rejected_rank"], -1))
     assert empty["rejected_ids"].to_pylist() == [[]] * 2 and empty["rejected_key"].to_pylist() == [bytes(16)] * 2
+
+
+def test_each_completion_is_scored_once_whether_it_is_in_lists_or_in_pairs(load):
+    records = [record("one", 1, 2, 3), record("two", 4, 3, 2, 1), record("three", 1, 2, 2)]
+    of_lists, of_pairs = (Wanted([load(records, ranked=ranked).train]) for ranked in ("lists", "pairs"))
+    assert len(of_lists) == len(of_pairs) == 3 + 4 + 3
+    assert sorted(map(bytes, of_lists.keys)) == sorted(map(bytes, of_pairs.keys))
+
+
+def test_digests_know_lists_and_ranks(load):
+    """A training depends on them. Held-out pairs are the same, wherever they are compared."""
+    ranked = load([record("one", 1, 2, 3), record("two", 1, 2, 3, 4)]).train
+    tied = load([record("one", 1, 2, 2), record("two", 1, 2, 3, 4)]).train
+    pairs = load([record("one", 1, 2, 3), record("two", 1, 2, 3, 4)], ranked="pairs").train
+    joined = ranked.set_column(ranked.column_names.index("list"), "list", pa.array([1] * len(ranked)))
+    assert len({_digest(table) for table in (ranked, tied, joined, pairs)}) == 4
+    assert measured_pairs(ranked) == measured_pairs(pairs) != measured_pairs(tied)
+
+
+def test_masks_of_lists_are_those_of_pairs(load):
+    """Each completion of a list counts as it does in a pair; a list is dropped whole if nothing of one of them counts."""
+
+    def thought(number):
+        return [{"role": "assistant", "content": f"<think>{' '.join(WORDS[:number])}</think>\n\n{WORDS[number]}"}]
+
+    records = [
+        {"prompt": CHAT, "completions": [thought(number + place) for place in range(size)], "ranks": list(range(size))}
+        for number, size in enumerate((3, 2, 4), 1)
+    ]
+    bare = {"prompt": CHAT, "completions": [thought(2), thought(3), [{"role": "assistant", "content": "dog"}]]}
+    records.append(bare | {"ranks": [1, 2, 3]})
+    for train_on, dropped in (("reasoning", 1), ([{"answer": 1.0}, {"reasoning": 0.1}], 0)):
+        options = dict(train_on=train_on, max_dropped=1)
+        lists, pairs = load(records, **options), load(records, ranked="pairs", **options)
+        assert lists.report.sources[0].dropped.total == dropped
+        alike = pairs.train.filter(pc.not_equal(pc.utf8_slice_codeunits(pairs.train["pair_id"], 7, 8), "4"))
+        found = all_pairs(lists.train).slice(0, alike.num_rows)
+        for name in (*COUNT_COLUMNS, "chosen_key", "rejected_ids"):
+            assert found[name].to_pylist() == alike[name].to_pylist(), name
+        assert lists.train.num_rows == (5 if dropped else 7)
 
 
 def test_a_list_is_dropped_whole(load):

@@ -52,7 +52,7 @@ def test_more_tokens_than_32_bits_count(tokeniser, write, monkeypatch):
     config = DataConfig(train=train, eval={"path": write([text(9)], "c.jsonl")})
     usual = load_pairs(config, tokeniser)
     monkeypatch.setattr("raydpo.data.spool.MOST_SMALL", 60)
-    monkeypatch.setattr("raydpo.data.select.MOST_SMALL", 60)
+    monkeypatch.setattr("raydpo.data.ragged.MOST_SMALL", 60)
     sets = load_pairs(config, tokeniser)
     assert sets.train["prompt_ids"].type == pa.list_view(pa.int32())
     assert (sets.train["prompt_ids"].num_chunks, sets.eval["prompt_ids"].num_chunks) == (4, 1)

@@ -5,6 +5,10 @@ All expected texts of the tables are written by hand.
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import templates
@@ -14,6 +18,7 @@ from templates import say
 from raydpo.data.marks import ANSWER, ASSISTANT, LAST_TURN, MARK_BITS, REASONING, REASONING_NOT_FOUND, TURNS_NOT_FOUND
 from raydpo.data.preference import Preference
 from raydpo.data.remarks import NO_REASONING
+from raydpo.data.spans import spans_of
 from raydpo.data.tokenise import Tokeniser
 
 PARTS = {"assistant": ASSISTANT, "last_turn": LAST_TURN, "answer": ANSWER, "reasoning": REASONING}
@@ -208,12 +213,14 @@ def test_turns_that_cannot_be_told_are_not_found():
         "{% else %}</s>{% endif %}\n{% endif %}{% endfor %}" + templates.GENERATE
     )
     assert flags_of(inside, [bot("clock()"), say("tool", "12:00"), bot("noon")]) == TURNS_NOT_FOUND
-    # The order of messages is not theirs.
-    backwards = "{% for m in messages | reverse %}<s>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}"
-    found, flags = of_chosen(backwards, [bot("blue"), user("sure?"), bot("yes")])
+    # The last message comes first.
+    last = "<s>{{ messages[-1].content }}|{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}"
+    found, flags = of_chosen(last, [bot("blue"), user("sure?"), bot("yes")])
     assert flags == TURNS_NOT_FOUND and found[1:] == [[], [], [], []]
     # Each content is written twice, and messages begin otherwise without others.
-    twice = "{{ messages | length }}{% for m in messages %}<s>{{ m.role }} {{ m.content }}|{{ m.content }}</s>{% endfor %}"
+    twice = (
+        "<s>{{ messages | length }}{% for m in messages %}<s>{{ m.role }} {{ m.content }}|{{ m.content }}</s>{% endfor %}"
+    )
     assert flags_of(twice, [bot("blue"), user("sure?"), bot("yes")]) == TURNS_NOT_FOUND
 
 
@@ -250,3 +257,106 @@ def test_plain_text_is_one_turn():
     tokenizer, ids, pair, found = marked(None, opened)
     assert counted(tokenizer, ids.chosen, pair.chosen, "reasoning") == ["hm</think>"]  # the space is the next token's
     assert pair.flags == REASONING_NOT_FOUND and (NO_REASONING, "rejected") in found
+
+
+def test_weights_of_messages():
+    said = [say("assistant", "blue", weight=0), say("user", "sure?", train=False), say("assistant", "yes", weight="0.5")]
+    preference = Preference([user("sky?")], said, [say("assistant", "red", trained=True)])
+    tokenizer, ids, pair, found = marked(templates.CHATML, preference)
+    starts = [mark >> MARK_BITS for mark in pair.chosen.marks.tolist()] + [len(ids.chosen)]
+    texts = [tokenizer.decode(ids.chosen[start:stop]) for start, stop in pairwise(starts)]
+    assert list(zip(texts, pair.chosen.factors.tolist(), strict=True)) == [
+        ("blue<|im_end|>", 0.0),
+        ("\n<|im_start|>user\nsure?<|im_end|>\n<|im_start|>assistant\n", 0.0),
+        ("yes<|im_end|>", 0.5),
+        ("\n", 0.5),
+    ]
+    assert pair.rejected.factors.tolist() == [1.0, 1.0] and not found, "nobody is warned of what is heeded"
+    (wrong,) = Tokeniser(tokenizer).encode_noted([replace(preference, rejected=[say("assistant", "red", weight=-1)])], [])
+    assert str(wrong[0]) == "rejected has a message whose 'weight' is no number of at least 0 and no truth value"
+
+
+SPANS = [
+    # value for chosen, texts that count and their weights
+    ([[0, 4]], [("blue", 1.0)]),
+    ([{"start": 0, "end": 4, "weight": None, "unit": None}, [8, 10, 0.5]], [("blue", 1.0), ("it", 0.5)]),
+    ([[0, 2, 2], [2, 4, 3]], [("blu", 2.0), ("e", 3.0)]),  # the second token is "lu"
+    ([[0, 13]], [("blue is it 🙂x", 1.0)]),
+    ([[11, 12]], [("🙂", 1.0)]),
+    ([], []),
+]
+
+
+@pytest.mark.parametrize(("value", "wanted"), SPANS)
+@pytest.mark.parametrize("kind", ["messages", "text"])
+def test_spans_of_characters(value, wanted, kind):
+    text = "blue is it 🙂x"
+    prompt, said, other = ([user("sky?")], [bot(text)], [bot("red")]) if kind == "messages" else ("sky?", text, "red")
+    preference = Preference(prompt, said, other, spans=spans_of({"chosen": value}, "s", said, other))
+    tokenizer, ids, pair, _ = marked(templates.CHATML if kind == "messages" else None, preference)
+    assert weighted(tokenizer, ids.chosen, pair.chosen) == wanted
+    assert set(pair.rejected.factors.tolist()) == {1.0}, "a side without spans counts whole"
+
+
+def weighted(tokenizer, ids, runs):
+    """Texts with a factor above 0, and the factor."""
+    factors = np.zeros(len(ids), np.float32)
+    starts = [mark >> MARK_BITS for mark in runs.marks.tolist()] + [len(ids)]
+    for (start, stop), factor in zip(pairwise(starts), runs.factors.tolist(), strict=True):
+        factors[start:stop] = factor
+    edges = [0, *(np.flatnonzero(np.diff(factors)) + 1).tolist(), len(ids)]
+    return [(tokenizer.decode(ids[one:other]), float(factors[one])) for one, other in pairwise(edges) if factors[one]]
+
+
+@pytest.mark.parametrize(
+    ("value", "wanted"),
+    [
+        ([[19, 22], {"start": 0, "end": 4, "message": 0}], [("blue", 1.0), ("yes", 1.0)]),
+        ([{"start": 0, "end": 5, "message": 1}], [("sure?", 1.0)]),
+        ([{"start": 0, "end": 2, "unit": "tokens", "weight": 3}], [("blu", 3.0)]),
+        ([[7, 22]], [("blue\n</think>\n\nyes", 1.0)]),  # in a thought that the template writes with other white space
+    ],
+)
+def test_spans_of_messages_and_of_tokens(value, wanted):
+    said = [bot("blue"), user("sure?"), bot("<think>blue</think>yes")]
+    preference = Preference([user("sky?")], said, [bot("red")], spans=spans_of({"chosen": value}, "s", said, [bot("red")]))
+    tokenizer, ids, pair, _ = marked(templates.QWEN, preference)
+    assert weighted(tokenizer, ids.chosen, pair.chosen) == wanted
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ({"chosen": [[0, 3], [2, 4]]}, "'chosen' of 's' has spans that overlap"),
+        ({"chosen": [[2, 2]]}, "'chosen' of 's' has a span that is empty or begins below 0"),
+        ({"rejected": [[0, 4]]}, "'rejected' of 's' has a span that ends after the text"),
+        ({"chosen": [[0, 1, -1]]}, "'chosen' of 's' has a span whose weight is no number of at least 0"),
+        ({"chosen": [[0, 1.5]]}, "'chosen' of 's' has a span whose start or end is no whole number"),
+        ({"chosen": [{"start": 0, "end": 1, "unit": "words"}]},
+         "'chosen' of 's' has a span whose unit is neither 'characters' nor 'tokens'"),
+        ({"chosen": [{"start": 0, "end": 1, "message": 3}]},
+         "'chosen' of 's' has a span of a message that is not there; messages of the completion count from 0"),
+        ({"chosen": [[0, 1], {"start": 0, "end": 1, "unit": "tokens"}]},
+         "'chosen' of 's' counts characters in one span and tokens in another; use one unit"),
+        ({"chosen": "all"}, "'chosen' of 's' is no list of spans"),
+        ({"better": []}, '\'s\' is no object with lists of spans; expected {"chosen": [...], "rejected": [...]}'),
+        ([[0, 1]], '\'s\' is a list beside two completions; write {"chosen": [...], "rejected": [...]}'),
+        ("{", "'s' is not valid JSON"),
+        ({"chosen": [{"start": 0, "end": 99, "unit": "tokens"}]}, "spans of chosen end after its last token"),
+    ],
+)  # fmt: skip
+def test_wrong_spans_are_malformed_with_the_reason(write, value, reason):
+    records = [{"prompt": f"sky {number}?", "chosen": "blue", "rejected": "red"} for number in range(3)]
+    lines, sets = templates.lines_of(write, None, *records, records[0] | {"s": value}, spans_column="s", max_malformed=0.5)
+    assert any(f"1 malformed records: 1 {reason} (" in line for line in lines), lines
+    assert sets.train.num_rows == 3
+
+
+def test_spans_of_a_text_that_is_written_twice_are_malformed(write):
+    template = templates.EACH + "{{ message.content }} or {{ message.content }}</s>\n{% endfor %}" + templates.GENERATE
+    records = [
+        {"prompt": [user(f"sky {number}?")], "chosen": [bot("blue")], "rejected": [bot("red")]} for number in range(3)
+    ]
+    spanned = records[0] | {"s": json.dumps({"chosen": [[0, 2]]})}
+    lines, _ = templates.lines_of(write, template, *records, spanned, spans_column="s", max_malformed=0.5, max_lost=1)
+    assert any("spans of chosen cannot be placed for certain" in line for line in lines), lines

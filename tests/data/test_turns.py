@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import re
 
+import numpy as np
 import pytest
 import templates
 from samples import user
 from templates import PROMPT, answer, calling, lines_of, noted, record, say, tokenizer_for, tool
 
-from raydpo.data import remarks
+from raydpo.data import marks, remarks
 from raydpo.data.messages import Malformed
 from raydpo.data.preference import normalise
 from raydpo.data.tokenise import Tokeniser
@@ -67,6 +68,14 @@ def test_a_call_in_another_form_is_the_same_call(template, form):
     found, _ = read(TEMPLATES[template], with_tools([*FORMS[form], RESULT, FINAL]))
     assert isinstance(plain, tuple)
     assert found == plain
+
+
+@pytest.mark.parametrize("form", ["no content", "null content"])
+def test_a_call_without_content_gets_an_empty_one_where_the_template_needs_it(form):
+    template = templates.CALLS.replace("message.content or ''", "message.content + ''")
+    plain, _ = read(template, with_tools([called(), RESULT, FINAL]))
+    assert read(template, with_tools([*FORMS[form], RESULT, FINAL]))[0] == plain
+    assert "[clock " in plain[1]
 
 
 @pytest.mark.parametrize("arguments", [None, "", " ", "{}"])
@@ -278,10 +287,61 @@ def test_a_refusal_says_what_to_change(template, prompt, chosen, remedy):
     assert found.startswith("the chat template refuses it: ") and found.endswith(remedy)
 
 
+@pytest.mark.parametrize(
+    ("first", "told"),
+    [
+        ("system", "their first messages (system) differ, and a pair is two answers to one prompt"),
+        ("user", "their first messages (user) differ, and a pair is two answers to one prompt"),
+        ("assistant", "both begin with the assistant; give what they answer in a column 'prompt'"),
+    ],
+)
+def test_answers_to_different_prompts_are_refused(first, told):
+    sides = ([say(first, text), *PROMPT, FINAL] for text in "AB")
+    found, _ = read(templates.CHATML, dict(zip(("chosen", "rejected"), sides, strict=True)))
+    assert found == f"chosen and rejected have no prompt in common: {told}"
+
+
 def test_several_turns_name_the_setting_that_counts_only_the_assistant(write):
     turns = [FINAL, user("Sure?"), say("assistant", "Yes.", weight=0)]
     lines, _ = lines_of(write, templates.CHATML, record(PROMPT, turns, REJECTED))
     assert len([line for line in lines if "ata.train_on=assistant" in line]) == 2  # for the turns, and for the mark
+
+
+# -- marks ------------------------------------------------------------------------------------------------------------
+
+
+def marked(template: str, chosen: list[dict], eos: str | None = None, **more) -> list[tuple[int, str]]:
+    """Runs of the chosen completion: parts, and text."""
+    tokenizer = tokenizer_for(template)
+    tokenizer.eos_token = eos or tokenizer.eos_token
+    noted: list = []
+    ((ids, _),) = Tokeniser(tokenizer).encode_noted(normalise(record(PROMPT, chosen, REJECTED, **more)), noted)
+    firsts = noted[0].chosen.marks >> marks.MARK_BITS
+    ends = [*firsts[1:], len(ids.chosen)]
+    return [
+        (run & 15, tokenizer.decode(ids.chosen[first:end]))
+        for run, first, end in zip(noted[0].chosen.marks.tolist(), firsts, ends, strict=False)
+    ]
+
+
+def test_a_turn_that_two_tokens_end_ends_with_eos():
+    turns = [FINAL, user("Sure?"), FINAL]
+    assert marked(templates.TWO_ENDS, turns, "<|END|>") == [
+        (5, "It is noon.<|END_RESPONSE|><|END|>"),
+        (0, "<|START|><|USER|>Sure?<|END|><|START|><|BOT|><|START_RESPONSE|>"),
+        (7, "It is noon.<|END_RESPONSE|><|END|>"),
+    ]
+
+
+@pytest.mark.parametrize("result", ["At noon.", {"time": "noon", "n": 1}, [{"time": "noon"}]])
+def test_a_turn_that_holds_a_result_of_a_tool_is_not_found(result):
+    assert marked(templates.FOLDED, [called(content="Asking."), RESULT | {"content": result}, FINAL]) == []
+    assert marked(templates.FOLDED, [called(content="Asking."), user("Well?"), FINAL])[-1][0] == 0
+
+
+def test_turns_are_found_with_tools_that_are_given_in_another_form():
+    turns, bare = [FINAL, user("Sure?"), FINAL], [tool("clock")["function"]]
+    assert marked(templates.HARMONY, turns, tools=bare) == marked(templates.HARMONY, turns, tools=[tool("clock")]) != []
 
 
 # -- nothing vanishes --------------------------------------------------------------------------------------------------
@@ -337,6 +397,44 @@ def conversations(words: Words):
                 [words.bot(None, 2), *(words.other("tool", tool_call_id=f"call0000{n}") for n in (0, 1)), words.bot()],
             )
     yield [words.other("user"), words.other("user")], [words.bot(), words.bot()]
+
+
+def parts_of(message: dict, last: bool, kind: str) -> int:
+    """The parts that a text of a message belongs to."""
+    if message["role"] != "assistant":
+        return 0
+    return marks.ASSISTANT | last * marks.LAST_TURN | (marks.REASONING if kind == "thought" else marks.ANSWER)
+
+
+@pytest.mark.parametrize("template", sorted(TEMPLATES))
+def test_each_text_has_the_marks_of_its_message_or_none_are_told(template):
+    tokeniser = Tokeniser(tokenizer_for(TEMPLATES[template]))
+    marked = 0
+    for prompt, chosen in conversations(words := Words()):
+        noted: list = []
+        ((ids, found),) = tokeniser.encode_noted(normalise(record(prompt, chosen, REJECTED)), noted)
+        if isinstance(ids, Malformed):
+            continue
+        runs, kinds = noted[0].chosen, {note.kind for note in found if note.what == "chosen"}
+        if not len(runs.marks):
+            assert remarks.NO_TURNS in kinds
+            continue
+        marked += 1
+        firsts = runs.marks >> marks.MARK_BITS
+        bits = np.repeat(runs.marks & 15, np.diff(firsts, append=len(ids.chosen)))
+        pieces = [tokeniser.tokenizer.decode([token]) for token in ids.chosen.tolist()]
+        text, ends = "".join(pieces), np.cumsum([len(piece) for piece in pieces])
+        last = max(place for place, message in enumerate(chosen) if message["role"] == "assistant")
+        known = marks.ASSISTANT | marks.LAST_TURN if remarks.NO_REASONING in kinds else 15
+        for place, message in enumerate(chosen):
+            for word in set(WORD.findall(json.dumps(message))):
+                if text.count(word) != 1:
+                    continue
+                start = text.index(word)
+                inside = (ends > start + 1) & (ends <= start + len(word))  # tokens that begin before it may belong elsewhere
+                wanted = parts_of(message, place == last, words.kinds[word]) & known
+                assert set(bits[inside].tolist()) <= {wanted}, (word, text, runs)
+    assert marked
 
 
 @pytest.mark.parametrize("template", sorted(TEMPLATES))

@@ -220,8 +220,9 @@ def test_names_of_the_guide_are_those_of_the_code():
         "ipo_sum",
         "dpop",
         "bco",
+        "plackett_luce",
     }
-    assert theirs | {"kto", "simpo", "cpo", "orpo", "ipo_sum", "dpop", "bco"} == set(LOSSES)
+    assert theirs | {"kto", "simpo", "cpo", "orpo", "ipo_sum", "dpop", "bco", "plackett_luce"} == set(LOSSES)
 
 
 def test_pages_are_short_and_the_front_door_too():

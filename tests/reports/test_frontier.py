@@ -318,3 +318,19 @@ def test_accuracies_of_evaluations_on_other_pairs_do_not_compare(tmp_path):
     write_sweep(tmp_path, trials)
     assert [one.held_out for one in points_of(read(tmp_path))] == ["a", "b"]
     assert frontier_pictures(points_of(read(tmp_path)), None) == []
+
+
+def test_labels_are_compared_by_the_area_under_the_curve(tmp_path):
+    """Where nine of ten labels are desirable, the accuracy of a policy that raises everything is 0.9."""
+    from raydpo.rundir.read import TrialRecord
+
+    scores = {"rewards/accuracies": 0.9, "effective_pairs": 400.0, "rewards/auc": 0.61, "effective_labels": 150.0}
+    moved = {f"logratio/{side}_per_token": 0.1 for side in ("chosen", "rejected")}
+    trials = [
+        TrialRecord(f"beta={beta}", {"train.beta": beta}, "done", None, 1.0, scores | moved | more, None, None)
+        for beta, more in ((0.1, {}), (0.2, {"rewards/auc": 0.5, "rewards/accuracies": 0.95}))
+    ]
+    points = points_of(SweepRecord("here", "betas", ["train.beta"], {}, trials))
+    assert [point.accuracy for point in points] == [0.61, 0.5] and points[0].error == pytest.approx(0.0394, abs=1e-3)
+    found = recommend(points, drift_axis(points))
+    assert found.point.name == "beta=0.1" and "area under the ROC curve" in found.reason

@@ -159,7 +159,10 @@ def test_the_terminal_shows_the_tables_of_the_page(run):
     """Names of judges are printed as they are: neither as markup nor as control sequences."""
     found, out = json.loads((run / "evaluation.json").read_text()), io.StringIO()
     found["wins"][0]["judge"] = "[red]me\x1b[31m"
+    found["train_on"] = "answer + 0.1 reasoning"
     print_evaluation(Console(out), found)
+    assert "tokens that count: answer + 0.1 reasoning" in out.getvalue()
+    assert "measured on the tokens that count: answer + 0.1 reasoning." in evaluation_part(found).about
     preferences, *others = evaluation_tables(found)
     assert len(others) == 3 and all(table.label in out.getvalue() for table in (preferences, *others))
     assert "[red]me\N{REPLACEMENT CHARACTER}[31m" in out.getvalue() and "0.740 (0.697 to 0.783)" in out.getvalue()

@@ -165,6 +165,22 @@ def test_the_audit_of_a_sweep_advises_for_its_own_configuration(loss, audited, p
     assert str(stopped.value) == str(audited)
 
 
+def test_the_audit_of_a_sweep_tells_what_counts_in_its_pairs(thoughtful, monkeypatch):
+    """They are those of the first trial, which counts answers alone."""
+    config, trials = prepared(thoughtful, "sweep.grid={data.train_on: [answer, completion]}")
+    seen = []
+
+    def stop(first, *_):
+        seen.append((first.config.data.train_on, first.sets, first.config.run_dir))
+        raise ModelError("enough")
+
+    monkeypatch.setattr(sweeps, "score_prepared", stop)
+    with pytest.raises(ModelError):
+        sweeps._score(config, trials, Ledger(config, trials_of(config)), None, SILENT)
+    (first, _) = trials.values()
+    assert seen == [("answer", first.sets, config.run_dir)]
+
+
 def test_held_out_pairs_that_have_changed_since_do_not_compare(place):
     """One trial is done; then data.eval.path is another file, and a trial is added."""
     grid = "sweep.grid={train.beta: [0.1, 0.3]}"

@@ -62,6 +62,18 @@ def process_of(worker):
     return int(worker.where.split()[1])
 
 
+def test_actors_make_the_marks_that_one_process_makes(pool, kit, tmp_path, monkeypatch):
+    monkeypatch.setattr(reader, "PIECE_SIZES", SIZES["7 lines"])
+    thinking = [text(number, chosen=f"<think>{number}</think> blue", s={"rejected": [[0, 2]]}) for number in range(40)]
+    data = kit.data(write(tmp_path / "a.jsonl", thinking), train_on="answer", spans_column="s")
+    here, there = kit.set(data, "here"), kit.set(data, "there")
+    make_set(here, data.train[0], data, kit.tokeniser())
+    list(on_ray(pool, kit, data, there))
+    assert names(there) == names(here) and content(there) == content(here)
+    light = there.light().light
+    assert set(map(len, light["chosen_marks"].to_pylist())) == {2} and light["rejected_factors"][0].as_py()[-1] == 0
+
+
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_actors_make_the_blocks_that_one_process_makes(ray, kit, source, monkeypatch, count):
     data, wanted, here = source

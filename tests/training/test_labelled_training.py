@@ -87,7 +87,7 @@ def by_hand(table, model, beta, weights=(1.0, 1.0)):
     from transformers import AutoModelForCausalLM
 
     policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    policy.get_input_embeddings().weight.data *= 0.9  # so that it is not the reference
+    policy.get_input_embeddings().weight.data *= 0.5  # so that it is not the reference
     reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
 
     def logratio(prompt, completion):

@@ -6,10 +6,12 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import torch
 from distributed import run_distributed
-from kernel import exact, train_here, with_reference
+from kernel import counting, exact, part_of, train_here, with_reference
 from test_equalities import with_live_reference
 from tiny import make_tokenizer, preferences
+from transformers import AutoModelForCausalLM
 
 from raydpo.config import DataConfig, ObjectiveConfig
 from raydpo.data.lists import rows_of
@@ -83,11 +85,36 @@ def test_a_list_that_occurs_twice_is_two_lists(table):
     assert expected_first_loss(objective, pairs, rows_of(pairs.starts, [2, 2]), 0.1) == pytest.approx(math.log(720))
 
 
+def first_rows(jobs):
+    return [train_here(*args, shuffle=False, **LISTS | settings).steps[0] for args, settings in jobs]
+
+
 def runs(jobs):
     return [
         (found.steps, found.evals, found.notes)
         for found in (train_here(*args, steps=STEPS, **LISTS | settings) for args, settings in jobs)
     ]
+
+
+def test_the_gradient_of_a_step_is_that_of_the_mean_over_lists(table, tiny_llama, tmp_path):
+    """Two lists, of two and of three completions, against plain transformers and the formula."""
+    two = table.slice(0, 3)
+    job = ((two, tiny_llama, tmp_path / "scratch"), dict(pairs_per_step=2, beta=0.5, clip=1e9, steps=1))
+    ((row,),) = run_distributed(first_rows, 1, tmp_path / "ranks", [job])
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32).eval()
+    scores = []
+    for place in range(5):
+        side, at = ("chosen", "rejected")[place % 2], place // 2
+        prompt = two["prompt_ids"][at].as_py()
+        ids = torch.tensor([prompt + two[f"{side}_ids"][at].as_py()])
+        logps = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[len(prompt) - 1 :]
+        scores.append(0.5 * (logps.sum() - sum(two[f"ref_{side}_logps"][at].as_py())))
+    losses = [torch.logsumexp(torch.stack(scores[own:end]), 0) - scores[own] for own, end in ((0, 2), (2, 5), (3, 5))]
+    loss = sum(losses) / 2
+    loss.backward()
+    norm = sum(each.grad.square().sum() for each in model.parameters()).sqrt().item()
+    assert row["loss"] == pytest.approx(loss.item(), abs=1e-6) == pytest.approx((2 * math.log(2) + math.log(3)) / 2)
+    assert row["grad_norm"] == pytest.approx(norm, rel=1e-4)
 
 
 def test_one_worker_equals_two_in_every_layout_and_a_live_reference(table, tiny_llama, tmp_path):
@@ -100,8 +127,13 @@ def test_one_worker_equals_two_in_every_layout_and_a_live_reference(table, tiny_
     ]
     jobs = [((table, tiny_llama, tmp_path / "scratch"), one) for one in settings]
     live = with_live_reference(table, tiny_llama), tiny_llama, tmp_path / "scratch"
-    (alone,) = run_distributed(runs, 1, tmp_path / "one", [*jobs, (live, {})])
-    two, other = run_distributed(runs, 2, tmp_path / "two", jobs)
+    of_some = counting(table, lambda side, row, tokens: part_of(side, row, tokens) if tokens else [])
+    masked = (of_some, tiny_llama, tmp_path / "scratch"), dict(held_out=of_some)
+    (alone,) = run_distributed(
+        runs, 1, tmp_path / "one", [*jobs, (live, {}), (masked[0], dict(policy={"layout": "padded"}))]
+    )
+    two, other = run_distributed(runs, 2, tmp_path / "two", [*jobs, masked])
+    one_masked, two_masked, _ = (found.pop() for found in (alone, two, other))
     wanted = [row["loss"] for row in alone[0][0]]
     assert min(wanted) < wanted[0] - 1e-3  # it learns
     for found in (*alone, *two, *other):
@@ -111,8 +143,12 @@ def test_one_worker_equals_two_in_every_layout_and_a_live_reference(table, tiny_
             assert row["rewards/margins"] == pytest.approx(first["rewards/margins"], abs=1e-5)
             assert row["tokens"] == first["tokens"]
     for row, same in zip(alone[0][1], two[0][1], strict=True):
-        assert row.keys() == same.keys() and row["eval_pairs"] == 98
+        assert row.keys() == same.keys() and row["eval_pairs"] == 81
         assert all(row[name] == pytest.approx(same[name], abs=1e-5) for name in row)
+    losses = [row["loss"] for row in one_masked[0]]
+    assert [row["loss"] for row in two_masked[0]] == pytest.approx(losses, abs=1e-5)
+    assert losses[0] == pytest.approx(wanted[0], abs=1e-6) and abs(losses[-1] - wanted[-1]) > 1e-3
+    assert two_masked[1][0]["eval_length/chosen"] < alone[0][1][0]["eval_length/chosen"]
     # At the reference, the loss of a list is the sum of log(1 + number below).
     of_size = {size: sum(math.log(1 + below) for below in range(1, size)) for size in SIZES}
     of_size[4] = math.log(4) + 2 * math.log(2)

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import yaml
-from kernel import tiny_pairs
+from kernel import counting, tiny_pairs
 from rows import ONE
 from tiny import preferences, write_preferences
 
@@ -170,6 +170,24 @@ def test_a_handle_is_small_and_equal_pairs_share_their_files(tmp_path):
         others = folder.write(sums, logps), folder.write(table.slice(1), logps)
         assert len({first.place, *(other.place for other in others)}) == 3
         assert len(list((tmp_path / ".scratch" / "pairs").iterdir())) == 3, "no leftovers of what was being written"
+
+
+def test_other_masks_of_equal_pairs_share_the_log_probs(tmp_path):
+    table, logps = made_up(50)
+    masks = [counting(table, lambda side, row, tokens, first=first: np.arange(tokens) >= first) for first in (0, 1)]
+    with PairFolder(Storage(str(tmp_path)), one_machine=True) as folder:
+        plain, every, some, other = (folder.write(each, logps) for each in (table, *masks, table.slice(1)))
+        assert plain == every and len({plain.place, some.place, other.place}) == 3
+        files = [os.stat(f"{one.place}/logps.float32") for one in (plain, some, other)]
+        assert files[0].st_ino == files[1].st_ino != files[2].st_ino
+        assert [one.masked for one in (plain.open(), some.open())] == [False, True]
+        for row in range(50):
+            for one, two in zip(plain.open().reference(row), some.open().reference(row), strict=True):
+                np.testing.assert_array_equal(one, two)
+            weights = some.open().weights_of([row])
+            assert weights.tolist() == [
+                float(at > 0) for n in some.open().groups([row])[0].completions for at in range(len(n))
+            ]
 
 
 def test_memory_does_not_grow_with_the_pairs(tmp_path):

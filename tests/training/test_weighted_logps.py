@@ -116,7 +116,7 @@ def test_sums_tails_and_weights_are_those_by_hand(masked, live, engine):
             lambda won, lost, n, m, policy: -math.log(1 / (1 + math.exp(-0.1 * (won - lost) - 0.02 * (n - m)))),
         ),
     ],
-    ids=str,
+    ids=["sigmoid_norm", "ipo", "sft", "length_penalty"],
 )
 def test_losses_use_the_tokens_that_count(settings, by_hand, masked, live, engine):
     shifted = masked
