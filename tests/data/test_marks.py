@@ -272,8 +272,11 @@ def test_weights_of_messages():
         ("\n", 0.5),
     ]
     assert pair.rejected.factors.tolist() == [1.0, 1.0] and not found, "nobody is warned of what is heeded"
-    (wrong,) = Tokeniser(tokenizer).encode_noted([replace(preference, rejected=[say("assistant", "red", weight=-1)])], [])
-    assert str(wrong[0]) == "rejected has a message whose 'weight' is no number of at least 0 and no truth value"
+    for value in (-1, "nan", 1e39, 10**400, [1]):
+        (wrong,) = Tokeniser(tokenizer).encode_noted(
+            [replace(preference, rejected=[say("assistant", "red", weight=value)])], []
+        )
+        assert str(wrong[0]) == "rejected has a message whose 'weight' is no number from 0 to 1,000,000 and no truth value"
 
 
 SPANS = [
@@ -330,7 +333,11 @@ def test_spans_of_messages_and_of_tokens(value, wanted):
         ({"chosen": [[0, 3], [2, 4]]}, "'chosen' of 's' has spans that overlap"),
         ({"chosen": [[2, 2]]}, "'chosen' of 's' has a span that is empty or begins below 0"),
         ({"rejected": [[0, 4]]}, "'rejected' of 's' has a span that ends after the text"),
-        ({"chosen": [[0, 1, -1]]}, "'chosen' of 's' has a span whose weight is no number of at least 0"),
+        ({"chosen": [[0, 1, -1]]}, "'chosen' of 's' has a span whose weight is no number from 0 to 1,000,000"),
+        ({"chosen": [[0, 1, 1e39]]}, "'chosen' of 's' has a span whose weight is no number from 0 to 1,000,000"),
+        ({"chosen": [[0, 1, 10**400]]}, "'chosen' of 's' has a span whose weight is no number from 0 to 1,000,000"),
+        ({"chosen": [{"start": 0, "end": 1, "unit": "tokens", "message": 0}]},
+         "'chosen' of 's' has a span in tokens with a message; tokens are counted in the whole completion"),
         ({"chosen": [[0, 1.5]]}, "'chosen' of 's' has a span whose start or end is no whole number"),
         ({"chosen": [{"start": 0, "end": 1, "unit": "words"}]},
          "'chosen' of 's' has a span whose unit is neither 'characters' nor 'tokens'"),
