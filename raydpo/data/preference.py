@@ -171,7 +171,8 @@ def normalise(
         pairs, used = [(prompt, chosen, rejected)], (*used, "completions", "ranks", "scores")
     found = tuple(_number(record, column) for column in numbers)
     parts = [_parts(*pair, notes) for pair in pairs]
-    prompt, *answers = (part for part, given in zip(parts[0], (True, *pairs[0][1:]), strict=False) if given is not None)
+    prompt, *both = parts[0][:3]
+    answers = [said for said in both if said]  # the missing one is empty
     _check_texts(prompt, answers, notes)
     unused: tuple[str, ...] = ()
     if len(present) > 3 or "prompt" not in present:
@@ -418,7 +419,7 @@ def _check_texts(prompt: Text, answers: Sequence[Text], notes: Notes) -> None:
             notes[
                 f"warning: {name} is {kind}, as JSON or Python writes it, and is read with its signs; write the text itself"
             ] = None
-    if all(name in kinds for name in names) and kinds[names[0]] in MAY_BE_MEANT:
+    if kinds and all(name in kinds for name in names) and kinds[names[0]] in MAY_BE_MEANT:
         notes[LITERALS] = None
 
 

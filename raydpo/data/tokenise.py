@@ -326,14 +326,14 @@ class Tokeniser:
         names, answers = zip(*preference.sides, strict=True)
         prompt = preference.prompt
         changes: set[str] = set()
-        if not (self.template.fits(prompt) and all(map(self.template.fits, answers))):
+        if not (self.template.fits(prompt) and self.template.fits(answers[0]) and self.template.fits(answers[-1])):
             prompt = self.template.fitted(prompt, changes)
             answers = [self.template.fitted(part, changes, len(prompt)) for part in answers]
         tools, arguments = self.template.fitted_tools(preference.tools, changes), preference.template_kwargs
         try:
             texts = (
                 self.template.render(prompt, tools, generate=True, **arguments),
-                *(self.template.render(prompt + answer, tools, **arguments) for answer in answers),
+                *[self.template.render(prompt + answer, tools, **arguments) for answer in answers],
             )
         except RaydpoError:  # a fault of ours, see ``Forms``
             raise
@@ -394,17 +394,17 @@ class Tokeniser:
         prompt, *wholes = texts
         if not conversational and self._adds_eos:
             prompt = prompt[: -_ID.itemsize]
-        if not all(whole.startswith(prompt) for whole in wholes):
+        if not (wholes[0].startswith(prompt) and wholes[-1].startswith(prompt)):
             ids = np.frombuffer(prompt, _ID)
             common = min(common_prefix(ids, np.frombuffer(whole, _ID)) for whole in wholes)
             self.merged += common < len(ids)
             prompt = prompt[: common * _ID.itemsize]
         boundary = len(prompt)
         answers = [whole[boundary:] for whole in wholes]
-        names = ("chosen", "rejected") if alone is None else ("completion",)
-        for name, part in zip(("prompt", *names), (prompt, *answers), strict=True):
-            if not part:  # the first token of a sequence is never predicted
-                return Malformed(f"{name} has no tokens")
+        if not (prompt and all(answers)):  # the first token of a sequence is never predicted
+            names = ("chosen", "rejected") if alone is None else ("completion",)
+            empty = [name for name, part in zip(("prompt", *names), (prompt, *answers), strict=True) if not part]
+            return Malformed(f"{empty[0]} has no tokens")
         if alone is not None:
             answers.insert(0 if alone == "rejected" else 1, b"")
         elif answers[0] == answers[1]:
