@@ -239,7 +239,7 @@ class _Read:
 
 @dataclass
 class _Encoded:
-    """Records as far as they depend on ``take_off`` and not on ``head``: tokens (None of giants) and marks of sound pairs."""
+    """Records as far as they depend on ``take_off``, not on ``head``: tokens (None of giants) and marks of sound pairs."""
 
     account: SourceReport
     pairs: list[tuple[_Entry, TokenisedPair | None]]
