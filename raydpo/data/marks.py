@@ -34,6 +34,7 @@ __all__ = [
     "MarkedPair",
     "Marker",
     "Runs",
+    "mark_columns",
 ]
 
 TURNS_NOT_FOUND = 8
@@ -107,6 +108,21 @@ def _later(runs: Runs, tokens: int) -> Runs:
 NO_RUNS = Runs(np.empty(0, np.int32), np.empty(0, np.float32))
 NOT_MARKED = MarkedPair(NO_RUNS, NO_RUNS)
 """A pair that was not tokenised."""
+
+
+def mark_columns(marks: Sequence[MarkedPair]) -> list[pa.Array]:
+    """The columns ``MARK_COLUMNS``."""
+    chosen, rejected = ([each[side] for each in marks] for side in (0, 1))
+    values = [
+        [each[kind] for each in runs] or [np.empty(0, np.int32 if not kind else np.float32)]
+        for kind in (0, 1)
+        for runs in (chosen, rejected)
+    ]
+    ends = [np.cumsum([0, *map(len, each[: len(marks)])], dtype=np.int32) for each in values]
+    return [
+        pa.ListArray.from_arrays(pa.array(stops), pa.array(np.concatenate(each)))
+        for stops, each in zip(ends, values, strict=True)
+    ]
 
 
 class _Turn(NamedTuple):

@@ -24,6 +24,7 @@ from raydpo.data.marks import (
     REASONING_NOT_FOUND,
     TURNS_NOT_FOUND,
     MarkedPair,
+    mark_columns,
 )
 from raydpo.data.messages import Malformed
 from raydpo.data.preference import Preference, normalise
@@ -294,8 +295,9 @@ class RowMaker:
         self._first = records, take_off, encoded
         prompts = [ids.prompt for _, ids in encoded.pairs if ids is not None]
         # What the first and the last in sorted order have in common, all between them have, too.
-        ordered = [np.frombuffer(each, ">u4") for each in _ends([np.asarray(one, ">u4").tobytes() for one in prompts])]
-        return take_off, common_prefix(*ordered) if ordered else 0
+        ordered = [np.asarray(one, ">u4").tobytes() for one in prompts]
+        ends = {min(ordered, default=b""), max(ordered, default=b"")}
+        return take_off, common_prefix(*(np.frombuffer(each, ">u4") for each in ends)) if len(ends) > 1 else 0
 
     def decided(self, take_off: bool, head: int) -> RowMaker:
         """This one with what ``decide`` found. If ``make`` is then called with the records that ``decide`` had, it does not
@@ -452,7 +454,7 @@ class RowMaker:
         ]
         columns = [
             *map(pa.array, columns),
-            *(_mark_columns(encoded.marks) if self.marks else ()),
+            *(mark_columns(encoded.marks) if self.marks else ()),
             *(_rank_columns(pairs) if self.lists else ()),
         ]
         schema = light_schema(self.numbers, marks=self.marks, lists=self.lists)
@@ -578,12 +580,6 @@ def _note_options(record: Record, options: frozenset[str], account: SourceReport
             ] += 1
 
 
-def _ends(values: list[bytes]) -> list[bytes]:
-    """The least and the greatest value; none if there is only one."""
-    ends = [min(values, default=b""), max(values, default=b"")]
-    return ends if ends[0] != ends[1] else []
-
-
 def _place(where: str) -> tuple[str, int]:
     """File and line of ``file:line``; line -1 if it is not of this form."""
     label, _, line = where.rpartition(":")
@@ -597,21 +593,6 @@ def _rank_columns(pairs: Sequence[tuple[_Entry, TokenisedPair | None]]) -> list[
         for each in (entry.preference for entry, _ in pairs)
     ]
     return [pa.array([both[side] for both in ranks], pa.int32()) for side in range(2)]
-
-
-def _mark_columns(marks: Sequence[MarkedPair]) -> list[pa.Array]:
-    """The columns ``MARK_COLUMNS``."""
-    chosen, rejected = ([each[side] for each in marks] for side in (0, 1))
-    values = [
-        [each[kind] for each in runs] or [np.empty(0, np.int32 if not kind else np.float32)]
-        for kind in (0, 1)
-        for runs in (chosen, rejected)
-    ]
-    ends = [np.cumsum([0, *map(len, each[: len(marks)])], dtype=np.int32) for each in values]
-    return [
-        pa.ListArray.from_arrays(pa.array(stops), pa.array(np.concatenate(each)))
-        for stops, each in zip(ends, values, strict=True)
-    ]
 
 
 def _fixed(content: bytes, width: int) -> pa.Array:
