@@ -6,8 +6,8 @@ A list of N completions is (N + 1) // 2 rows, best first; the rejected side of t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
-from typing import TYPE_CHECKING
+from itertools import groupby, pairwise
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -31,6 +31,7 @@ __all__ = [
     "rows_of",
     "starts_of",
     "starts_of_table",
+    "whole_lists",
 ]
 
 _LIST = "list"
@@ -147,6 +148,31 @@ def aligned(rows: Sequence[TokenisedPair]) -> list[TokenisedPair] | Malformed:
     if len(set(completions)) < len(completions):
         return Malformed("two completions of a list have the same tokens")
     return moved
+
+
+def whole_lists(found: Sequence[Any], faults: list[tuple[int, str]]) -> list[Any]:
+    """Rows, each a ``rows.Found``, without those of records that ``faults`` names, and each list with one prompt. Adds to
+    ``faults``."""
+    kept: list[Any] = []
+    wrong = {record for record, _ in faults}
+    for record, group in groupby(found, key=lambda each: each.entry.record):
+        rows = list(group)
+        if record in wrong:
+            continue
+        if all(row.tokens is not None for row in rows):
+            one = aligned([row.tokens for row in rows])
+            if isinstance(one, Malformed):
+                faults.append((record, str(one)))
+                continue
+            moved = [len(row.tokens.prompt) - len(tokens.prompt) for row, tokens in zip(rows, one, strict=True)]
+            rows = [
+                row._replace(tokens=tokens, marks=row.marks.later(by))
+                for row, tokens, by in zip(rows, one, moved, strict=True)
+            ]
+        # What is odd about a list counts once.
+        kept.append(rows[0]._replace(remarks=[each for row in rows for each in row.remarks]))
+        kept += [row._replace(remarks=()) for row in rows[1:]]
+    return kept
 
 
 def _begun_at(boundary: int, row: TokenisedPair) -> TokenisedPair:

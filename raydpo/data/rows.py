@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from raydpo.data.keys import completion_key
-from raydpo.data.lists import NO_RANK, aligned, most_agreed
+from raydpo.data.lists import NO_RANK, most_agreed, whole_lists
 from raydpo.data.marks import (
     ANSWER,
     ASSISTANT,
@@ -34,7 +34,7 @@ from raydpo.data.remarks import SPELLED, Remark
 from raydpo.data.repeats import Repeats, repeating
 from raydpo.data.scores import Compared, compared
 from raydpo.data.shapes import common_prefix
-from raydpo.data.spans import spans_of
+from raydpo.data.spans import spanned
 from raydpo.data.split import prompt_digest, question_digest
 from raydpo.data.tally import SourceReport
 from raydpo.data.tokenise import TokenisedPair, Tokeniser
@@ -215,7 +215,7 @@ class _Entry(NamedTuple):
     giant: bool
 
 
-class _Found(NamedTuple):
+class Found(NamedTuple):
     """A pair with its tokens (None of giants), what is odd about it, and its marks."""
 
     entry: _Entry
@@ -239,8 +239,7 @@ class _Read:
 
 @dataclass
 class _Encoded:
-    """Records as far as they depend on ``take_off`` and not on ``head``: tokens, None of giants, of well-formed pairs; and
-    their marks in a set with marks."""
+    """Records as far as they depend on ``take_off`` and not on ``head``: tokens (None of giants) and marks of sound pairs."""
 
     account: SourceReport
     pairs: list[tuple[_Entry, TokenisedPair | None]]
@@ -357,10 +356,10 @@ class RowMaker:
         marked = iter(noted)
         pairs: list[tuple[_Entry, TokenisedPair | None]] = []
         marks: list[MarkedPair] = []
-        kept: list[_Found] = []
+        kept: list[Found] = []
         for entry in entries:
             if entry.giant:
-                kept.append(_Found(entry, None, ()))
+                kept.append(Found(entry, None, ()))
                 continue
             ids, remarks = next(tokenised)
             found = next(marked, None)
@@ -368,8 +367,8 @@ class RowMaker:
             if reason is not None:
                 faults.append((entry.record, reason))
             else:
-                kept.append(_Found(entry, ids, remarks, found or NOT_MARKED))  # type: ignore[arg-type]
-        for entry, ids, remarks, found in _whole_lists(kept, faults) if self.lists else kept:
+                kept.append(Found(entry, ids, remarks, found or NOT_MARKED))  # type: ignore[arg-type]
+        for entry, ids, remarks, found in whole_lists(kept, faults) if self.lists else kept:
             where = records[entry.record].where
             account.pairs += not self.lists or entry.number == 0
             if ids is not None:
@@ -503,11 +502,8 @@ def preferences_of(
     if record.value is None:
         raise Malformed(record.problem or "unreadable")
     found = normalise(record.value, tuple(numbers.values()), () if spans is None else (spans,), lists=lists)
-    if spans is not None and record.value.get(spans) is not None:
-        if len(found) > 1:
-            raise Malformed(f"{spans!r} stands beside more completions than those of one pair")
-        given = spans_of(record.value[spans], spans, found[0].chosen, found[0].rejected)
-        found = [replace(found[0], spans=given)]
+    if spans is not None:
+        found = spanned(found, record.value.get(spans), spans)
     if PAIR_WEIGHT in numbers and found[0].numbers[0] < 0:
         raise Malformed(f"{numbers[PAIR_WEIGHT]!r} is below 0")
     if record.absent:
@@ -520,30 +516,6 @@ def preferences_of(
         if (note := _odd_number(name, value)) is not None:
             account.understood[note.format(numbers[name])] += 1
     return found
-
-
-def _whole_lists(found: Sequence[_Found], faults: list[tuple[int, str]]) -> list[_Found]:
-    """``found`` without rows of records that ``faults`` names, and each list with one prompt. Adds to ``faults``."""
-    kept: list[_Found] = []
-    wrong = {record for record, _ in faults}
-    for record, group in groupby(found, key=lambda each: each.entry.record):
-        rows = list(group)
-        if record in wrong:
-            continue
-        if all(row.tokens is not None for row in rows):
-            one = aligned([row.tokens for row in rows])  # type: ignore[misc]
-            if isinstance(one, Malformed):
-                faults.append((record, str(one)))
-                continue
-            moved = [len(row.tokens.prompt) - len(tokens.prompt) for row, tokens in zip(rows, one, strict=True)]  # type: ignore[union-attr]
-            rows = [
-                row._replace(tokens=tokens, marks=row.marks.later(by))
-                for row, tokens, by in zip(rows, one, moved, strict=True)
-            ]
-        # What is odd about a list counts once.
-        kept.append(rows[0]._replace(remarks=[each for row in rows for each in row.remarks]))
-        kept += [row._replace(remarks=()) for row in rows[1:]]
-    return kept
 
 
 def renumbered(table: pa.Table, column: str, names: Sequence[str], known: dict[str, int]) -> pa.Table:

@@ -6,12 +6,13 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 from raydpo.data.messages import Malformed, Text
 
-__all__ = ["Span", "Spans", "Written", "message_text", "spans_of"]
+__all__ = ["Span", "Spans", "Written", "message_text", "spanned", "spans_of"]
 
 _FIELDS = frozenset(("start", "end", "weight", "unit", "message"))
 _FORM = '[start, end], [start, end, weight] or {"start": .., "end": ..}'
@@ -65,6 +66,17 @@ def spans_of(value: Any, column: str, chosen: Text, rejected: Text) -> Spans | N
         return None
     texts = tuple((said,) if isinstance(said, str) else tuple(map(message_text, said)) for said in (chosen, rejected))
     return Spans(*sides, texts)  # type: ignore[arg-type]
+
+
+def spanned(preferences: list[Any], value: Any, column: str) -> list[Any]:
+    """The preferences of a record with the spans in ``value``.
+
+    Raises:
+        Malformed: as ``spans_of``, and if there are spans and several preferences.
+    """
+    if value is not None and len(preferences) > 1:
+        raise Malformed(f"{column!r} stands beside more completions than those of one pair")
+    return [replace(each, spans=spans_of(value, column, each.chosen, each.rejected)) for each in preferences]
 
 
 def message_text(message: Mapping[str, Any]) -> str:
