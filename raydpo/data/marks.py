@@ -110,6 +110,21 @@ NOT_MARKED = MarkedPair(NO_RUNS, NO_RUNS)
 """A pair that was not tokenised."""
 
 
+def mark_columns(marks: Sequence[MarkedPair]) -> list[pa.Array]:
+    """The columns ``MARK_COLUMNS``."""
+    chosen, rejected = ([each[side] for each in marks] for side in (0, 1))
+    values = [
+        [each[kind] for each in runs] or [np.empty(0, np.int32 if not kind else np.float32)]
+        for kind in (0, 1)
+        for runs in (chosen, rejected)
+    ]
+    ends = [np.cumsum([0, *map(len, each[: len(marks)])], dtype=np.int32) for each in values]
+    return [
+        pa.ListArray.from_arrays(pa.array(stops), pa.array(np.concatenate(each)))
+        for stops, each in zip(ends, values, strict=True)
+    ]
+
+
 class _Turn(NamedTuple):
     """One turn of the assistant within a rendering, from the first character that the model writes to the end of the token
     that ends it. ``place`` is the number of its message in the completion."""
