@@ -111,6 +111,21 @@ NOT_MARKED = MarkedPair(NO_RUNS, NO_RUNS)
 """A pair that was not tokenised."""
 
 
+def mark_columns(marks: Sequence[MarkedPair]) -> list[pa.Array]:
+    """The columns ``MARK_COLUMNS`` of pairs."""
+    chosen, rejected = ([each[side] for each in marks] for side in (0, 1))
+    values = [
+        [each[kind] for each in runs] or [np.empty(0, np.int32 if not kind else np.float32)]
+        for kind in (0, 1)
+        for runs in (chosen, rejected)
+    ]
+    ends = [np.cumsum([0, *map(len, each[: len(marks)])], dtype=np.int32) for each in values]
+    return [
+        pa.ListArray.from_arrays(pa.array(stops), pa.array(np.concatenate(each)))
+        for stops, each in zip(ends, values, strict=True)
+    ]
+
+
 class _Turn(NamedTuple):
     """One turn of the assistant within a rendering, from the first character that the model writes to the end of the token
     that ends it. ``place`` is the number of its message in the completion."""
@@ -520,18 +535,3 @@ def _between(factors: Sequence[float], turns: Sequence[_Turn], turn: _Turn | Non
     start = max((each.place + 1 for each in turns if each.place < stop), default=0)
     said = set(factors[start:stop]) or {factors[start - 1] if start else 1.0}
     return said.pop() if len(said) == 1 else 1.0
-
-
-def mark_columns(marks: Sequence[MarkedPair]) -> list[pa.Array]:
-    """The columns ``MARK_COLUMNS`` of pairs."""
-    chosen, rejected = ([each[side] for each in marks] for side in (0, 1))
-    values = [
-        [each[kind] for each in runs] or [np.empty(0, np.int32 if not kind else np.float32)]
-        for kind in (0, 1)
-        for runs in (chosen, rejected)
-    ]
-    ends = [np.cumsum([0, *map(len, each[: len(marks)])], dtype=np.int32) for each in values]
-    return [
-        pa.ListArray.from_arrays(pa.array(stops), pa.array(np.concatenate(each)))
-        for stops, each in zip(ends, values, strict=True)
-    ]
