@@ -41,7 +41,7 @@ def _as_train_on(value: Any) -> str | tuple[dict[str, float], ...]:
             number = math.nan
         if not 0 < number <= MOST_WEIGHT:
             raise ValueError(
-                f"the weight of {name!r} is {weight!r}; expected a number above 0, of at most {MOST_WEIGHT:,.0f}"
+                f"the weight of {name!r} is {weight!r}; expected a number above 0, at most {MOST_WEIGHT:,.0f}"
             )
         weights[name] = number
     if not weights:
