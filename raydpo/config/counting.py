@@ -40,9 +40,7 @@ def _as_train_on(value: Any) -> str | tuple[dict[str, float], ...]:
         except (TypeError, ValueError, OverflowError):
             number = math.nan
         if not 0 < number <= MOST_WEIGHT:
-            raise ValueError(
-                f"the weight of {name!r} is {weight!r}; expected a number above 0, at most {MOST_WEIGHT:,.0f}"
-            )
+            raise ValueError(f"the weight of {name!r} is {weight!r}; expected a number above 0, at most {MOST_WEIGHT:,.0f}")
         weights[name] = number
     if not weights:
         raise ValueError("the list is empty; give it parts, such as [{answer: 1.0}, {reasoning: 0.1}]")

@@ -359,6 +359,14 @@ def test_wrong_spans_are_malformed_with_the_reason(write, value, reason):
     assert sets.train.num_rows == 3
 
 
+def test_a_column_of_spans_that_changes_nothing_is_told(write):
+    record = {"prompt": "sky?", "chosen": "blue", "rejected": "red", "s": {"chosen": [[0, 2]]}}
+    told = "no span there makes a token count more or less"
+    for column, wrong in (("s", False), ("t", True)):
+        lines, _ = templates.lines_of(write, None, record, spans_column=column)
+        assert any(f"data.spans_column is {column!r}, but {told}" in line for line in lines) == wrong, lines
+
+
 def test_spans_of_a_text_that_is_written_twice_are_malformed(write):
     template = templates.EACH + "{{ message.content }} or {{ message.content }}</s>\n{% endfor %}" + templates.GENERATE
     records = [
