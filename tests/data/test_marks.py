@@ -359,6 +359,20 @@ def test_wrong_spans_are_malformed_with_the_reason(write, value, reason):
     assert sets.train.num_rows == 3
 
 
+def test_turns_and_reasoning_that_are_not_found_are_told(write):
+    open_thought = {"prompt": "sky?", "chosen": "blue <think>hm", "rejected": "red"}
+    settings = dict(max_dropped=0.9, max_lost=1, train_on="answer")
+    record = {"prompt": "tree?", "chosen": "green", "rejected": "red"}
+    lines, _ = templates.lines_of(write, None, open_thought, record, **settings)
+    assert any(
+        "in 1 pairs it cannot be told for certain where the reasoning begins and ends: 1 chosen" in line for line in lines
+    )
+    said = {"prompt": [user("sky?")], "chosen": [bot("blue"), user("sure?"), bot("yes")], "rejected": [bot("red")]}
+    twice = "<s>{{ messages[-1].content }}|{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}"
+    lines, _ = templates.lines_of(write, twice, said, record, **settings)
+    assert any("it cannot be told for certain where the assistant's turns begin and end: 1 chosen" in line for line in lines)
+
+
 def test_a_column_of_spans_that_changes_nothing_is_told(write):
     record = {"prompt": "sky?", "chosen": "blue", "rejected": "red", "s": {"chosen": [[0, 2]]}}
     told = "no span there makes a token count more or less"
