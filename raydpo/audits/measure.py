@@ -11,7 +11,7 @@ import polars as pl
 from raydpo.data.facts import LENGTH_BINS
 from raydpo.data.interval import Interval, mean_by_group, share, share_by_group
 
-__all__ = ["LABELS", "counts", "counts_by_source", "figures", "pairs_of", "quantiles", "separation"]
+__all__ = ["LABELS", "counts", "counts_by_source", "figures", "pairs_of", "quantiles", "separation", "signed"]
 
 QUANTILES = {
     "least": 0,
@@ -227,6 +227,11 @@ def _surprise(scored: pl.DataFrame) -> dict[str, Any]:
         nats = -float(scored[f"ref_{side}_logps"].sum())
         result[f"{side}_perplexity"] = float(np.exp(min(nats / tokens, 700.0))) if tokens else None
     return result | {"separation": separation(values["chosen"], values["rejected"], scored["prompt"].to_numpy())}
+
+
+def signed(median: float) -> str:
+    """A median of whole numbers with its sign, such as ``+2`` or ``-0.5``, which lies between two of them."""
+    return f"{median:+,.1f}".removesuffix(".0")
 
 
 def quantiles(values: np.ndarray) -> dict[str, float] | None:
