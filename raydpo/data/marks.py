@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -481,15 +481,7 @@ def _answer(content: str) -> Message:
 
 def _has_empty_thought(message: Message) -> bool:
     """Whether the text of a message itself holds a thought without words."""
-    return any(_EMPTY_THOUGHT.search(text) for text in _contents(message))
-
-
-def _contents(message: Message) -> Iterator[str]:
-    content = message.get("content")
-    for part in content if isinstance(content, list) else [content]:
-        text = part.get("text") if isinstance(part, dict) else part
-        if isinstance(text, str):
-            yield text
+    return _EMPTY_THOUGHT.search(message_text(message)) is not None
 
 
 # -- factors ---------------------------------------------------------------------------------------------------------------
