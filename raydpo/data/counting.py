@@ -273,9 +273,6 @@ def counted_of(
     lost = np.zeros(len(flags), bool)
     if any(name in _BITS for name in train_on):
         lost = (flags & TURNS_NOT_FOUND) > 0
-    if data.spans_column is not None:  # nothing is known of such a completion, so neither where its spans are
-        for side, each in zip(_SIDES, used, strict=True):
-            lost |= (Ragged.of(light[f"{side}_{_COLUMNS[0]}"]).lengths == 0) & (each > 0)
     faults = {f"turns not found ({what})": lost}
     if "answer" in train_on or "reasoning" in train_on:
         faults[f"reasoning not found ({what})"] = ~lost & ((flags & REASONING_NOT_FOUND) > 0)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -79,14 +80,16 @@ _EMPTY_THOUGHT, _ADDED_THOUGHT = re.compile(_EMPTY), re.compile(rf"(?:{_EMPTY})\
 _FACTORS = {"true": 1.0, "false": 0.0}
 
 
-class Runs(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Runs:
     """Runs of the tokens of one completion, as ``MARK_COLUMNS`` holds them: int32 and float32, [runs]."""
 
     marks: np.ndarray
     factors: np.ndarray
 
 
-class MarkedPair(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class MarkedPair:
     """Runs of both completions of a pair, and the bits that they add to its flags."""
 
     chosen: Runs
@@ -113,11 +116,10 @@ NOT_MARKED = MarkedPair(NO_RUNS, NO_RUNS)
 
 def mark_columns(marks: Sequence[MarkedPair]) -> list[pa.Array]:
     """The columns ``MARK_COLUMNS`` of pairs."""
-    chosen, rejected = ([each[side] for each in marks] for side in (0, 1))
     values = [
-        [each[kind] for each in runs] or [np.empty(0, np.int32 if not kind else np.float32)]
-        for kind in (0, 1)
-        for runs in (chosen, rejected)
+        [getattr(getattr(each, side), kind) for each in marks] or [getattr(NO_RUNS, kind)]
+        for kind in ("marks", "factors")
+        for side in ("chosen", "rejected")
     ]
     ends = [np.cumsum([0, *map(len, each[: len(marks)])], dtype=np.int32) for each in values]
     return [
@@ -480,15 +482,7 @@ def _answer(content: str) -> Message:
 
 def _has_empty_thought(message: Message) -> bool:
     """Whether the text of a message itself holds a thought without words."""
-    return any(_EMPTY_THOUGHT.search(text) for text in _contents(message))
-
-
-def _contents(message: Message) -> Iterator[str]:
-    content = message.get("content")
-    for part in content if isinstance(content, list) else [content]:
-        text = part.get("text") if isinstance(part, dict) else part
-        if isinstance(text, str):
-            yield text
+    return _EMPTY_THOUGHT.search(message_text(message)) is not None
 
 
 # -- factors ---------------------------------------------------------------------------------------------------------------

@@ -362,20 +362,20 @@ class RowMaker:
                 kept.append(Found(entry, None, ()))
                 continue
             ids, remarks = next(tokenised)
-            found = next(marked, None)
+            runs = next(marked, None)
             reason = self._refused(entry.preference, ids, remarks)
             if reason is not None:
                 faults.append((entry.record, reason))
             else:
-                kept.append(Found(entry, ids, remarks, found or NOT_MARKED))  # type: ignore[arg-type]
-        for entry, ids, remarks, found in whole_lists(kept, faults) if self.lists else kept:
+                kept.append(Found(entry, ids, remarks, runs or NOT_MARKED))  # type: ignore[arg-type]
+        for entry, ids, remarks, runs in whole_lists(kept, faults) if self.lists else kept:
             where = records[entry.record].where
             account.pairs += not self.lists or entry.number == 0
             if ids is not None:
                 account.remarks.add(remarks, where)
                 account.scores.add(entry.scores, where)
             pairs.append((entry, ids))
-            marks.append(found)
+            marks.append(runs)
         for index, reason in sorted(faults, key=lambda fault: fault[0]):
             account.malformed.add(reason, records[index].where)
         account.malformed_records = len({index for index, _ in faults})

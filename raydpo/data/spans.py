@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -28,7 +28,8 @@ class Span(NamedTuple):
     message: int | None
 
 
-class Spans(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Spans:
     """Spans of a pair, in order; None = the whole side counts. ``texts`` are the texts that characters are counted in, of
     each message, or of an answer that is text."""
 

@@ -268,11 +268,16 @@ class SourceReport:
                 "map columns with the source's 'columns', or raise data.max_malformed"
             )
         if self.dropped.total > config.max_dropped * self.pairs:
-            change = ", change data.train_on" if any("(train_on" in reason for reason in self.dropped.counts) else ""
+            uncounted = ["(train_on" in reason for reason in self.dropped.counts]
+            remedy = "raise data.max_length" if not all(uncounted) else "change data.train_on"
+            if any(uncounted) and not all(uncounted):
+                remedy += ", change data.train_on"
+            elif all(uncounted) and any("no token" in reason for reason in self.dropped.counts):
+                remedy += ", raise data.max_length where it cuts the tokens that count"
             raise DataError(
                 f"data {self.name}: {self.dropped.total:,} of {self.pairs:,} {self.unit} would be dropped at "
                 f"data.max_length {config.max_length}, more than data.max_dropped ({config.max_dropped:g}) "
-                f"allows: {self.dropped}; raise data.max_length{change}, or data.max_dropped if that is intended"
+                f"allows: {self.dropped}; {remedy}, or raise data.max_dropped if that is intended"
             )
         if self.remarks.lost > config.max_lost * self.pairs:
             raise DataError(

@@ -330,10 +330,9 @@ def test_of_a_whole_completion_nothing_need_be_found():
     sets = select(config, [source, other], None, None)
     assert sets.train["chosen_starts"].to_pylist() == [[0], [0], [0, 2], [0, 2]]
     assert [report.counted.counted for report in sets.report.sources] == [18, 10]
-    # Where spans of such a pair would be is not known either.
-    config = DataConfig(train="s.jsonl", spans_column="spans", max_dropped=1)
-    report = select(config, [source], None, None).report.sources[0]
-    assert report.dropped.counts == {"turns not found (train_on completion in 'spans')": 1}
+    # A completion with spans has runs wherever its turns are, so this one has none, and counts as a whole.
+    report = select(DataConfig(train="s.jsonl", spans_column="spans"), [source], None, None).report.sources[0]
+    assert report.dropped.counts == {} and report.counted.counted == 18
 
 
 def test_what_counts_in_held_out_pairs_is_decided_by_itself():
