@@ -269,15 +269,12 @@ class SourceReport:
             )
         if self.dropped.total > config.max_dropped * self.pairs:
             uncounted = ["(train_on" in reason for reason in self.dropped.counts]
-            remedy = "raise data.max_length" if not all(uncounted) else "change data.train_on"
-            if any(uncounted) and not all(uncounted):
-                remedy += ", change data.train_on"
-            elif all(uncounted) and any("no token" in reason for reason in self.dropped.counts):
-                remedy += ", raise data.max_length where it cuts the tokens that count"
+            remedies = ["raise data.max_length"] * (not all(uncounted)) + ["change data.train_on"] * any(uncounted)
+            remedies += ["raise data.max_length if it cuts the tokens that count"] * all(uncounted)
             raise DataError(
                 f"data {self.name}: {self.dropped.total:,} of {self.pairs:,} {self.unit} would be dropped at "
                 f"data.max_length {config.max_length}, more than data.max_dropped ({config.max_dropped:g}) "
-                f"allows: {self.dropped}; {remedy}, or raise data.max_dropped if that is intended"
+                f"allows: {self.dropped}; {', '.join(remedies)}, or raise data.max_dropped if that is intended"
             )
         if self.remarks.lost > config.max_lost * self.pairs:
             raise DataError(

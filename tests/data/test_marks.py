@@ -20,6 +20,7 @@ from raydpo.data.preference import Preference
 from raydpo.data.remarks import NO_REASONING
 from raydpo.data.spans import spans_of
 from raydpo.data.tokenise import Tokeniser
+from raydpo.errors import DataError
 
 PARTS = {"assistant": ASSISTANT, "last_turn": LAST_TURN, "answer": ANSWER, "reasoning": REASONING}
 THOUGHT = "<think>\nhm\n</think>\n\n"
@@ -371,6 +372,13 @@ def test_turns_and_reasoning_that_are_not_found_are_told(write):
     twice = "<s>{{ messages[-1].content }}|{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}"
     lines, _ = templates.lines_of(write, twice, said, record, **settings)
     assert any("it cannot be told for certain where the assistant's turns begin and end: 1 chosen" in line for line in lines)
+
+
+def test_a_longer_limit_is_no_remedy_where_nothing_counts(write):
+    record = {"prompt": "sky?", "chosen": "blue", "rejected": "red"}
+    remedy = "; change data.train_on, raise data.max_length if it cuts the tokens that count, or raise data.max_dropped"
+    with pytest.raises(DataError, match=f"1 of 1 pairs would be dropped .*{remedy} if that is intended$"):
+        templates.lines_of(write, None, record, train_on="reasoning")
 
 
 def test_a_column_of_spans_that_changes_nothing_is_told(write):
