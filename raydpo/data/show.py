@@ -118,7 +118,9 @@ def _run(tokens: int, weight: float) -> str:
     many = "1 token" if tokens == 1 else f"{tokens} tokens"
     if not weight:
         return f"{many} that do{'es' if tokens == 1 else ''} not count:"
-    return f"{many} that count{'s' if tokens == 1 else ''}{'' if weight == 1 else f' {weight:g} each'}:"
+    if tokens == 1:
+        return f"{many} that counts{'' if weight == 1 else f' {weight:g}'}:"
+    return f"{many} that count{'' if weight == 1 else f' {weight:g} each'}:"
 
 
 def _tokens(ids: Sequence[int], before: Sequence[int], tokenizer: Any, styles: tuple[str, str]) -> Text:

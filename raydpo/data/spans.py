@@ -94,7 +94,7 @@ def _side(value: Any, name: str, said: Text) -> tuple[Span, ...] | None:
     if not isinstance(value, list):
         raise Malformed(f"{name} is no list of spans")
     if not said:
-        raise Malformed(f"{name} has spans, and the record has no such completion")
+        raise Malformed(f"{name} has spans, and the record has no such completion; write the list of spans alone")
     found = sorted((_span(each, name, said) for each in value), key=lambda span: (span.message or 0, span.start))
     if len({span.message is None for span in found}) > 1:
         raise Malformed(f"{name} counts characters in one span and tokens in another; use one unit")

@@ -381,6 +381,15 @@ def test_a_longer_limit_is_no_remedy_where_nothing_counts(write):
         templates.lines_of(write, None, record, train_on="reasoning")
 
 
+def test_spans_of_the_wrong_side_of_a_completion_alone_name_the_fix(write):
+    record = {"prompt": "sky?", "completion": "blue", "label": False, "s": [[0, 2]]}
+    lines, _ = templates.lines_of(
+        write, None, record, record | {"s": {"chosen": [[0, 2]]}}, spans_column="s", max_malformed=0.5
+    )
+    reason = "'chosen' of 's' has spans, and the record has no such completion; write the list of spans alone"
+    assert any(f"1 malformed records: 1 {reason} (" in line for line in lines), lines
+
+
 def test_a_column_of_spans_that_changes_nothing_is_told(write):
     record = {"prompt": "sky?", "chosen": "blue", "rejected": "red", "s": {"chosen": [[0, 2]]}}
     told = "no span there makes a token count more or less"

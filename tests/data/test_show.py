@@ -98,7 +98,7 @@ def test_without_colours_runs_have_lines(table, tokeniser):
     assert output.isascii() and "\x1b" not in output and "dim" not in output
     lines = output.split("chosen  ")[1].split("rejected  ")[0].splitlines()
     assert lines[0].startswith(f"  {tokens} tokens, 2 count with weights that sum to 1.5, key ")
-    assert lines[1] == f"  -- {tokens - 2} tokens that do not count:" and lines[3] == "  -- 1 token that counts 0.5 each:"
+    assert lines[1] == f"  -- {tokens - 2} tokens that do not count:" and lines[3] == "  -- 1 token that counts 0.5:"
     assert lines[5:7] == ["  -- 1 token that counts:", "</s>"] and lines[2] + lines[4] == " the sky is blue"
     assert "--" not in printed(table, tokeniser, coloured=False), "nothing new where all count"
 
