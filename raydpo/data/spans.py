@@ -109,8 +109,8 @@ def _span(value: Any, name: str, said: Text) -> Span:
         value = dict(zip(("start", "end", "weight"), value, strict=False))
     if not isinstance(value, Mapping) or not value.keys() <= _FIELDS:
         raise Malformed(f"{name} has a span of another form; expected {_FORM}")
-    start, end = value.get("start"), value.get("end")
-    if not (_is_whole(start) and _is_whole(end)):
+    start, end = _whole(value.get("start")), _whole(value.get("end"))
+    if start is None or end is None:
         raise Malformed(f"{name} has a span whose start or end is no whole number")
     weight = 1.0 if value.get("weight") is None else value["weight"]
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight <= MOST_WEIGHT:
@@ -124,12 +124,12 @@ def _span(value: Any, name: str, said: Text) -> Span:
         if value.get("message") is not None:
             raise Malformed(f"{name} has a span in tokens with a message; tokens are counted in the whole completion")
         return Span(start, end, float(weight), None)
-    message = value.get("message")
+    message = _whole(value.get("message"))
     count = 1 if isinstance(said, str) else len(said)
-    if message is None:
+    if value.get("message") is None:
         roles = ["assistant"] if isinstance(said, str) else [each["role"] for each in said]
         message = len(roles) - 1 - roles[::-1].index("assistant")
-    elif not _is_whole(message) or not 0 <= message < count:
+    elif message is None or not 0 <= message < count:
         raise Malformed(f"{name} has a span of a message that is not there; messages of the completion count from 0")
     text = said if isinstance(said, str) else message_text(said[message])
     if end > len(text):
@@ -137,8 +137,11 @@ def _span(value: Any, name: str, said: Text) -> Span:
     return Span(start, end, float(weight), message)
 
 
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _whole(value: Any) -> int | None:
+    """A whole number; None if it is none. Parquet holds those of ``[0, 4, 0.5]`` as 0.0 and 4.0."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 class Written:

@@ -284,6 +284,7 @@ SPANS = [
     # value for chosen, texts that count and their weights
     ([[0, 4]], [("blue", 1.0)]),
     ([{"start": 0, "end": 4, "weight": None, "unit": None}, [8, 10, 0.5]], [("blue", 1.0), ("it", 0.5)]),
+    ([[0.0, 4.0, 0.5]], [("blue", 0.5)]),  # as Parquet holds it
     ([[0, 2, 2], [2, 4, 3]], [("blu", 2.0), ("e", 3.0)]),  # the second token is "lu"
     ([[0, 13]], [("blue is it 🙂x", 1.0)]),
     ([[11, 12]], [("🙂", 1.0)]),
