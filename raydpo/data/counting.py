@@ -238,17 +238,20 @@ class Counted:
         what: what counts, in words.
         runs: of chosen and rejected completions.
         faults: pairs that cannot be used, by reason, bool [pairs] each.
+        idle: the column of spans, if no token of the source has another factor than 1.
     """
 
     what: str
     runs: tuple[Runs, Runs]
     faults: Mapping[str, np.ndarray]
+    idle: str | None = None
 
     def account(self, use: np.ndarray) -> CountedTokens:
         """How many tokens of the pairs in ``use``, bool [pairs], count."""
         of_use = [runs.of(use) for runs in self.runs]
         total = sum(int(runs.tokens.sum(dtype=np.int64)) for runs in of_use)
-        return CountedTokens(self.what, total, sum(int(runs.counted_tokens().sum(dtype=np.int64)) for runs in of_use))
+        counted = sum(int(runs.counted_tokens().sum(dtype=np.int64)) for runs in of_use)
+        return CountedTokens(self.what, total, counted, self.idle)
 
     def columns(self, use: np.ndarray) -> list[pa.Array]:
         """``select.COUNT_COLUMNS`` of the pairs in ``use``, bool [pairs]."""
@@ -285,7 +288,11 @@ def counted_of(
         nothing = known & (each.tokens > 0) & (each.counted_tokens() == 0)
         faults[f"no token of the {side} completion counts ({what})"] = nothing
         known &= ~nothing
-    return Counted(what, runs, faults)
+    idle = data.spans_column
+    for side in _SIDES:
+        factors, _ = Ragged.of(light[f"{side}_{_COLUMNS[1]}"]).gather(range(len(light)))
+        idle = None if (factors != 1).any() else idle
+    return Counted(what, runs, faults, idle)
 
 
 def weight_runs(light: pa.Table, side: str, used: np.ndarray, train_on: Mapping[str, float]) -> Runs:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from raydpo.config.counting import MOST_WEIGHT
 from raydpo.data import remarks
 from raydpo.data.messages import Malformed, Message, Text
 from raydpo.data.places import Place, TokenPlaces
@@ -495,10 +496,12 @@ def _factor(message: Message, side: str) -> float:
         said = _FACTORS.get(value.strip().lower(), value) if isinstance(value, str) else value
         try:
             number = float(said)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             number = -1.0
-        if not 0 <= number < float("inf"):
-            raise Malformed(f"{side} has a message whose {name!r} is no number of at least 0 and no truth value")
+        if not 0 <= number <= MOST_WEIGHT:
+            raise Malformed(
+                f"{side} has a message whose {name!r} is no number from 0 to {MOST_WEIGHT:,.0f} and no truth value"
+            )
         factor *= number
     return factor
 

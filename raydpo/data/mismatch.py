@@ -50,17 +50,20 @@ def with_mismatched(sets: PairSets, run: int, max_length: int) -> PairSets:
     before it, and the first of a run that of the last. A run of one row gets its own completion.
 
     Returns:
-        ``sets`` itself, if no row is alone. Else tables whose completions lie in unnamed temporary files, and a token source
-        that reads the same on any machine.
+        ``sets`` itself, if no row is alone, or those that are have mismatched completions already. Else tables whose
+        completions lie in unnamed temporary files, and a token source that reads the same on any machine.
 
     Raises:
-        ValueError: if ``sets`` have no tokens, or have mismatched completions already.
+        ValueError: if completions are already mismatched within other runs, or the tokens are not known.
     """
     if not any(table is not None and LABEL in table.column_names for table in (sets.train, sets.eval)):
         return sets
-    if sets.tokens is None or isinstance(sets.tokens, MismatchedTokens):
-        what = "need the tokens of the pairs" if sets.tokens is None else "are there already"
-        raise ValueError(f"mismatched completions {what}")
+    if sets.tokens is None:
+        raise ValueError("mismatched completions need the tokens of the pairs")
+    if isinstance(sets.tokens, MismatchedTokens):
+        if sets.tokens.run != run:
+            raise ValueError(f"completions are already mismatched within runs of {sets.tokens.run} rows, not of {run}")
+        return sets
     tables = {name: table for name in ("train", "eval") if (table := getattr(sets, name)) is not None}
     # The tables of one set of pairs hold different rows, so that one source can serve all.
     tokens = MismatchedTokens(sets.tokens, [_codes(table)[_alone(table)] for table in tables.values()], run)

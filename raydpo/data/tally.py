@@ -77,11 +77,13 @@ class CountedTokens(NamedTuple):
 
     Attributes:
         what: what counts, in words.
+        idle: the column of spans, if it changes the weight of no token of the source.
     """
 
     what: str
     tokens: int
     counted: int
+    idle: str | None = None
 
     def __str__(self) -> str:
         share = f" ({self.counted / self.tokens:.0%})".replace("%", " %") if self.tokens else ""
@@ -184,6 +186,11 @@ class SourceReport:
         lines = [f"data {self.name}: {', '.join(parts)}", *self._readings()]
         lines += [] if self.counted is None else [f"data {self.name}: {self.counted}"]
         lines += [] if self.counted_held_out is None else [f"data {self.name}, held out: {self.counted_held_out}"]
+        if self.counted is not None and self.counted.idle is not None:
+            lines.append(
+                f"warning: data {self.name}: data.spans_column is {self.counted.idle!r}, but no span there makes a token "
+                "count more or less; correct the column's name, or set it to null if no source has spans"
+            )
         if self.dropped.total:
             lines.append(f"data {self.name}: {self.dropped.total:,} {unit} dropped: {self.dropped}")
         if self.malformed.total:

@@ -61,6 +61,9 @@ def test_any_machine_reads_the_same_tokens():
     table = labelled(LABELS)
     sets = with_mismatched(sets_of(table), 3, 512)
     assert isinstance(sets.tokens, MismatchedTokens)
+    assert with_mismatched(sets, 3, 512) is sets  # which has them already
+    with pytest.raises(ValueError, match="within runs of 3 rows, not of 2"):
+        with_mismatched(sets, 2, 512)
     again = pickle.loads(pickle.dumps(sets.tokens))
     order = np.array([6, 0, 3, 0])
     for (prompt, *sides), row in zip(again.rows(np.zeros(4, np.int16), order), order.tolist(), strict=True):

@@ -316,7 +316,7 @@ def test_runs_are_cut_and_pairs_of_which_nothing_counts_are_dropped():
         "reasoning not found (train_on answer)": (1, ["y:50"]),
         "no token of the rejected completion counts (train_on answer)": (1, ["x:60"]),
     }
-    assert report.counted == ("train_on answer", 7, 3)
+    assert report.counted == ("train_on answer", 7, 3, None)
     assert "data s: train_on answer: 3 of 7 completion tokens count (43 %)" in report.lines()
     with pytest.raises(DataError, match=r"5 of 6 pairs would be dropped .* change data\.train_on"):
         check_source(config.model_copy(update={"max_dropped": 0.1}), source)

@@ -5,6 +5,7 @@ import json
 import pytest
 from documented import GUIDE, block
 from tiny import make_tokenizer, preferences, write_preferences
+from unpaired import labelled_records
 
 from raydpo.config import load_config
 from raydpo.data.pairs import load_pairs
@@ -55,6 +56,7 @@ def planned(tmp_path, tiny_llama):
     write_preferences(tmp_path / "pairs.jsonl", preferences(20))
 
     def plan(*overrides, **options):
+        write_preferences(tmp_path / "labels.jsonl", labelled_records(20))
         tree = {"output": "runs", "model": {"path": str(tiny_llama)}, "data": {"train": str(tmp_path / "pairs.jsonl")}}
         config = load_config(tree, list(overrides))
         sets = load_pairs(config.data, Tokeniser(make_tokenizer()))
@@ -77,6 +79,12 @@ def test_the_rates_are_those_of_the_kind_of_training(planned, report, overrides,
     assert "NVIDIA H100 80GB HBM3" in plan.rates.origin and "2026-11-29" in plan.rates.origin
     assert (plan.memory.device, plan.memory.memory) == ("NVIDIA H100 80GB HBM3", 79.1 * 2**30)
     assert plan.score.seconds == pytest.approx(plan.score.flops / 5e14)
+
+
+def test_mismatched_completions_are_counted_once(planned, tmp_path):
+    labels = f"data.train={tmp_path / 'labels.jsonl'}"
+    alone, filled = (planned(labels, f"train.loss={loss}").data["completions"] for loss in ("bco_pair", "kto"))
+    assert (alone, filled) == (20, 40)
 
 
 def test_a_named_memory_stands(planned, report):
