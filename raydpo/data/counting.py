@@ -290,7 +290,7 @@ def counted_of(
         known &= ~nothing
     idle = data.spans_column
     for side in _SIDES:
-        factors, _ = Ragged.of(light[f"{side}_{_COLUMNS[1]}"]).gather(range(len(light)))
+        factors, _ = Ragged.of(light[f"{side}_{_COLUMNS[1]}"]).gather(np.arange(len(light)))
         idle = None if (factors != 1).any() else idle
     return Counted(what, runs, faults, idle)
 
