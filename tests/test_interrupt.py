@@ -45,8 +45,14 @@ def test_the_first_signal_lets_it_come_to_its_end(number):
 
 def test_the_second_ends_at_once():
     start = time.time()
-    status, output, _ = run(25, [signal.SIGTERM, signal.SIGINT])
+    status, output, _ = run(25, [signal.SIGTERM, signal.SIGINT], pause=1.3)
     assert status == 130 and "ended" not in output and time.time() - start < 15
+
+
+def test_a_signal_that_comes_twice_is_one_request():
+    """``timeout`` of GNU coreutils signals its command, and then the group of it."""
+    status, output, errors = run(0.5, [signal.SIGTERM, signal.SIGTERM], pause=0.05)
+    assert (status, errors.count("stopping after this step")) == (0, 1) and "ended" in output
 
 
 def test_what_it_raises_is_raised_and_the_handlers_come_back():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import shutil
 import sys
@@ -71,7 +72,7 @@ def session(config: Config) -> Iterator[None]:
             # Without "local" it would join a Ray that another user has started on this machine.
             store = _object_store_bytes()
             # Workers inherit the environment of our Ray. A runtime environment would cost each of them half a second.
-            with _environment(WORKER_ENV):
+            with _environment(WORKER_ENV), _own_group():
                 ray.init(address="local", num_cpus=cpus, include_dashboard=False, object_store_memory=store, **common)
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise ConfigError(
@@ -111,6 +112,23 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+@contextlib.contextmanager
+def _own_group() -> Iterator[None]:
+    """Start each process of Ray within the block in a process group of its own. A signal to our group, as ``timeout`` of GNU
+    coreutils and job control send it, would otherwise end Ray before its workers have written their checkpoint."""
+    from ray._private import services
+
+    popen = getattr(services, "ConsolePopen", None)  # a private class, which another release of Ray may not have
+    if popen is None or sys.platform != "linux":  # elsewhere Ray ends its processes by their group
+        yield
+        return
+    services.ConsolePopen = functools.partial(popen, process_group=0)
+    try:
+        yield
+    finally:
+        services.ConsolePopen = popen
 
 
 def starts_own_ray(config: Config) -> bool:

@@ -151,6 +151,11 @@ class RunColumns:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    @property
+    def alike(self) -> bool:
+        """Whether the table has no ``select.COUNT_COLUMNS``, so that every token has weight 1."""
+        return self._columns is None
+
     def at(self, rows: np.ndarray) -> Runs:
         """The runs of ``rows``, int [rows], in that order."""
         tokens = self.tokens[rows]
@@ -180,12 +185,14 @@ def token_weights(table: pa.Table, side: str, row: int) -> np.ndarray:
 
 def counts(table: pa.Table, side: str) -> np.ndarray:
     """Sum of the weights of the tokens in use of each completion of a side, float64 [rows]."""
-    return RunColumns(table, side).every().counts()
+    columns = RunColumns(table, side)
+    return columns.tokens.astype(np.float64) if columns.alike else columns.every().counts()
 
 
 def counted_tokens(table: pa.Table, side: str) -> np.ndarray:
     """Number of tokens in use of each completion of a side that have a weight above 0, int32 [rows]."""
-    return RunColumns(table, side).every().counted_tokens()
+    columns = RunColumns(table, side)
+    return columns.tokens if columns.alike else columns.every().counted_tokens()
 
 
 def mask_digests(table: pa.Table, side: str) -> np.ndarray:
@@ -283,7 +290,7 @@ def counted_of(
         known &= ~nothing
     idle = data.spans_column
     for side in _SIDES:
-        factors, _ = Ragged.of(light[f"{side}_{_COLUMNS[1]}"]).gather(range(len(light)))
+        factors, _ = Ragged.of(light[f"{side}_{_COLUMNS[1]}"]).gather(np.arange(len(light)))
         idle = None if (factors != 1).any() else idle
     return Counted(what, runs, faults, idle)
 
@@ -302,7 +309,8 @@ def weight_runs(light: pa.Table, side: str, used: np.ndarray, train_on: Mapping[
     Raises:
         ValueError: if marks do not begin at a completion's first token.
     """
-    (marks, offsets), (factors, _) = (Ragged.of(light[f"{side}_{what}"]).gather(range(len(light))) for what in _COLUMNS)
+    every = np.arange(len(light))
+    (marks, offsets), (factors, _) = (Ragged.of(light[f"{side}_{what}"]).gather(every) for what in _COLUMNS)
     used = np.maximum(used, 0).astype(np.int32)
     sizes = np.diff(offsets)
     owners = np.repeat(np.arange(len(used)), sizes)

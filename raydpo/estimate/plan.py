@@ -328,7 +328,7 @@ def _sources(table: pa.Table, scales: Mapping[str, float]) -> tuple[np.ndarray, 
     """Index of the source of each pair or ranked list, int [pairs], weight of each source, and number of pairs for which one
     of its pairs stands, float [sources]."""
     starts = starts_of_table(table)
-    table = table if starts is None else table.take(pa.array(starts[:-1]))
+    table = table if starts is None else table.select(["source", "weight"]).take(pa.array(starts[:-1]))
     column = table["source"]
     names = column.unique()  # in order of their first pairs, as in training
     weights = [table["weight"][pc.index(column, name).as_py()].as_py() for name in names]

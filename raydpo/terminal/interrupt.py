@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,6 +15,9 @@ __all__ = ["EXIT_INTERRUPTED", "interruptible", "sigterm_as_interrupt"]
 
 EXIT_INTERRUPTED = 130
 """Exit status of a command that Ctrl-C or SIGTERM has stopped; the usual one of shells."""
+_ONE_REQUEST = 1.0
+"""Seconds within which signals are one request. ``timeout`` of GNU coreutils signals its command and then the process group
+of it (src/timeout.c, ``cleanup``), so that the command gets the signal twice."""
 
 
 @contextlib.contextmanager
@@ -36,8 +40,9 @@ def sigterm_as_interrupt() -> Iterator[None]:
 def interruptible(act: Callable[[], Any], on_first: Callable[[], object]) -> None:
     """Run ``act`` in a thread and handle signals in this one until it returns.
 
-    The first SIGINT or SIGTERM calls ``on_first``, which must make ``act`` return. The second one ends the process at once,
-    with exit status 130. Only the main thread receives signals: in any other one ``act`` is just called.
+    The first SIGINT or SIGTERM calls ``on_first``, which must make ``act`` return. A further one, a second or more later,
+    ends the process at once, with exit status 130. Only the main thread receives signals: in any other one ``act`` is just
+    called.
 
     Raises:
         BaseException: what ``act`` raised.
@@ -56,13 +61,15 @@ def interruptible(act: Callable[[], Any], on_first: Callable[[], object]) -> Non
         finally:
             done.set()
 
-    asked = False
+    asked: float | None = None
 
     def handle(number: int, frame: object) -> None:
         nonlocal asked
-        if asked:
-            os._exit(EXIT_INTERRUPTED)
-        asked = True
+        if asked is not None:
+            if time.monotonic() - asked >= _ONE_REQUEST:
+                os._exit(EXIT_INTERRUPTED)
+            return
+        asked = time.monotonic()
         print(
             f"\n{signal.Signals(number).name}: stopping after this step, with a checkpoint; again to stop at once",
             file=sys.stderr,

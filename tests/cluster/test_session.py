@@ -26,6 +26,9 @@ def callbacks():
 def worker():
     return [os.nice(0), os.environ["TOKENIZERS_PARALLELISM"], os.environ["PYTHONUTF8"]]
 
+def groups():
+    return [os.getpgrp(), os.getpgid(os.getppid())]  # of a worker, and of the process that started it
+
 class Scorer:
     def __call__(self, block):
         return pa.table({"told": [[os.environ.get(name, "") for name in ("PYTORCH_ALLOC_CONF", "PYTHONUTF8")]]})
@@ -44,6 +47,7 @@ config = {"output": sys.argv[1], "model": {"path": "m"}, "data": {"train": [{"pa
 told = {"before": owns_ray(), "on a cluster": callbacks()}
 with session(Config.model_validate(config)):
     told["within"], told["worker"] = owns_ray(), ray.get(ray.remote(worker).remote())
+    told["in our group"] = os.getpgrp() in ray.get(ray.remote(groups).remote())
     told["with GPUs"] = processes_with_gpus()
     told["here"], told["alone"] = os.environ["PYTHONUTF8"], callbacks()
 told["after"] = owns_ray() or "RAY_TRAIN_METRICS_ENABLED" in os.environ
@@ -64,6 +68,7 @@ def test_a_ray_of_our_own(tmp_path):
     told = json.loads(done.stdout.splitlines()[-1])
     assert (told["before"], told["within"], told["after"]) == (False, True, False)
     assert told["worker"] == [os.nice(0), "false", "1"] and told["here"] == "0"
+    assert told["in our group"] is False  # so that a signal to the group, as timeout sends it, does not end Ray
     cleaner, watcher = "PlacementGroupCleanerCallback", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER=0"
     assert "BackendSetupCallback" in told["alone"] and "BackendSetupCallback" in told["on a cluster"]
     assert cleaner in told["on a cluster"] and watcher not in told["on a cluster"]
