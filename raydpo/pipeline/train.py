@@ -26,7 +26,7 @@ from raydpo.reports.write import write_report_or_warn
 from raydpo.rundir.card import model_card
 from raydpo.rundir.directory import CONFIG, EVAL, METRICS, PAIRS, RUN, SUMMARY
 from raydpo.rundir.display import TrainingDisplay
-from raydpo.rundir.earlier import begin_again, finished_summary, neutral_changes
+from raydpo.rundir.earlier import begin_again, finished_summary, neutral_changes, other_held_out
 from raydpo.rundir.pairs import pairs_record
 from raydpo.rundir.records import finite, read_rows
 from raydpo.rundir.summary import print_summary
@@ -208,6 +208,8 @@ def train_prepared(
     """
     config, storage = prepared.config, Storage(prepared.config.run_dir)
     summary = finished_summary(storage, prepared.fingerprint(), prepared.sets.train)
+    if told := other_held_out(storage, measured_pairs(prepared.own.eval)):
+        console.warn(told)
     if summary is not None:
         console.say(f"run {config.run_name} is already complete: {redact(config.run_dir)} (--fresh trains it again)")
     else:

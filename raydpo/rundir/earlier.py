@@ -22,7 +22,7 @@ from raydpo.rundir.pairs import changed_pairs
 from raydpo.storage.files import Storage
 from raydpo.terminal.console import Console
 
-__all__ = ["begin_again", "changes_since", "finished_summary", "neutral_changes"]
+__all__ = ["begin_again", "changes_since", "finished_summary", "neutral_changes", "other_held_out"]
 
 
 _ROUNDING = re.compile(
@@ -87,6 +87,17 @@ def neutral_changes(storage: Storage, config: Config) -> Iterator[str]:
         )
         if changes := changed_settings(old, new):
             yield f"changed since this run started, {what}: {'; '.join(changes)}"
+
+
+def other_held_out(storage: Storage, digest: str | None) -> str | None:
+    """A warning if a run measured other held-out pairs, or other tokens of them, than those with this digest; else None."""
+    before = RunDirectory(storage).held_out()
+    if None in (before, digest) or before == digest:
+        return None
+    return (
+        f"the held-out figures of {storage} so far are of other held-out pairs, or of other tokens of them, than the "
+        "settings say now; measure these with 'raydpo eval', or start again with --fresh"
+    )
 
 
 def begin_again(storage: Storage, console: Console, mark: str = RUN) -> None:

@@ -8,8 +8,8 @@ import pytest
 
 from raydpo.config import load_config
 from raydpo.errors import ConfigError
-from raydpo.rundir.directory import CONFIG
-from raydpo.rundir.earlier import begin_again, neutral_changes
+from raydpo.rundir.directory import CONFIG, RUN
+from raydpo.rundir.earlier import begin_again, neutral_changes, other_held_out
 from raydpo.storage.files import Storage
 from raydpo.terminal.console import Console
 
@@ -120,3 +120,13 @@ def test_on_an_object_store_a_repeated_job_goes_on_too(place, monkeypatch):
     monkeypatch.setenv("SKYPILOT_TASK_ID", "sky-managed-8")
     with pytest.raises(ConfigError, match="cannot rename memory://fresh/run on an object store"):
         begin_again(storage, Console(io.StringIO()))
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "told"), [("a", "b", True), ("a", "a", False), (None, "b", False), ("a", None, False)]
+)
+def test_held_out_figures_of_other_tokens_are_told(tmp_path, before, now, told):
+    storage = Storage(str(tmp_path))
+    assert other_held_out(storage, now) is None, "no run"
+    storage.write(RUN, json.dumps({"fingerprint": {}, "held_out": before}).encode())
+    assert ("of other tokens of them" in (other_held_out(storage, now) or "")) == told
