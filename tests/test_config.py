@@ -254,6 +254,8 @@ def test_it_is_frozen(tree):
         ("data.spans_column=gap data.margin_column=gap", ["spans_column and data.margin_column are both 'gap'"]),
         ("data.train_on=answers", ["data.train_on", "'answers' is no part", "answer, reasoning", "{answer: 1.0}"]),
         ("data.train_on=[{answer: 0}]", ["data.train_on", "the weight of 'answer' is 0", "above 0"]),
+        ("data.train_on=[{answer: 1e39}]", ["data.train_on", "the weight of 'answer' is '1e39'", "at most 1,000,000"]),
+        ("data.train_on=[{answer: yes}]", ["data.train_on", "the weight of 'answer' is True", "above 0"]),
         ("data.train_on=[{answer: 1}, {answer: 1}]", ["data.train_on", "'answer' is in the list twice"]),
         ("train.gpus_per_worker=0.5 train.workers=2", ["0.5", "whole GPU"]),
         ("model.lora={dropout: 0.1}", ["dropout is 0.1", "set it to 0"]),

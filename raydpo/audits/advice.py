@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+from raydpo.audits.measure import signed
 from raydpo.config import ObjectiveConfig
 from raydpo.pages.finding import Finding
 
@@ -112,7 +113,7 @@ def _advice(figures: dict[str, Any], objective: ObjectiveConfig, labelled: bool)
             "Length-normalise" if strong else "Watch the length",
             f"'The {length['rule']} answer is better' is right for {rule:.1%} of the pairs (95 % interval from "
             f"{rule_low:.1%}); the chosen answer is longer in {length['chosen_longer']['share']:.1%} of them; the median "
-            f"difference is {length['difference']['median']:+.0f} tokens.",
+            f"difference is {signed(length['difference']['median'])} tokens.",
             f"The easiest thing to learn from these pairs is to write {length['rule']} answers."
             + (
                 f" A loss per token removes this incentive. Its beta is the present one, {objective.beta_text}, times the "

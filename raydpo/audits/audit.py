@@ -13,7 +13,7 @@ import pyarrow as pa
 from raydpo.audits.advice import advise
 from raydpo.audits.extremes import extremes
 from raydpo.audits.labels import by_label, label_lines
-from raydpo.audits.measure import counts, counts_by_source, figures
+from raydpo.audits.measure import counts, counts_by_source, figures, signed
 from raydpo.audits.sample import Sample
 from raydpo.config import ObjectiveConfig
 from raydpo.pages.finding import Finding
@@ -120,7 +120,7 @@ def summary_lines(audit: Audit) -> list[str]:
         return lines + _advice_lines(audit)
     lines.append(
         f"audit: the chosen answer is longer in {length['chosen_longer']['share']:.1%} of {total['pairs']:,} pairs; the "
-        f"median difference is {length['difference']['median']:+.0f} tokens; '{length['rule']} is better' is right for "
+        f"median difference is {signed(length['difference']['median'])} tokens; '{length['rule']} is better' is right for "
         f"{length['rule_accuracy']['share']:.1%}"
     )
     if surprise["chosen"]:

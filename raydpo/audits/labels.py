@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from raydpo.audits.measure import LABELS, quantiles, separation
+from raydpo.audits.measure import LABELS, named, quantiles
 from raydpo.data.interval import share
+from raydpo.data.separation import auc_by_group
 
 __all__ = ["ABOUT", "by_label", "label_columns", "label_lines"]
 
@@ -17,7 +18,7 @@ def by_label(frame: pl.DataFrame, counted: dict[str, dict[str, int]]) -> dict[st
     """Compute the figures of the completions with labels in ``frame``; None if there are none.
 
     ``longer`` is the probability that a random desirable completion has more tokens than a random undesirable one, and
-    ``surprises_more`` that an undesirable one surprises the reference more, per token; see ``measure.separation``.
+    ``surprises_more`` that an undesirable one surprises the reference more, per token; see ``data.separation``.
 
     Args:
         frame: as of ``measure.figures``.
@@ -31,25 +32,24 @@ def by_label(frame: pl.DataFrame, counted: dict[str, dict[str, int]]) -> dict[st
     surprise = {label: -each[f"ref_{LABELS[label][1]}_per_token"].to_numpy() for label, each in scored.items()}
     prompts = pl.concat(list(rows.values())).group_by("prompt").agg(good=pl.col("label").max(), bad=pl.col("label").min())
     both = int(((prompts["good"] > 0) & (prompts["bad"] < 0)).sum())
-    found = share(both, prompts.height)
 
-    def apart(values: dict[str, np.ndarray], of: dict[str, pl.DataFrame], lower: str, higher: str) -> dict[str, Any]:
-        of_prompts = (of[label]["prompt"].to_numpy() for label in (lower, higher))
-        return separation(values[lower], values[higher], *of_prompts)
+    def above(values: dict[str, np.ndarray], of: dict[str, pl.DataFrame], one: str, other: str) -> dict[str, Any]:
+        both = np.concatenate([values[one], values[other]])
+        labels = np.repeat([1, -1], [len(values[one]), len(values[other])])
+        auc = auc_by_group(both, labels, pl.concat([of[one]["prompt"], of[other]["prompt"]]).to_numpy())
+        return named(auc, (auc["value"] or 0.0) * len(both), len(both))
 
     return {
         "completions": sum(each.height for each in rows.values()),
         "not_scored": sum(rows[label].height - scored[label].height for label in LABELS),
         **{
-            label: counted[label]
-            | {"tokens": quantiles(tokens[label]), "surprise": quantiles(surprise[label])}
+            label: counted[label] | {"tokens": quantiles(tokens[label]), "surprise": quantiles(surprise[label])}
             for label in LABELS
         },
-        "longer": apart(tokens, rows, "undesirable", "desirable"),
-        "surprises_more": apart(surprise, scored, "desirable", "undesirable"),
-        "prompts_with_both": {"share": found["value"], "low": found["low"], "high": found["high"], "count": both,
-                              "of": prompts.height},
-    }  # fmt: skip
+        "longer": above(tokens, rows, "desirable", "undesirable"),
+        "surprises_more": above(surprise, scored, "undesirable", "desirable"),
+        "prompts_with_both": named(share(both, prompts.height), both, prompts.height),
+    }
 
 
 def label_lines(labels: dict[str, Any]) -> list[str]:

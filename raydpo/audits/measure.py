@@ -10,8 +10,9 @@ import polars as pl
 
 from raydpo.data.facts import LENGTH_BINS
 from raydpo.data.interval import Interval, mean_by_group, share, share_by_group
+from raydpo.data.separation import placements
 
-__all__ = ["LABELS", "counts", "counts_by_source", "figures", "pairs_of", "quantiles", "separation"]
+__all__ = ["LABELS", "counts", "counts_by_source", "figures", "named", "pairs_of", "quantiles", "separation", "signed"]
 
 QUANTILES = {
     "least": 0,
@@ -111,50 +112,35 @@ def pairs_of(frame: pl.DataFrame) -> pl.DataFrame:
     return frame.filter(PAIR) if frame["length_difference"].null_count() else frame
 
 
-def separation(
-    one: np.ndarray, two: np.ndarray, prompts: np.ndarray, prompts_of_two: np.ndarray | None = None
-) -> dict[str, Any]:
+def separation(one: np.ndarray, two: np.ndarray, prompts: np.ndarray) -> dict[str, Any]:
     """Estimate the probability that a value of ``two`` exceeds one of ``one`` (Mann-Whitney); a tie counts one half.
 
     Args:
         one, two: values of the chosen and the rejected answers, [pairs].
         prompts: number of the prompt of each pair, [pairs].
-        prompts_of_two: if ``one`` and ``two`` are not of the same pairs, the number of the prompt of each of ``two``;
-            ``prompts`` are then those of ``one``.
     """
+    if not len(one):
+        return named(share(0, 0), 0.0, 0)
     # ``above``: share of ``two`` that exceeds each value of ``one``. ``below``: share of ``one`` that each value of ``two``
     # exceeds. The error of the estimate is that of a mean of their sums, up to terms that vanish as the number of pairs
     # grows (DeLong et al. 1988, doi 10.2307/2531595).
-    above, below = 1 - _below(one, two), _below(two, one)
-    if not len(one) or not len(two):
-        return _named(share(0, 0), 0.0, 0)
-    auc, of_two = float(below.mean()), prompts
-    if prompts_of_two is None:
-        values = above + below - auc
-    else:  # as values of one sample whose mean has the same error (Obuchowski 1997, doi 10.2307/2533958)
-        weights = ((len(one) + len(two)) / len(each) for each in (one, two))
-        values = auc + np.concatenate([(each - auc) * weight for each, weight in zip((above, below), weights, strict=True)])
-        prompts, of_two = np.concatenate([prompts, prompts_of_two]), prompts_of_two
-    found = mean_by_group(values, prompts)
+    above, below = 1 - placements(one, two), placements(two, one)
+    auc = float(below.mean())
+    found = mean_by_group(above + below - auc, prompts)
     if found["low"] == found["high"]:  # no variance: complete separation, all equal, or one prompt
-        found = share_by_group(below, of_two)
+        found = share_by_group(below, prompts)
     low, high = (bound if bound is None else min(1.0, max(0.0, bound)) for bound in (found["low"], found["high"]))
-    return _named({"value": auc, "low": low, "high": high}, auc * len(two), len(two))
-
-
-def _below(values: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Share of ``others`` that each of ``values`` exceeds; a tie counts one half."""
-    ordered = np.sort(others)
-    return (np.searchsorted(ordered, values, "left") + np.searchsorted(ordered, values, "right")) / 2 / max(1, len(ordered))
+    return named({"value": auc, "low": low, "high": high}, auc * len(one), len(one))
 
 
 def _share(values: np.ndarray, frame: pl.DataFrame) -> dict[str, Any]:
     """Mean of ``values`` with its interval; ``values`` has one number from 0 to 1 for each pair of ``frame``."""
     values = values.astype(float)
-    return _named(share_by_group(values, frame["prompt"].to_numpy()), float(values.sum()), len(values))
+    return named(share_by_group(values, frame["prompt"].to_numpy()), float(values.sum()), len(values))
 
 
-def _named(found: Interval, count: float, total: int) -> dict[str, Any]:
+def named(found: Interval, count: float, total: int) -> dict[str, Any]:
+    """An interval as the audit stores it, of ``count`` among ``total``."""
     return {"share": found["value"], "low": found["low"], "high": found["high"], "count": count, "of": total}
 
 
@@ -229,7 +215,13 @@ def _surprise(scored: pl.DataFrame) -> dict[str, Any]:
     return result | {"separation": separation(values["chosen"], values["rejected"], scored["prompt"].to_numpy())}
 
 
+def signed(median: float) -> str:
+    """A median of whole numbers with its sign, such as ``+2`` or ``-0.5``, which lies between two of them."""
+    return f"{median:+,.1f}".removesuffix(".0")
+
+
 def quantiles(values: np.ndarray) -> dict[str, float] | None:
+    """Mean of the values and their ``QUANTILES``; None without values."""
     if not len(values):
         return None
     return {"mean": float(values.mean())} | {name: float(np.quantile(values, at)) for name, at in QUANTILES.items()}

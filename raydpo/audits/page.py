@@ -8,6 +8,7 @@ import polars as pl
 
 from raydpo.audits import labels
 from raydpo.audits.audit import Audit, counted_line
+from raydpo.audits.measure import signed
 from raydpo.audits.plots import label_plots, plots
 from raydpo.pages.page import render
 from raydpo.pages.plot import Picture
@@ -118,7 +119,7 @@ def _column(figures: dict[str, Any], identical: int, scores: list[dict[str, Any]
         "reference right, per token": _share(reference["right_per_token"]),
         "chosen longer": _share(length["chosen_longer"]),
         "length rule": f"{length['rule']}: {_share(length['rule_accuracy'])}",
-        "length difference": _median(length["difference"], "+.0f"),
+        "length difference": "-" if length["difference"] is None else signed(length["difference"]["median"]),
         "margin by length": _number(figures["length_and_reference"]["pearson"]),
         "surprise chosen": _median(surprise["chosen"], ".2f"),
         "surprise rejected": _median(surprise["rejected"], ".2f"),

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from raydpo.audits.measure import LABELS, pairs_of
+from raydpo.audits.measure import LABELS, pairs_of, signed
 from raydpo.pages.plot import BAD, GOOD, INK, PALE, Picture, figure, length_bars, svg
 
 __all__ = ["label_plots", "plots"]
@@ -38,7 +38,7 @@ def _differences(difference: np.ndarray, figures: dict[str, Any]) -> Picture:
     title = "Length difference"
     caption = (
         f"The chosen answer is longer in {length['chosen_longer']['share']:.1%} of the pairs, shorter in "
-        f"{length['chosen_shorter']['share']:.1%}; the median difference is {length['difference']['median']:+.0f} "
+        f"{length['chosen_shorter']['share']:.1%}; the median difference is {signed(length['difference']['median'])} "
         "tokens. Values beyond the edges are in the outermost bars."
     )
     with figure() as (made, axes):

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator
 
-__all__ = ["EVERYTHING", "PARTS", "TrainOn", "counting_texts", "part_weights", "train_on_text"]
+__all__ = ["EVERYTHING", "MOST_WEIGHT", "PARTS", "TrainOn", "counting_texts", "part_weights", "train_on_text"]
 
 PARTS = {
     "completion": "all tokens of the completion",
@@ -20,6 +20,8 @@ PARTS = {
 """Parts of a completion that can count, and what they are."""
 EVERYTHING = "completion"
 """The part that holds all others."""
+MOST_WEIGHT = 1e6
+"""Largest weight of a part, a span or a message. Their product is kept as float32, which ends at 3.4e38."""
 
 
 def _as_train_on(value: Any) -> str | tuple[dict[str, float], ...]:
@@ -33,9 +35,13 @@ def _as_train_on(value: Any) -> str | tuple[dict[str, float], ...]:
         ((name, weight),) = term.items()
         if _known(name) in weights:
             raise ValueError(f"{name!r} is in the list twice; give the sum of its weights")
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < math.inf:
-            raise ValueError(f"the weight of {name!r} is {weight!r}; expected a number above 0")
-        weights[name] = float(weight)
+        try:
+            number = math.nan if isinstance(weight, bool) else float(weight)  # YAML takes 1e-2 for text
+        except (TypeError, ValueError, OverflowError):
+            number = math.nan
+        if not 0 < number <= MOST_WEIGHT:
+            raise ValueError(f"the weight of {name!r} is {weight!r}; expected a number above 0, at most {MOST_WEIGHT:,.0f}")
+        weights[name] = number
     if not weights:
         raise ValueError("the list is empty; give it parts, such as [{answer: 1.0}, {reasoning: 0.1}]")
     return tuple({name: weight} for name, weight in weights.items())

@@ -151,6 +151,11 @@ class RunColumns:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    @property
+    def alike(self) -> bool:
+        """Whether the table has no ``select.COUNT_COLUMNS``, so that every token has weight 1."""
+        return self._columns is None
+
     def at(self, rows: np.ndarray) -> Runs:
         """The runs of ``rows``, int [rows], in that order."""
         tokens = self.tokens[rows]
@@ -180,12 +185,14 @@ def token_weights(table: pa.Table, side: str, row: int) -> np.ndarray:
 
 def counts(table: pa.Table, side: str) -> np.ndarray:
     """Sum of the weights of the tokens in use of each completion of a side, float64 [rows]."""
-    return RunColumns(table, side).every().counts()
+    columns = RunColumns(table, side)
+    return columns.tokens.astype(np.float64) if columns.alike else columns.every().counts()
 
 
 def counted_tokens(table: pa.Table, side: str) -> np.ndarray:
     """Number of tokens in use of each completion of a side that have a weight above 0, int32 [rows]."""
-    return RunColumns(table, side).every().counted_tokens()
+    columns = RunColumns(table, side)
+    return columns.tokens if columns.alike else columns.every().counted_tokens()
 
 
 def mask_digests(table: pa.Table, side: str) -> np.ndarray:
@@ -231,17 +238,20 @@ class Counted:
         what: what counts, in words.
         runs: of chosen and rejected completions.
         faults: pairs that cannot be used, by reason, bool [pairs] each.
+        idle: the column of spans, if no token of the source has another factor than 1.
     """
 
     what: str
     runs: tuple[Runs, Runs]
     faults: Mapping[str, np.ndarray]
+    idle: str | None = None
 
     def account(self, use: np.ndarray) -> CountedTokens:
         """How many tokens of the pairs in ``use``, bool [pairs], count."""
         of_use = [runs.of(use) for runs in self.runs]
         total = sum(int(runs.tokens.sum(dtype=np.int64)) for runs in of_use)
-        return CountedTokens(self.what, total, sum(int(runs.counted_tokens().sum(dtype=np.int64)) for runs in of_use))
+        counted = sum(int(runs.counted_tokens().sum(dtype=np.int64)) for runs in of_use)
+        return CountedTokens(self.what, total, counted, self.idle)
 
     def columns(self, use: np.ndarray) -> list[pa.Array]:
         """``select.COUNT_COLUMNS`` of the pairs in ``use``, bool [pairs]."""
@@ -270,9 +280,6 @@ def counted_of(
     lost = np.zeros(len(flags), bool)
     if any(name in _BITS for name in train_on):
         lost = (flags & TURNS_NOT_FOUND) > 0
-    if data.spans_column is not None:  # nothing is known of such a completion, so neither where its spans are
-        for side, each in zip(_SIDES, used, strict=True):
-            lost |= (Ragged.of(light[f"{side}_{_COLUMNS[0]}"]).lengths == 0) & (each > 0)
     faults = {f"turns not found ({what})": lost}
     if "answer" in train_on or "reasoning" in train_on:
         faults[f"reasoning not found ({what})"] = ~lost & ((flags & REASONING_NOT_FOUND) > 0)
@@ -281,7 +288,11 @@ def counted_of(
         nothing = known & (each.tokens > 0) & (each.counted_tokens() == 0)
         faults[f"no token of the {side} completion counts ({what})"] = nothing
         known &= ~nothing
-    return Counted(what, runs, faults)
+    idle = data.spans_column
+    for side in _SIDES:
+        factors, _ = Ragged.of(light[f"{side}_{_COLUMNS[1]}"]).gather(np.arange(len(light)))
+        idle = None if (factors != 1).any() else idle
+    return Counted(what, runs, faults, idle)
 
 
 def weight_runs(light: pa.Table, side: str, used: np.ndarray, train_on: Mapping[str, float]) -> Runs:
@@ -298,7 +309,8 @@ def weight_runs(light: pa.Table, side: str, used: np.ndarray, train_on: Mapping[
     Raises:
         ValueError: if marks do not begin at a completion's first token.
     """
-    (marks, offsets), (factors, _) = (Ragged.of(light[f"{side}_{what}"]).gather(range(len(light))) for what in _COLUMNS)
+    every = np.arange(len(light))
+    (marks, offsets), (factors, _) = (Ragged.of(light[f"{side}_{what}"]).gather(every) for what in _COLUMNS)
     used = np.maximum(used, 0).astype(np.int32)
     sizes = np.diff(offsets)
     owners = np.repeat(np.arange(len(used)), sizes)

@@ -78,7 +78,7 @@ def kept_rows(
     keep = np.bincount(compared["filtered"].to_numpy(), ~met, minlength=len(sizes)) == 0
     if not keep.any():
         raise DataError(f"data.filter {condition.expression!r} leaves none of {len(keep):,} lists: in each, a pair fails it")
-    return np.repeat(keep, sizes), left_out(condition, pairs.take(pa.array(starts[:-1])), keep, "lists")
+    return np.repeat(keep, sizes), left_out(condition, pairs.select(["source"]).take(pa.array(starts[:-1])), keep, "lists")
 
 
 def left_out(condition: PairFilter, facts: pa.Table, keep: np.ndarray, unit: str = "pairs") -> str:

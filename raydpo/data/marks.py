@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
+from raydpo.config.counting import MOST_WEIGHT
 from raydpo.data import remarks
 from raydpo.data.messages import Malformed, Message, Text
 from raydpo.data.places import Place, TokenPlaces
@@ -78,14 +80,16 @@ _EMPTY_THOUGHT, _ADDED_THOUGHT = re.compile(_EMPTY), re.compile(rf"(?:{_EMPTY})\
 _FACTORS = {"true": 1.0, "false": 0.0}
 
 
-class Runs(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Runs:
     """Runs of the tokens of one completion, as ``MARK_COLUMNS`` holds them: int32 and float32, [runs]."""
 
     marks: np.ndarray
     factors: np.ndarray
 
 
-class MarkedPair(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class MarkedPair:
     """Runs of both completions of a pair, and the bits that they add to its flags."""
 
     chosen: Runs
@@ -108,6 +112,20 @@ def _later(runs: Runs, tokens: int) -> Runs:
 NO_RUNS = Runs(np.empty(0, np.int32), np.empty(0, np.float32))
 NOT_MARKED = MarkedPair(NO_RUNS, NO_RUNS)
 """A pair that was not tokenised."""
+
+
+def mark_columns(marks: Sequence[MarkedPair]) -> list[pa.Array]:
+    """The columns ``MARK_COLUMNS`` of pairs."""
+    values = [
+        [getattr(getattr(each, side), kind) for each in marks] or [getattr(NO_RUNS, kind)]
+        for kind in ("marks", "factors")
+        for side in ("chosen", "rejected")
+    ]
+    ends = [np.cumsum([0, *map(len, each[: len(marks)])], dtype=np.int32) for each in values]
+    return [
+        pa.ListArray.from_arrays(pa.array(stops), pa.array(np.concatenate(each)))
+        for stops, each in zip(ends, values, strict=True)
+    ]
 
 
 class _Turn(NamedTuple):
@@ -464,15 +482,7 @@ def _answer(content: str) -> Message:
 
 def _has_empty_thought(message: Message) -> bool:
     """Whether the text of a message itself holds a thought without words."""
-    return any(_EMPTY_THOUGHT.search(text) for text in _contents(message))
-
-
-def _contents(message: Message) -> Iterator[str]:
-    content = message.get("content")
-    for part in content if isinstance(content, list) else [content]:
-        text = part.get("text") if isinstance(part, dict) else part
-        if isinstance(text, str):
-            yield text
+    return _EMPTY_THOUGHT.search(message_text(message)) is not None
 
 
 # -- factors ---------------------------------------------------------------------------------------------------------------
@@ -486,10 +496,12 @@ def _factor(message: Message, side: str) -> float:
         said = _FACTORS.get(value.strip().lower(), value) if isinstance(value, str) else value
         try:
             number = float(said)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             number = -1.0
-        if not 0 <= number < float("inf"):
-            raise Malformed(f"{side} has a message whose {name!r} is no number of at least 0 and no truth value")
+        if not 0 <= number <= MOST_WEIGHT:
+            raise Malformed(
+                f"{side} has a message whose {name!r} is no number from 0 to {MOST_WEIGHT:,.0f} and no truth value"
+            )
         factor *= number
     return factor
 
@@ -517,18 +529,3 @@ def _between(factors: Sequence[float], turns: Sequence[_Turn], turn: _Turn | Non
     start = max((each.place + 1 for each in turns if each.place < stop), default=0)
     said = set(factors[start:stop]) or {factors[start - 1] if start else 1.0}
     return said.pop() if len(said) == 1 else 1.0
-
-
-def mark_columns(marks: Sequence[MarkedPair]) -> list[pa.Array]:
-    """The columns ``MARK_COLUMNS`` of pairs."""
-    chosen, rejected = ([each[side] for each in marks] for side in (0, 1))
-    values = [
-        [each[kind] for each in runs] or [np.empty(0, np.int32 if not kind else np.float32)]
-        for kind in (0, 1)
-        for runs in (chosen, rejected)
-    ]
-    ends = [np.cumsum([0, *map(len, each[: len(marks)])], dtype=np.int32) for each in values]
-    return [
-        pa.ListArray.from_arrays(pa.array(stops), pa.array(np.concatenate(each)))
-        for stops, each in zip(ends, values, strict=True)
-    ]

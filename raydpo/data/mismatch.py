@@ -203,11 +203,21 @@ def _weights(
     """Columns of the weights of tokens, with those of the mismatched completions: their own, as far as they are in use."""
     if COUNT_COLUMNS[0] not in table.column_names:
         return {}
-    lists = {name: Ragged.of(table[name]) for name in COUNT_COLUMNS}
-    rows = {name: [lists[name][row] for row in range(table.num_rows)] for name in COUNT_COLUMNS}
-    for row, other in zip(alone.tolist(), partners.tolist(), strict=True):
-        side, of = _SIDES[int(desirable[row])], _SIDES[1 - int(desirable[other])]
-        starts = lists[f"{of}_starts"][other]
-        kept = starts < used[side][row]
-        rows[f"{side}_starts"][row], rows[f"{side}_weights"][row] = starts[kept], lists[f"{of}_weights"][other][kept]
-    return {name: pa.array(rows[name], table.schema.field(name).type) for name in COUNT_COLUMNS}
+    # Each side's own completions, but for the mismatched ones: places among all chosen and then all rejected completions.
+    places = {side: np.arange(table.num_rows) + place * table.num_rows for place, side in enumerate(_SIDES)}
+    for side, label in zip(_SIDES, (False, True), strict=True):
+        mine = desirable[alone] == label
+        others = partners[mine]
+        places[side][alone[mine]] = others + np.where(desirable[others], 0, table.num_rows)
+    both = {what: [chunk for side in _SIDES for chunk in table[f"{side}_{what}"].chunks] for what in ("starts", "weights")}
+    lists = {what: Ragged.of(pa.chunked_array(chunks)) for what, chunks in both.items()}
+    found: dict[str, pa.Array] = {}
+    for side in _SIDES:
+        (starts, offsets), (weights, _) = (each.gather(places[side]) for each in lists.values())
+        owners = np.repeat(np.arange(table.num_rows), np.diff(offsets))
+        kept = starts < used[side][owners]
+        sizes = np.bincount(owners[kept], minlength=table.num_rows)
+        offsets = pa.array(np.concatenate([[0], np.cumsum(sizes)]), pa.int32())
+        for what, values in (("starts", starts), ("weights", weights)):
+            found[f"{side}_{what}"] = pa.ListArray.from_arrays(offsets, pa.array(values[kept]))
+    return found

@@ -12,8 +12,9 @@ from raydpo.data.messages import RESULTS, Message
 
 __all__ = ["ONE", "Probes"]
 
-ONE, _TWO = "raydpoOne", "raydpoTwo"
-"""Texts of probes, found in no template."""
+ONE = "raydpoOne"
+"""Text of probes, found in no template."""
+_TWO = "raydpoTwo"
 _BOTH = f"{ONE} {_TWO}"
 _USER: Message = {"role": "user", "content": "x"}
 _ALIKE = {"developer": "system", "ipython": "tool", "environment": "tool"}

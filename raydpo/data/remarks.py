@@ -123,6 +123,16 @@ _SENTENCES = {
         "{count} prompts mark messages for training: {all}; nothing of a prompt is trained. Make each turn that should be "
         "a pair of its own"
     ),
+    NO_TURNS: (
+        "warning: in {count} {unit} it cannot be told for certain where the assistant's turns begin and end: {all}; these "
+        "are dropped where data.train_on or a span needs it. Use a template that marks turns with {{% generation %}}, or "
+        "data.train_on=completion"
+    ),
+    NO_REASONING: (
+        "warning: in {count} {unit} it cannot be told for certain where the reasoning begins and ends: {all}; these are "
+        "dropped where data.train_on is answer or reasoning. Put each thought between one pair of tags, or use "
+        "data.train_on=assistant"
+    ),
 }
 """What is said of each kind but ``LOST``. ``unit`` is pairs, or rows if some are completions alone; ``all`` is each case
 with its count, first places and an example."""

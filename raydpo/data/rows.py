@@ -239,7 +239,7 @@ class _Read:
 
 @dataclass
 class _Encoded:
-    """Records as far as they depend on ``take_off`` and not on ``head``: tokens (None of giants) and marks of sound pairs."""
+    """Records as far as they depend on ``take_off``, not on ``head``: tokens (None of giants) and marks of sound pairs."""
 
     account: SourceReport
     pairs: list[tuple[_Entry, TokenisedPair | None]]
@@ -294,8 +294,9 @@ class RowMaker:
         self._first = records, take_off, encoded
         prompts = [ids.prompt for _, ids in encoded.pairs if ids is not None]
         # What the first and the last in sorted order have in common, all between them have, too.
-        ordered = [np.frombuffer(each, ">u4") for each in _ends([np.asarray(one, ">u4").tobytes() for one in prompts])]
-        return take_off, common_prefix(*ordered) if ordered else 0
+        ordered = [np.asarray(one, ">u4").tobytes() for one in prompts]
+        ends = {min(ordered, default=b""), max(ordered, default=b"")}
+        return take_off, common_prefix(*(np.frombuffer(each, ">u4") for each in ends)) if len(ends) > 1 else 0
 
     def decided(self, take_off: bool, head: int) -> RowMaker:
         """This one with what ``decide`` found. If ``make`` is then called with the records that ``decide`` had, it does not
@@ -361,20 +362,20 @@ class RowMaker:
                 kept.append(Found(entry, None, ()))
                 continue
             ids, remarks = next(tokenised)
-            found = next(marked, None)
+            runs = next(marked, None)
             reason = self._refused(entry.preference, ids, remarks)
             if reason is not None:
                 faults.append((entry.record, reason))
             else:
-                kept.append(Found(entry, ids, remarks, found or NOT_MARKED))  # type: ignore[arg-type]
-        for entry, ids, remarks, found in whole_lists(kept, faults) if self.lists else kept:
+                kept.append(Found(entry, ids, remarks, runs or NOT_MARKED))  # type: ignore[arg-type]
+        for entry, ids, remarks, runs in whole_lists(kept, faults) if self.lists else kept:
             where = records[entry.record].where
             account.pairs += not self.lists or entry.number == 0
             if ids is not None:
                 account.remarks.add(remarks, where)
                 account.scores.add(entry.scores, where)
             pairs.append((entry, ids))
-            marks.append(found)
+            marks.append(runs)
         for index, reason in sorted(faults, key=lambda fault: fault[0]):
             account.malformed.add(reason, records[index].where)
         account.malformed_records = len({index for index, _ in faults})
@@ -549,12 +550,6 @@ def _note_options(record: Record, options: frozenset[str], account: SourceReport
                 f"warning: {name!r} is not given to the chat template, which reads a variable of this name: write it "
                 "into a column chat_template_kwargs, or drop the column"
             ] += 1
-
-
-def _ends(values: list[bytes]) -> list[bytes]:
-    """The least and the greatest value; none if there is only one."""
-    ends = [min(values, default=b""), max(values, default=b"")]
-    return ends if ends[0] != ends[1] else []
 
 
 def _place(where: str) -> tuple[str, int]:

@@ -209,8 +209,10 @@ def check_source(config: DataConfig, source: SourceRows) -> None:
 
 
 def window(config: DataConfig, source: SourceRows, number: int, start: int, stop: int | None = None) -> pa.Table:
-    """The pairs of a set with ``start <= place < stop`` that are not dropped: as ``select`` gives them without tokens. With
-    ``data.eval.train_on`` also those of which no token counts, as long as it is not known which are held out.
+    """The pairs of a set with ``start <= place < stop`` that are not dropped: as ``select`` gives them without tokens.
+
+    There may be more of them: with ``data.eval.train_on`` those of which no token counts, as long as it is not known which
+    are held out, and rows of a ranked list that is dropped for a row beyond ``start`` or ``stop``.
 
     Args:
         number: of the set.

@@ -1,4 +1,4 @@
-"""How well rewards tell desirable completions from undesirable ones: the area under the ROC curve, AUC."""
+"""How well a figure tells one kind of completion from another: the area under the ROC curve, AUC."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 
 from raydpo.data.interval import Interval, by_group, share
 
-__all__ = ["auc_by_group", "effective_auc"]
+__all__ = ["auc_by_group", "effective_auc", "placements"]
 
 
 def auc_by_group(rewards: np.ndarray, labels: np.ndarray, groups: np.ndarray) -> Interval:
@@ -35,7 +35,7 @@ def effective_auc(rewards: np.ndarray, labels: np.ndarray, groups: np.ndarray) -
     good, bad = rewards[labels > 0], rewards[labels < 0]
     if not len(good) or not len(bad):
         return None, 0.0
-    over, under = _placements(good, bad), 1 - _placements(bad, good)  # shares that each is above of, and below of
+    over, under = placements(good, bad), 1 - placements(bad, good)  # shares that each is above of, and below of
     value = float(over.mean())
     influence = np.empty(len(good) + len(bad))
     influence[: len(good)], influence[len(good) :] = (over - value) / len(good), (under - value) / len(bad)
@@ -47,7 +47,7 @@ def effective_auc(rewards: np.ndarray, labels: np.ndarray, groups: np.ndarray) -
     return value, min(most, max(1.0, value * (1 - value) / variance))
 
 
-def _placements(values: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Share of ``others`` that each value is above, equal ones counting one half; [values]."""
+def placements(values: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Share of ``others``, at least one, that each value is above, equal ones counting one half; [values]."""
     ordered = np.sort(others)
     return (np.searchsorted(ordered, values, "left") + np.searchsorted(ordered, values, "right")) / (2 * len(others))

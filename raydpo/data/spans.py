@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+from raydpo.config.counting import MOST_WEIGHT
 from raydpo.data.messages import Malformed, Text
 
 __all__ = ["Span", "Spans", "Written", "message_text", "spanned", "spans_of"]
@@ -28,7 +28,8 @@ class Span(NamedTuple):
     message: int | None
 
 
-class Spans(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Spans:
     """Spans of a pair, in order; None = the whole side counts. ``texts`` are the texts that characters are counted in, of
     each message, or of an answer that is text."""
 
@@ -112,14 +113,16 @@ def _span(value: Any, name: str, said: Text) -> Span:
     if not (_is_whole(start) and _is_whole(end)):
         raise Malformed(f"{name} has a span whose start or end is no whole number")
     weight = 1.0 if value.get("weight") is None else value["weight"]
-    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
-        raise Malformed(f"{name} has a span whose weight is no number of at least 0")
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight <= MOST_WEIGHT:
+        raise Malformed(f"{name} has a span whose weight is no number from 0 to {MOST_WEIGHT:,.0f}")
     unit = "characters" if value.get("unit") is None else value["unit"]
     if unit not in ("characters", "tokens"):
         raise Malformed(f"{name} has a span whose unit is neither 'characters' nor 'tokens'")
     if not 0 <= start < end:
         raise Malformed(f"{name} has a span that is empty or begins below 0")
     if unit == "tokens":
+        if value.get("message") is not None:
+            raise Malformed(f"{name} has a span in tokens with a message; tokens are counted in the whole completion")
         return Span(start, end, float(weight), None)
     message = value.get("message")
     count = 1 if isinstance(said, str) else len(said)

@@ -77,11 +77,13 @@ class CountedTokens(NamedTuple):
 
     Attributes:
         what: what counts, in words.
+        idle: the column of spans, if it changes the weight of no token of the source.
     """
 
     what: str
     tokens: int
     counted: int
+    idle: str | None = None
 
     def __str__(self) -> str:
         share = f" ({self.counted / self.tokens:.0%})".replace("%", " %") if self.tokens else ""
@@ -184,6 +186,11 @@ class SourceReport:
         lines = [f"data {self.name}: {', '.join(parts)}", *self._readings()]
         lines += [] if self.counted is None else [f"data {self.name}: {self.counted}"]
         lines += [] if self.counted_held_out is None else [f"data {self.name}, held out: {self.counted_held_out}"]
+        if self.counted is not None and self.counted.idle is not None:
+            lines.append(
+                f"warning: data {self.name}: data.spans_column is {self.counted.idle!r}, but no span there makes a token "
+                "count more or less; correct the column's name, or set it to null if no source has spans"
+            )
         if self.dropped.total:
             lines.append(f"data {self.name}: {self.dropped.total:,} {unit} dropped: {self.dropped}")
         if self.malformed.total:
@@ -261,11 +268,13 @@ class SourceReport:
                 "map columns with the source's 'columns', or raise data.max_malformed"
             )
         if self.dropped.total > config.max_dropped * self.pairs:
-            change = ", change data.train_on" if any("(train_on" in reason for reason in self.dropped.counts) else ""
+            uncounted = ["(train_on" in reason for reason in self.dropped.counts]
+            remedies = ["raise data.max_length"] * (not all(uncounted)) + ["change data.train_on"] * any(uncounted)
+            remedies += ["raise data.max_length if it cuts the tokens that count"] * all(uncounted)
             raise DataError(
                 f"data {self.name}: {self.dropped.total:,} of {self.pairs:,} {self.unit} would be dropped at "
                 f"data.max_length {config.max_length}, more than data.max_dropped ({config.max_dropped:g}) "
-                f"allows: {self.dropped}; raise data.max_length{change}, or data.max_dropped if that is intended"
+                f"allows: {self.dropped}; {', '.join(remedies)}, or raise data.max_dropped if that is intended"
             )
         if self.remarks.lost > config.max_lost * self.pairs:
             raise DataError(

@@ -44,7 +44,9 @@ TAGS = (
     ("<|channel>thought", "<channel|>"),
 )
 """How models mark the beginning and the end of a thought in a text."""
-_OPENERS, CLOSERS = ([pair[place] for pair in TAGS] for place in (0, 1))
+_OPENERS = [opener for opener, _ in TAGS]
+CLOSERS = [closer for _, closer in TAGS]
+"""How they mark its end."""
 TAG = re.compile("|".join(map(re.escape, (*_OPENERS, *CLOSERS))))
 """Any of these tags."""
 _FEW_WORDS = 2

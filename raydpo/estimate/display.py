@@ -8,7 +8,7 @@ import numpy as np
 
 from raydpo.config import Config
 from raydpo.data.first import FirstPairs
-from raydpo.data.mismatch import with_mismatched
+from raydpo.data.mismatch import as_trained
 from raydpo.data.pairs import PairSets
 from raydpo.data.shapes import Shapes
 from raydpo.data.simulate import NAIVE_PAIRS, Simulation
@@ -59,8 +59,7 @@ def plan_run(
         model_cost(resolve_model(path), config.model.trust_remote_code)
         for path in (config.model.path, config.reference_path)
     )
-    if config.train.estimates_drift:  # of mismatched completions, which are scored and computed, too
-        sets = with_mismatched(sets, config.train.pairs_per_step, config.data.max_length)
+    sets = as_trained(sets, config)
     checked = None if measured is None else _checked(measured, measure=measure, mfu_score=mfu_score, mfu_train=mfu_train)
     if device is not None and device not in MEMORY:
         raise ConfigError(

@@ -17,7 +17,6 @@ import pyarrow.compute as pc
 
 from raydpo.config import Config, TrainConfig
 from raydpo.data.lists import count_of, rows_of, starts_of_table
-from raydpo.data.mismatch import as_trained
 from raydpo.data.pairs import PairSets
 from raydpo.data.plan import epoch_order, split_over_ranks
 from raydpo.data.shapes import LayoutName
@@ -177,6 +176,7 @@ def make_plan(
     """Estimate ``runs`` runs of ``config`` on its pairs.
 
     Args:
+        sets: as they are trained on, see ``data.mismatch.as_trained``.
         scales: number of pairs for which each pair in ``sets`` stands, by name of source; 1 where a source is not named.
         model, reference: sizes of the policy and of the reference.
         workers: devices of both stages; None = as configured for each.
@@ -188,7 +188,7 @@ def make_plan(
     for name, value, least in (("--workers", workers, 1), ("--runs", runs, 1), ("--price", price, 0)):
         if value is not None and not value >= least:
             raise ConfigError(f"{name} is {value:g}; at least {least} is expected")
-    sets, train = as_trained(sets, config), config.train
+    train = config.train
     layout: LayoutName = "tree" if config.model.layout == "auto" else config.model.layout
     together = train.sequence_parallel
     budget = _budget(train.tokens_per_batch) * together  # of all workers that share a micro-batch
@@ -328,7 +328,7 @@ def _sources(table: pa.Table, scales: Mapping[str, float]) -> tuple[np.ndarray, 
     """Index of the source of each pair or ranked list, int [pairs], weight of each source, and number of pairs for which one
     of its pairs stands, float [sources]."""
     starts = starts_of_table(table)
-    table = table if starts is None else table.take(pa.array(starts[:-1]))
+    table = table if starts is None else table.select(["source", "weight"]).take(pa.array(starts[:-1]))
     column = table["source"]
     names = column.unique()  # in order of their first pairs, as in training
     weights = [table["weight"][pc.index(column, name).as_py()].as_py() for name in names]

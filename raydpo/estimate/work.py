@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 
 from raydpo.data.lists import starts_of_table
 from raydpo.data.plan import fill_batches
-from raydpo.data.ragged import Ragged
+from raydpo.data.ragged import Ragged, tokens_in_use
 from raydpo.data.shapes import LayoutName, PositionCost, Shapes
 from raydpo.data.simulate import amounts
 from raydpo.model.layout import PromptGroup, shapes_of
@@ -53,7 +53,7 @@ def pair_groups(table: pa.Table, items: Iterable[int] | None = None) -> tuple[li
 def lengths_of(table: pa.Table) -> list[np.ndarray]:
     """Tokens of the prompt, the chosen and the rejected completion of each pair, int32 [pairs] each. Of each ranked list
     those of the prompt and of all its completions; 0 beyond the last of a shorter list."""
-    prompt, *sides = (pc.list_value_length(table[f"{side}_ids"]).to_numpy().astype(np.int32, copy=False) for side in _SIDES)
+    prompt, *sides = (tokens_in_use(table, part) for part in _SIDES)
     if (starts := starts_of_table(table)) is None:
         return [prompt, *sides]
     sizes = np.diff(starts)

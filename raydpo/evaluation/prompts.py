@@ -80,10 +80,11 @@ def reading(evaluate: EvaluateConfig) -> Any:
 
 
 def _as_conversation(value: dict[str, Any]) -> dict[str, Any]:
-    if not all(isinstance(value.get(name), str) for name in ("prompt", "chosen", "rejected")):
-        return value
-    roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
-    return value | {name: [{"role": role, "content": value[name]}] for name, role in roles.items()}
+    for answers in (("chosen", "rejected"), ("completion",)):
+        roles = {"prompt": "user", **dict.fromkeys(answers, "assistant")}
+        if all(isinstance(value.get(name), str) for name in roles):
+            return value | {name: [{"role": role, "content": value[name]}] for name, role in roles.items()}
+    return value
 
 
 def choose_prompts(pairs: pa.Table, count: int, seed: int) -> list[Prompt]:

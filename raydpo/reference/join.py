@@ -56,8 +56,8 @@ def join(cache: ReferenceCache, keys: np.ndarray, needed: np.ndarray) -> Joined:
 
     Args:
         keys: uint8 [completions, 16]; may repeat.
-        needed: 0 for the missing side of a completion alone: its sum is 0, and it is never missing.
-        needed: int32 [completions].
+        needed: tokens in use of each, int32 [completions]. 0 is the missing side of a completion alone: its sum is 0, and
+            it is never missing.
 
     Raises:
         CacheError: if parts vanish faster than they can be read.

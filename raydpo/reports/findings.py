@@ -63,11 +63,17 @@ def _policy(run: RunRecord) -> Iterator[Finding]:
         )
     fell = run.held_out("logps/chosen_fell")[1]
     if fell is not None and fell > FELL:
+        margin = run.held_out("rewards/margins")[1]
+        cause = "The rejected answers do not fall faster, since the margin has not grown. Read"
+        if margin is None or margin > 0:
+            cause = (
+                "The margin grows because the rejected answers fall faster. That is usual for DPO, and a fault only if the "
+                "answers get worse: read"
+            )
         yield Finding(
             "Chosen answers became less likely",
             f"In {fell:.0%} of the held-out pairs the chosen answer is less likely than under the reference.",
-            "The margin grows because the rejected answers fall faster. That is usual for DPO, and a fault only if the "
-            "answers get worse: read the samples, and compare with a larger train.beta or a lower train.lr.",
+            f"{cause} the samples, and compare with a larger train.beta or a lower train.lr.",
         )
     correlation = run.held_out("length/margin_correlation")[1]
     where = "held-out"

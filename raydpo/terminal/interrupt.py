@@ -41,7 +41,8 @@ def interruptible(act: Callable[[], Any], on_first: Callable[[], object]) -> Non
     """Run ``act`` in a thread and handle signals in this one until it returns.
 
     The first SIGINT or SIGTERM calls ``on_first``, which must make ``act`` return. A further one, a second or more later,
-    ends the process at once, with exit status 130. Only the main thread receives signals: in any other one ``act`` is just called.
+    ends the process at once, with exit status 130. Only the main thread receives signals: in any other one ``act`` is just
+    called.
 
     Raises:
         BaseException: what ``act`` raised.

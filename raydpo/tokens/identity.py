@@ -259,7 +259,7 @@ def _flat(identity: SetIdentity) -> Iterator[tuple[str, str]]:
 
 
 def _short(value: Any) -> str:
-    text = str(value)
+    text = "yes" if value is True else str(value)
     return text if len(text) <= 40 else f"{text[:24]}..."
 
 

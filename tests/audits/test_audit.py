@@ -12,7 +12,7 @@ from tiny import make_tokenizer, preferences
 
 from raydpo.audits import audit_pairs, draw, summary_lines, write_audit
 from raydpo.audits.advice import advise
-from raydpo.audits.measure import figures, separation
+from raydpo.audits.measure import figures, separation, signed
 from raydpo.config import ObjectiveConfig
 from raydpo.config.filter import PairFilter
 from raydpo.data.facts import pair_facts
@@ -43,6 +43,10 @@ def audited(records, chosen=None, rejected=None, max_length=512, seed=0, weigh=N
     sample = draw(digests(table["prompt_ids"]), 0)
     about = {"meta": META | {"counted": counted}, "identical": {"tiny": 2}, "scores": scores}
     return audit_pairs(pair_facts(table, *sums), table, decode, sample, **about)
+
+
+def test_a_median_between_two_numbers_is_not_rounded_to_zero():
+    assert [signed(median) for median in (-0.5, 2.5, -4.0, 0.0, 1200.0)] == ["-0.5", "+2.5", "-4", "+0", "+1,200"]
 
 
 def frame(difference, margin, chosen_tokens=50):

@@ -9,7 +9,6 @@ from kernel import tokenised, unpaired
 from tiny import make_tokenizer
 
 from raydpo.audits import audit_pairs, draw, summary_lines, write_audit
-from raydpo.audits.measure import separation
 from raydpo.config.filter import PairFilter
 from raydpo.data.facts import digests_of, pair_facts
 from raydpo.data.filter import pairs_to_keep
@@ -141,22 +140,6 @@ def test_pairs_beside_them_keep_their_figures(tmp_path):
 def page_of(done, place):
     write_audit(done, Storage(str(place)))
     return (place / "audit.html").read_text()
-
-
-def test_an_interval_of_two_samples_covers_the_truth():
-    """Values of clustered samples of different sizes; the interval holds the true probability about 95 times in 100."""
-    rng = np.random.default_rng(0)
-    held = 0
-    for _ in range(300):
-        prompts = [rng.integers(0, 40, size) for size in (60, 90)]
-        shift = rng.normal(0, 1, 40)
-        one, two = shift[prompts[0]] + rng.normal(0, 1, 60), shift[prompts[1]] + rng.normal(0.5, 1, 90)
-        found = separation(one, two, *prompts)
-        held += found["low"] <= 0.5981 <= found["high"]  # Phi(0.5 / 2) for independent prompts
-    assert 0.9 < held / 300 < 0.99
-    same = rng.normal(0, 1, 50), rng.normal(0.3, 1, 50)
-    numbers = np.arange(50)
-    assert separation(*same, numbers, numbers) == pytest.approx(separation(*same, numbers))
 
 
 def test_polars_reads_the_label_column():

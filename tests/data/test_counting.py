@@ -54,6 +54,13 @@ def table_of(runs, chunks=1):
     return pa.concat_tables([table.slice(start, size) for start in range(0, max(1, table.num_rows), size)])
 
 
+def test_weights_may_be_written_as_yaml_reads_them():
+    assert train_on_of(DataConfig(train="x", train_on=[{"answer": "1e-2"}, {"reasoning": 1}]), None) == {
+        "answer": 0.01,
+        "reasoning": 1.0,
+    }
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.tuples(COMPLETION, st.integers(-1, 10)), max_size=8), TRAIN_ON, st.integers(1, 3), st.integers(1, 20))
 def test_runs_are_those_of_a_loop_over_the_tokens(rows, train_on, chunks, block):

@@ -20,6 +20,7 @@ from raydpo.data.preference import Preference
 from raydpo.data.remarks import NO_REASONING
 from raydpo.data.spans import spans_of
 from raydpo.data.tokenise import Tokeniser
+from raydpo.errors import DataError
 
 PARTS = {"assistant": ASSISTANT, "last_turn": LAST_TURN, "answer": ANSWER, "reasoning": REASONING}
 THOUGHT = "<think>\nhm\n</think>\n\n"
@@ -272,8 +273,11 @@ def test_weights_of_messages():
         ("\n", 0.5),
     ]
     assert pair.rejected.factors.tolist() == [1.0, 1.0] and not found, "nobody is warned of what is heeded"
-    (wrong,) = Tokeniser(tokenizer).encode_noted([replace(preference, rejected=[say("assistant", "red", weight=-1)])], [])
-    assert str(wrong[0]) == "rejected has a message whose 'weight' is no number of at least 0 and no truth value"
+    for value in (-1, "nan", 1e39, 10**400, [1]):
+        (wrong,) = Tokeniser(tokenizer).encode_noted(
+            [replace(preference, rejected=[say("assistant", "red", weight=value)])], []
+        )
+        assert str(wrong[0]) == "rejected has a message whose 'weight' is no number from 0 to 1,000,000 and no truth value"
 
 
 SPANS = [
@@ -330,7 +334,11 @@ def test_spans_of_messages_and_of_tokens(value, wanted):
         ({"chosen": [[0, 3], [2, 4]]}, "'chosen' of 's' has spans that overlap"),
         ({"chosen": [[2, 2]]}, "'chosen' of 's' has a span that is empty or begins below 0"),
         ({"rejected": [[0, 4]]}, "'rejected' of 's' has a span that ends after the text"),
-        ({"chosen": [[0, 1, -1]]}, "'chosen' of 's' has a span whose weight is no number of at least 0"),
+        ({"chosen": [[0, 1, -1]]}, "'chosen' of 's' has a span whose weight is no number from 0 to 1,000,000"),
+        ({"chosen": [[0, 1, 1e39]]}, "'chosen' of 's' has a span whose weight is no number from 0 to 1,000,000"),
+        ({"chosen": [[0, 1, 10**400]]}, "'chosen' of 's' has a span whose weight is no number from 0 to 1,000,000"),
+        ({"chosen": [{"start": 0, "end": 1, "unit": "tokens", "message": 0}]},
+         "'chosen' of 's' has a span in tokens with a message; tokens are counted in the whole completion"),
         ({"chosen": [[0, 1.5]]}, "'chosen' of 's' has a span whose start or end is no whole number"),
         ({"chosen": [{"start": 0, "end": 1, "unit": "words"}]},
          "'chosen' of 's' has a span whose unit is neither 'characters' nor 'tokens'"),
@@ -350,6 +358,35 @@ def test_wrong_spans_are_malformed_with_the_reason(write, value, reason):
     lines, sets = templates.lines_of(write, None, *records, records[0] | {"s": value}, spans_column="s", max_malformed=0.5)
     assert any(f"1 malformed records: 1 {reason} (" in line for line in lines), lines
     assert sets.train.num_rows == 3
+
+
+def test_turns_and_reasoning_that_are_not_found_are_told(write):
+    open_thought = {"prompt": "sky?", "chosen": "blue <think>hm", "rejected": "red"}
+    settings = dict(max_dropped=0.9, max_lost=1, train_on="answer")
+    record = {"prompt": "tree?", "chosen": "green", "rejected": "red"}
+    lines, _ = templates.lines_of(write, None, open_thought, record, **settings)
+    assert any(
+        "in 1 pairs it cannot be told for certain where the reasoning begins and ends: 1 chosen" in line for line in lines
+    )
+    said = {"prompt": [user("sky?")], "chosen": [bot("blue"), user("sure?"), bot("yes")], "rejected": [bot("red")]}
+    twice = "<s>{{ messages[-1].content }}|{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}"
+    lines, _ = templates.lines_of(write, twice, said, record, **settings)
+    assert any("it cannot be told for certain where the assistant's turns begin and end: 1 chosen" in line for line in lines)
+
+
+def test_a_longer_limit_is_no_remedy_where_nothing_counts(write):
+    record = {"prompt": "sky?", "chosen": "blue", "rejected": "red"}
+    remedy = "; change data.train_on, raise data.max_length if it cuts the tokens that count, or raise data.max_dropped"
+    with pytest.raises(DataError, match=f"1 of 1 pairs would be dropped .*{remedy} if that is intended$"):
+        templates.lines_of(write, None, record, train_on="reasoning")
+
+
+def test_a_column_of_spans_that_changes_nothing_is_told(write):
+    record = {"prompt": "sky?", "chosen": "blue", "rejected": "red", "s": {"chosen": [[0, 2]]}}
+    told = "no span there makes a token count more or less"
+    for column, wrong in (("s", False), ("t", True)):
+        lines, _ = templates.lines_of(write, None, record, spans_column=column)
+        assert any(f"data.spans_column is {column!r}, but {told}" in line for line in lines) == wrong, lines
 
 
 def test_spans_of_a_text_that_is_written_twice_are_malformed(write):

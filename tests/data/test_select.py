@@ -316,7 +316,7 @@ def test_runs_are_cut_and_pairs_of_which_nothing_counts_are_dropped():
         "reasoning not found (train_on answer)": (1, ["y:50"]),
         "no token of the rejected completion counts (train_on answer)": (1, ["x:60"]),
     }
-    assert report.counted == ("train_on answer", 7, 3)
+    assert report.counted == ("train_on answer", 7, 3, None)
     assert "data s: train_on answer: 3 of 7 completion tokens count (43 %)" in report.lines()
     with pytest.raises(DataError, match=r"5 of 6 pairs would be dropped .* change data\.train_on"):
         check_source(config.model_copy(update={"max_dropped": 0.1}), source)
@@ -330,10 +330,9 @@ def test_of_a_whole_completion_nothing_need_be_found():
     sets = select(config, [source, other], None, None)
     assert sets.train["chosen_starts"].to_pylist() == [[0], [0], [0, 2], [0, 2]]
     assert [report.counted.counted for report in sets.report.sources] == [18, 10]
-    # Where spans of such a pair would be is not known either.
-    config = DataConfig(train="s.jsonl", spans_column="spans", max_dropped=1)
-    report = select(config, [source], None, None).report.sources[0]
-    assert report.dropped.counts == {"turns not found (train_on completion in 'spans')": 1}
+    # A completion with spans has runs wherever its turns are, so this one has none, and counts as a whole.
+    report = select(DataConfig(train="s.jsonl", spans_column="spans"), [source], None, None).report.sources[0]
+    assert report.dropped.counts == {} and report.counted.counted == 18
 
 
 def test_what_counts_in_held_out_pairs_is_decided_by_itself():

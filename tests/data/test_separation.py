@@ -35,6 +35,17 @@ def test_the_interval_holds_the_truth_in_95_percent(effect, size):
     assert 0.92 <= holds / draws <= 1.0
 
 
+def test_the_interval_holds_the_truth_where_labels_share_prompts():
+    """Completions of a prompt share noise whatever their label, and the labels have other numbers of them."""
+    random, holds = np.random.default_rng(0), 0
+    labels = np.repeat([-1, 1], [60, 90])
+    for _ in range(300):
+        prompts, shared = random.integers(0, 40, 150), random.normal(size=40)
+        found = auc_by_group(shared[prompts] + random.normal(size=150) + 0.5 * (labels > 0), labels, prompts)
+        holds += found["low"] <= 0.5981 <= found["high"]  # Phi(0.5 / 2), of completions of different prompts
+    assert 0.9 < holds / 300 < 0.99
+
+
 def test_perfect_and_equal_rewards_have_wide_intervals():
     perfect = auc_by_group(np.array([2.0, 3.0, 0.0, 1.0]), np.array([1, 1, -1, -1]), np.arange(4))
     assert perfect["value"] == 1.0 and perfect["low"] < 0.5

@@ -1,14 +1,19 @@
+import json
 import shutil
 
 import numpy as np
 import pytest
 from tiny import make_tokenizer, preferences, write_preferences
+from unpaired import labelled_records
 
 from raydpo.config import TrainConfig, load_config
+from raydpo.data.mismatch import as_trained
 from raydpo.data.pairs import load_pairs
+from raydpo.data.ragged import tokens_in_use
 from raydpo.data.tokenise import Tokeniser
 from raydpo.errors import ConfigError
 from raydpo.estimate.cards import DEVICES
+from raydpo.estimate.display import plan_run
 from raydpo.estimate.plan import Rates, Stage, make_plan, operations, training_factors
 from raydpo.estimate.rate import stated_rates
 from raydpo.model.cost import ModelCost
@@ -180,3 +185,16 @@ def test_numbers_out_of_range(data, settings, named):
 def test_rates_out_of_range(settings, named):
     with pytest.raises(ConfigError, match=named):
         stated_rates(**settings)
+
+
+def test_mismatched_completions_are_planned_once(tmp_path, tiny_llama):
+    file = tmp_path / "labels.jsonl"
+    file.write_text("".join(json.dumps(record) + "\n" for record in labelled_records(12)))
+    tree = {"output": "runs", "model": {"path": str(tiny_llama)}, "data": {"train": str(file)}}
+    config = load_config(tree, ["train.loss=kto", "train.pairs_per_step=5"])
+    sets = load_pairs(config.data, Tokeniser(make_tokenizer()))
+    found = plan_run(config, sets)
+    tokens = sum(int(tokens_in_use(sets.train, side).sum()) for side in ("chosen", "rejected"))
+    assert found.data["completions"] == 24 and found.data["completion_tokens"] == 2 * tokens
+    trained = as_trained(sets, config)
+    assert as_trained(trained, config) is trained

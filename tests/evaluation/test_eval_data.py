@@ -101,6 +101,11 @@ def test_text_as_conversation(place):
     pairs = loaded(configured(place, evaluate={"data": str(place / "bench.jsonl"), "chat": True}))
     shown = tokenizer.decode(pairs["prompt_ids"][0].as_py())
     assert shown == f"<s>user\n{rows[0]['prompt']}</s>\n<s>assistant\n"
+    # A completion with a label is given in the same form.
+    label = {"prompt": rows[0]["prompt"], "completion": rows[0]["chosen"], "label": True}
+    (place / "labels.jsonl").write_text(json.dumps(label))
+    alone = loaded(configured(place, evaluate={"data": str(place / "labels.jsonl"), "chat": True}))
+    assert alone["chosen_key"][0] == pairs["chosen_key"][0] and alone["label"].to_pylist() == [1]
 
 
 @pytest.mark.parametrize("data", [{"eval": {"fraction": 0.4}}, {"eval": "held.jsonl"}])

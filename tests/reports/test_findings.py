@@ -81,6 +81,13 @@ def test_a_finding(steps, evals, title):
     assert titles(steps, evals, summary={"held_out_pairs": 300, "train_seconds": 0}) == [title]
 
 
+@pytest.mark.parametrize(("margin", "grows"), [(0.2, True), (-0.1, False)])
+def test_that_the_margin_grows_is_said_only_where_it_does(margin, grows):
+    evals = pl.DataFrame({"step": [0, 9], "logps/chosen_fell": [0.0, 0.9], "rewards/margins": [0.0, margin]})
+    (found,) = findings(dataclasses.replace(EMPTY, evals=evals))
+    assert ("The margin grows" in found.why) == grows and ("has not grown" in found.why) != grows
+
+
 def test_a_growth_of_length_counts_from_its_lower_end():
     def evaluation(low):
         return {"generation": {"modes": {"greedy": {"length_growth": {"value": 0.3, "low": low, "high": 0.5}}}}}

@@ -71,7 +71,7 @@ def test_marks_do_not_depend_on_pieces(kit, tmp_path, monkeypatch):
     assert found["one line"] == found["7 lines"] == found["300 bytes"] == found["4 MB"]
     before = pa.total_allocated_bytes()
     light = token_set.light().light
-    assert pa.total_allocated_bytes() == before, "columns are read where the index is mapped"
+    assert pa.total_allocated_bytes() <= before, "columns are read where the index is mapped"
     assert [(field.name, field.type) for field in light.schema][-4:] == list(MARK_COLUMNS)
     assert pickle.loads(pickle.dumps(light)).equals(light)
     assert light["chosen_factors"][-1].as_py() == [1, 1, 1, 0.5, 0.5]

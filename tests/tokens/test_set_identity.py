@@ -1,5 +1,6 @@
 """What makes a set another one, and what does not."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -248,3 +249,9 @@ def test_a_hub_data_set_by_its_downloads_or_fingerprint(place, monkeypatch):
 def test_a_source_that_is_not_there(place):
     with pytest.raises(DataError, match="there is no file"):
         of(place, place / "nowhere.jsonl")
+
+
+def test_marks_that_one_of_two_sets_has_are_told_in_words(place):
+    plain = of(place)
+    told = plain.differences(dataclasses.replace(plain, marks=True))
+    assert told == ["marks of the parts of completions, by data.train_on: none here, yes there"]
