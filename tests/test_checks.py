@@ -141,6 +141,11 @@ BAD = [
         "data.train={place}/labels.jsonl; train.loss=[{kto: 1.0}, {hinge: 1.0}]",
         "train.loss hinge needs pairs",
     ),
+    (
+        ("score", *TRAINING, "audit"),
+        "data.train={place}/labels.jsonl; train.loss=plackett_luce; data.ranked=lists",
+        "hold one completion with a label; set data.ranked to pairs and train.loss to one that takes it (",
+    ),
     (("score", *TRAINING, "audit"), "data.train={place}/empty.jsonl", "holds no records"),
     (("score", *TRAINING, "audit"), "data.train={place}/nothing", "holds no .jsonl"),
     (("run", "eval"), "data.eval={path: '{place}/config.yaml'}", "has an unknown suffix"),

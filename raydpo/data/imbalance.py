@@ -16,15 +16,25 @@ MOST = 1.33
 2402.01306, eq. 8); the least is 1. TRL 1.16 warns outside of this range, too (trainer/kto_trainer.py)."""
 
 
-def label_doubts(pairs: pa.Table, objective: ObjectiveConfig) -> Iterator[str]:
-    """Warnings about the labels of training pairs: all of one kind, or out of balance for losses that weigh them.
+def label_doubts(pairs: pa.Table, objective: ObjectiveConfig, run: int | None = None) -> Iterator[str]:
+    """Warnings about the labels of training pairs: all of one kind, out of balance for losses that weigh them, or without
+    another row to be mismatched with.
 
     Args:
         pairs: rows of ``select.PAIR_SCHEMA``, with ``select.LABEL`` where completions are alone.
+        run: as ``mismatch.mismatched_run``.
     """
     if LABEL not in pairs.column_names:
         return
     labels, uses = pairs[LABEL].to_numpy(), pairs["weight"].to_numpy()
+    alone = int((labels != 0).sum())
+    if run is not None and min(run, alone) == 1:  # TRL 1.16 refuses batches of one (trainer/kto_trainer.py)
+        yield (
+            f"train.loss {objective.loss_text} measures the drift on completions of other rows, but "
+            + (f"train.pairs_per_step is {run}" if run == 1 else "there is one row with a label")
+            + ", so it is that of the row's own completion, whose reward it cancels; "
+            + ("set train.pairs_per_step to 2 or more" if run == 1 else "add rows")
+        )
     both = (0.5 if objective.estimates_drift else 1.0) * uses[labels == 0].sum()  # kto has the mean of a pair's two terms
     desirable, undesirable = (float(uses[labels == label].sum() + both) for label in (1, -1))
     if not desirable or not undesirable:

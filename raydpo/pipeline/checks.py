@@ -175,9 +175,11 @@ def _needs_pairs(config: Config, labelled: Mapping[str, int], first: str = "") -
     if not needing:
         return None
     counts = " and ".join(f"{count:,} {'row' if count == 1 else 'rows'} of {name}" for name, count in labelled.items())
+    lists = config.data.ranked == "lists"
     return (
-        f"train.loss {' and '.join(needing)} needs pairs, but {counts}{first} "
-        f"{'holds' if counts.startswith('1 ') else 'hold'} one completion with a label; set train.loss to one that takes it "
+        f"train.loss {' and '.join(needing)} needs {'ranked lists' if lists else 'pairs'}, but {counts}{first} "
+        f"{'holds' if counts.startswith('1 ') else 'hold'} one completion with a label; set "
+        f"{'data.ranked to pairs and ' if lists else ''}train.loss to one that takes it "
         f"({', '.join(name for name, traits in LOSSES.items() if traits.unpaired)}), or leave these rows out"
     )
 
@@ -201,7 +203,7 @@ def _check_data(configs: Sequence[Config], verb: Verb, console: Console) -> None
                 continue
             first = f" (among its first {FIRST_RECORDS:,} records)"
             for problem in filter(None, (_needs_pairs(each, {name: labelled}, first) for each in configs)):
-                if verb in _TRAINING:
+                if verb in _TRAINING or config.data.ranked == "lists":  # a list of one is nothing to audit either
                     raise ConfigError(problem)
                 console.warn(problem)
 

@@ -22,7 +22,7 @@ from raydpo.data.counting import all_count, mask_digests
 from raydpo.data.imbalance import label_doubts
 from raydpo.data.index import as_bytes
 from raydpo.data.lists import all_pairs, begins
-from raydpo.data.mismatch import as_trained
+from raydpo.data.mismatch import as_trained, mismatched_run
 from raydpo.data.rows import PAIR_MARGIN, PAIR_WEIGHT
 from raydpo.data.select import LABEL, LIST_COLUMNS, PairSets
 from raydpo.data.tokenise import Tokeniser
@@ -66,7 +66,7 @@ def checked(config: Config, verb: Verb, console: Console) -> Tokenised | None:
     check(config, verb, console)
     console.begin("reading pairs")
     tokenised = Tokenised.before_ray(config, console)
-    if tokenised is not None and verb != "score":
+    if tokenised is not None and (verb != "score" or config.data.ranked == "lists"):
         check_labels(config, [tokenised.sets.train, tokenised.sets.eval])
     console.begin("checking model files")
     check_models(config, verb, console)
@@ -110,7 +110,7 @@ class Prepared:
         policy_dir = resolve_model(model.path)
         tokeniser, own = (both := tokenised or Tokenised.of(config, console)).tokeniser, both.sets
         sets = as_trained(own, config)
-        for line in label_doubts(own.train, config.train):
+        for line in label_doubts(own.train, config.train, mismatched_run(config.train)):
             console.warn(line)
         spec, cache = open_reference(config, native)
         if config.needs_reference:

@@ -45,3 +45,12 @@ def test_what_is_balanced_or_not_weighed_is_not_told():
 def test_labels_of_one_kind_are_told(label, words):
     (line,) = label_doubts(labelled([label] * 3), ObjectiveConfig(loss="bco"))
     assert "all 3 completions are" in line and words in line
+
+
+@pytest.mark.parametrize(
+    ("labels", "run", "told"),
+    [([1, -1], 1, "pairs_per_step is 1, so"), ([0, 0, 1], 4, "one row with a label"), ([1, -1], 2, ""), ([1, -1], None, "")],
+)
+def test_a_row_that_is_mismatched_with_itself_is_told(labels, run, told):
+    lines = list(label_doubts(labelled(labels), ObjectiveConfig(loss="kto"), run))
+    assert any("measures the drift on completions of other rows" in line and told in line for line in lines) == bool(told)
