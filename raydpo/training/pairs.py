@@ -107,7 +107,7 @@ class TrainingPairs:
     @property
     def unit(self) -> str:
         """What ``count`` counts."""
-        return "pairs" if self.starts is None else "lists"
+        return "lists" if self.starts is not None else "pairs" if self.labels is None else "rows"
 
     def shapes_of(self, items: np.ndarray) -> Shapes:
         """Lengths and shared tokens of the pairs, or of the ranked lists, with these numbers, for the batch plan."""
