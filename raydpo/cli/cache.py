@@ -426,8 +426,9 @@ def _import(args: argparse.Namespace, console: Console) -> Any:
     columns, pairs = None if args.chosen is None else (args.chosen, args.rejected), prepared.own.train
     report = import_sums(prepared.config.data, pairs, prepared.cache, means=args.means, columns=columns)
     unit = "pairs" if prepared.own.report.unit == "pairs" else "rows"
+    read = " and ".join(dict.fromkeys(report.columns))
     console.say(
-        f"{report.pairs:,} {unit} imported from {' and '.join(dict.fromkeys(report.columns))} as {report.rows:,} unverified rows of "
+        f"{report.pairs:,} {unit} imported from {read} as {report.rows:,} unverified rows of "
         f"{prepared.reference.identity.digest}" + (f"; {report.without:,} {unit} have none" if report.without else "")
     )
     if report.contradicts:

@@ -307,10 +307,11 @@ class _Sweep:
             measured, result = self._measured(name, step), self._result(name)
             if self.ledger.entries[name].status == "failed" or measured is None or (result and result["steps"] <= step):
                 continue
-            if metric not in measured:
+            if measured.get(metric) is None:  # null where another evaluation of the same file has it
+                known = sorted(key for key, value in measured.items() if value is not None)
                 raise ConfigError(
-                    f"sweep.stop_early compares by {metric!r}, which no evaluation measures; expected one of "
-                    f"{', '.join(sorted(measured))}"
+                    f"sweep.stop_early compares by {metric!r}, which the evaluation of {name} after step {step} does not "
+                    f"measure; expected one of {', '.join(known)}"
                 )
             scores[name] = measured[metric]
         better = survivors(scores, early.keep, lower_is_better=lower_is_better(metric))
