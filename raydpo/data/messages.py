@@ -464,8 +464,10 @@ def _any_content(content: Any) -> bool:
 def content_text(message: Message) -> str:
     """Return the text of a message, without images and other parts."""
     content = message.get("content")
+    if type(content) is str:
+        return content
     if isinstance(content, list):
         return "\n".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
-    return (
-        json.dumps(content, ensure_ascii=False) if isinstance(content, Mapping) else "" if content is None else str(content)
-    )
+    if isinstance(content, Mapping):
+        return json.dumps(content, ensure_ascii=False)
+    return "" if content is None else str(content)

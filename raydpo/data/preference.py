@@ -84,9 +84,9 @@ class Preference:
     @property
     def sides(self) -> tuple[tuple[str, Text], ...]:
         """The completions that are there, each with what messages call it."""
-        if self.alone is not None:
-            return (("completion", self.chosen if self.alone == "chosen" else self.rejected),)
-        return ("chosen", self.chosen), ("rejected", self.rejected)
+        if self.alone is None:
+            return ("chosen", self.chosen), ("rejected", self.rejected)
+        return (("completion", self.chosen if self.alone == "chosen" else self.rejected),)
 
     @property
     def conversational(self) -> bool:

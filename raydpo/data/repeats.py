@@ -73,7 +73,7 @@ class Repeats:
                 continue
             self.looked += 1
             reach = len(bare) + _NEAR
-            held = sum(bare in answer[:reach] for answer in answers)
+            held = [bare in answer[:reach] for answer in answers].count(True)
             if held == len(answers):
                 self.both += 1
             elif held:
@@ -150,10 +150,10 @@ def _shorter(preferences: Sequence[Preference]) -> tuple[list[tuple[str, str] | 
 
 def _last_texts(preference: Preference) -> tuple[str, list[str]]:
     """The last message of the prompt and the first of each answer, or the texts; empty if they are no texts."""
-    prompt, answers = preference.prompt, [answer for _, answer in preference.sides]
+    prompt, answers = preference.prompt, [said for said in (preference.chosen, preference.rejected) if said]
     if not isinstance(prompt, str):
-        prompt, answers = prompt[-1].get("content"), [answer[0].get("content") for answer in answers]  # type: ignore[union-attr]
-        if not (isinstance(prompt, str) and all(isinstance(answer, str) for answer in answers)):
+        prompt, answers = prompt[-1].get("content"), [said[0].get("content") for said in answers]  # type: ignore[union-attr]
+        if not (isinstance(prompt, str) and isinstance(answers[0], str) and isinstance(answers[-1], str)):
             return "", []
     return prompt.strip(), answers  # type: ignore[return-value]
 

@@ -329,7 +329,9 @@ class Tokeniser:
         if not (self.template.fits(prompt) and self.template.fits(answers[0]) and self.template.fits(answers[-1])):
             prompt = self.template.fitted(prompt, changes)
             answers = [self.template.fitted(part, changes, len(prompt)) for part in answers]
-        tools, arguments = self.template.fitted_tools(preference.tools, changes), preference.template_kwargs
+        tools, arguments = preference.tools, preference.template_kwargs
+        if tools:
+            tools = self.template.fitted_tools(tools, changes)
         try:
             texts = (
                 self.template.render(prompt, tools, generate=True, **arguments),
@@ -401,7 +403,7 @@ class Tokeniser:
             prompt = prompt[: common * _ID.itemsize]
         boundary = len(prompt)
         answers = [whole[boundary:] for whole in wholes]
-        if not (prompt and all(answers)):  # the first token of a sequence is never predicted
+        if not (prompt and answers[0] and answers[-1]):  # the first token of a sequence is never predicted
             names = ("chosen", "rejected") if alone is None else ("completion",)
             empty = [name for name, part in zip(("prompt", *names), (prompt, *answers), strict=True) if not part]
             return Malformed(f"{empty[0]} has no tokens")
