@@ -79,8 +79,8 @@ class PairLogps:
 
     @property
     def drift_samples(self) -> tuple[Tensor, Tensor]:
-        """Masks of the chosen and of the rejected completions by which the drift of the policy is estimated, bool [B] each. A
-        pair gives both completions, a row with one completion gives the mismatched one."""
+        """Masks of the chosen and of the rejected completions by which the drift of the policy is estimated, bool [B] each.
+        A pair gives both completions, a row with one completion gives the mismatched one."""
         labels = torch.zeros_like(self.chosen_tokens) if self.labels is None else self.labels
         return (labels <= 0) & (self.chosen_tokens > 0), (labels >= 0) & (self.rejected_tokens > 0)
 
