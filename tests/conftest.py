@@ -105,3 +105,15 @@ def ray_cluster():
 def on_cluster(ray_cluster, monkeypatch):
     """Commands connect to a cluster that is there; for tests in which a Ray of one's own is not the question."""
     monkeypatch.setenv("RAY_ADDRESS", ray_cluster)
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """The least configuration, of files that are there."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "a.jsonl").write_text("{}\n")
+    return {
+        "output": str(tmp_path / "runs"),
+        "model": {"path": str(tmp_path / "model")},
+        "data": {"train": str(tmp_path / "a.jsonl")},
+    }
