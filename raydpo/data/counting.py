@@ -14,17 +14,9 @@ import pyarrow as pa
 
 from raydpo.config import DataConfig, SourceConfig
 from raydpo.config.counting import part_weights, train_on_text
+from raydpo.data.marks import ANSWER, ASSISTANT, LAST_TURN, MARK_BITS, REASONING, REASONING_NOT_FOUND, TURNS_NOT_FOUND
 from raydpo.data.plan import splitmix
 from raydpo.data.ragged import Ragged, tokens_in_use
-from raydpo.data.rows import (
-    ANSWER,
-    ASSISTANT,
-    LAST_TURN,
-    MARK_BITS,
-    REASONING,
-    REASONING_NOT_FOUND,
-    TURNS_NOT_FOUND,
-)
 from raydpo.data.tally import CountedTokens
 
 __all__ = [
@@ -302,7 +294,7 @@ def weight_runs(light: pa.Table, side: str, used: np.ndarray, train_on: Mapping[
     ``completion`` counts.
 
     Args:
-        light: rows with ``rows.MARK_COLUMNS``.
+        light: rows with ``marks.MARK_COLUMNS``.
         used: tokens in use of each pair, int32 [rows]; none where it is below 1.
         train_on: result of ``train_on_of``.
 

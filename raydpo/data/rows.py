@@ -13,19 +13,7 @@ import pyarrow as pa
 
 from raydpo.data.keys import completion_key
 from raydpo.data.lists import NO_RANK, most_agreed, whole_lists
-from raydpo.data.marks import (
-    ANSWER,
-    ASSISTANT,
-    LAST_TURN,
-    MARK_BITS,
-    MARK_COLUMNS,
-    NOT_MARKED,
-    REASONING,
-    REASONING_NOT_FOUND,
-    TURNS_NOT_FOUND,
-    MarkedPair,
-    mark_columns,
-)
+from raydpo.data.marks import MARK_COLUMNS, NOT_MARKED, MarkedPair, mark_columns
 from raydpo.data.messages import Malformed
 from raydpo.data.preference import Preference, normalise
 from raydpo.data.ragged import digests
@@ -40,23 +28,15 @@ from raydpo.data.tally import SourceReport
 from raydpo.data.tokenise import TokenisedPair, Tokeniser
 
 __all__ = [
-    "ANSWER",
-    "ASSISTANT",
     "DESIRABLE",
     "FIRST_RECORDS",
     "HEAD_TOKENS",
-    "LAST_TURN",
     "LIGHT_SCHEMA",
-    "MARK_BITS",
-    "MARK_COLUMNS",
     "PAIR_MARGIN",
     "PAIR_WEIGHT",
     "RANK_COLUMNS",
-    "REASONING",
-    "REASONING_NOT_FOUND",
     "SEVERAL_TURNS",
     "TOKEN_SCHEMA",
-    "TURNS_NOT_FOUND",
     "UNDESIRABLE",
     "RowMaker",
     "Rows",

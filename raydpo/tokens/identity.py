@@ -134,7 +134,7 @@ class SetIdentity:
     tokenizer: dict[str, Any]
     """See ``tokenizer_facts``."""
     marks: bool = False
-    """Whether rows have ``rows.MARK_COLUMNS``, which tell the parts of completions that ``data.train_on`` names."""
+    """Whether rows have ``marks.MARK_COLUMNS``, which tell the parts of completions that ``data.train_on`` names."""
     spans: str | None = None
     """``data.spans_column``."""
     ranked: bool = False

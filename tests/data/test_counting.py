@@ -17,7 +17,7 @@ from raydpo.data.counting import (
     weight_runs,
     weighted_sums,
 )
-from raydpo.data.rows import ANSWER, ASSISTANT, LAST_TURN, MARK_BITS, MARK_COLUMNS, REASONING
+from raydpo.data.marks import ANSWER, ASSISTANT, LAST_TURN, MARK_BITS, MARK_COLUMNS, REASONING
 
 BITS = {"assistant": ASSISTANT, "last_turn": LAST_TURN, "answer": ANSWER, "reasoning": REASONING}
 TOKEN = st.tuples(st.integers(0, 15), st.sampled_from([1.0, 1.0, 0.0, 0.25]))

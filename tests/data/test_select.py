@@ -12,18 +12,9 @@ from hypothesis import strategies as st
 from raydpo.config import DataConfig
 from raydpo.data.facts import digests_of, pair_facts
 from raydpo.data.keys import completion_key
+from raydpo.data.marks import ANSWER, ASSISTANT, MARK_BITS, MARK_COLUMNS, REASONING, REASONING_NOT_FOUND, TURNS_NOT_FOUND
 from raydpo.data.ragged import digests
-from raydpo.data.rows import (
-    ANSWER,
-    ASSISTANT,
-    LIGHT_SCHEMA,
-    MARK_BITS,
-    MARK_COLUMNS,
-    REASONING,
-    REASONING_NOT_FOUND,
-    TOKEN_SCHEMA,
-    TURNS_NOT_FOUND,
-)
+from raydpo.data.rows import LIGHT_SCHEMA, TOKEN_SCHEMA
 from raydpo.data.select import COUNT_COLUMNS, PLACE_SCHEMA, SourceRows, TokenTables, check_source, select, window
 from raydpo.data.shapes import common_prefix
 from raydpo.data.split import held_out, kept

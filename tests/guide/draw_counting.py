@@ -15,8 +15,8 @@ from draw_betas import BLUE, GREY, GUIDE, STYLE
 
 from raydpo.config.counting import part_weights, train_on_text
 from raydpo.data.counting import weight_runs
+from raydpo.data.marks import MARK_COLUMNS
 from raydpo.data.preference import Preference
-from raydpo.data.rows import MARK_COLUMNS
 from raydpo.data.tokenise import Tokeniser
 
 __all__ = ["PICTURE", "SETTINGS", "lines_of", "picture"]
