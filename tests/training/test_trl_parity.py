@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from distributed import run_distributed
 from tiny import preferences, write_preferences
-from trl_reference import BATCH, BETA, CASES, FILE, LORA, LR, STEPS, case_name
+from trl_reference import BATCH, CASES, FILE, LORA, RAYDPO, STEPS, case_name
 
 
 def train_case(model, data, scratch, lora, max_length):
@@ -25,13 +25,8 @@ def train_case(model, data, scratch, lora, max_length):
         model,
         scratch,
         lora=LORA if lora else None,
-        shuffle=False,
-        pairs_per_step=BATCH,
         steps=STEPS,
-        lr=LR,
-        beta=BETA,
-        schedule="constant",
-        warmup=0.0,
+        **RAYDPO,
         zero=2,
     )
     sums = [

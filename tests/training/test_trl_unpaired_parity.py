@@ -4,7 +4,8 @@ import json
 
 import pytest
 from distributed import run_distributed
-from trl_unpaired_reference import BATCH, BETA, CASES, FILE, LR, STEPS, max_length_of, moved, records
+from trl_reference import BATCH, RAYDPO
+from trl_unpaired_reference import CASES, FILE, STEPS, max_length_of, moved, records
 from unpaired import scored
 
 RECORDED = json.loads(FILE.read_text())["cases"]
@@ -32,13 +33,8 @@ def train_case(model, data, scratch, settings):
         scored(sets.train, model),
         model,
         scratch,
-        shuffle=False,
-        pairs_per_step=BATCH,
         steps=STEPS,
-        lr=LR,
-        beta=BETA,
-        schedule="constant",
-        warmup=0.0,
+        **RAYDPO,
         zero=0,
         **settings,
     )

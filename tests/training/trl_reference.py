@@ -13,10 +13,36 @@ import os
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).parent
 FILE = HERE / "trl_reference.json"
 STEPS, BATCH, BETA, LR = 8, 4, 0.1, 1e-3
+TRL: dict[str, Any] = {
+    "per_device_train_batch_size": BATCH,
+    "beta": BETA,
+    "learning_rate": LR,
+    "lr_scheduler_type": "constant",
+    "warmup_steps": 0,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+    "seed": 0,
+    "bf16": False,
+    "use_cpu": True,
+    "gradient_checkpointing": False,
+    "disable_tqdm": True,
+    "dataloader_pin_memory": False,
+}
+"""Settings of TRL's trainers, and those of raydpo that mean the same."""
+RAYDPO: dict[str, Any] = {
+    "shuffle": False,
+    "pairs_per_step": BATCH,
+    "lr": LR,
+    "beta": BETA,
+    "schedule": "constant",
+    "warmup": 0.0,
+}
 LORA = {"r": 8, "alpha": 16}
 CASES = [
     (architecture, lora, max_length)
@@ -77,21 +103,8 @@ def trl_run(model_dir: Path, data_file: Path, out: Path, *, lora: bool, max_leng
     config = DPOConfig(
         output_dir=str(out),
         max_steps=STEPS,
-        per_device_train_batch_size=BATCH,
-        beta=BETA,
         max_length=max_length,
-        learning_rate=LR,
-        lr_scheduler_type="constant",
-        warmup_steps=0,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        seed=0,
-        bf16=False,
-        use_cpu=True,
-        gradient_checkpointing=False,
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
+        **TRL,
     )
     dataset = load_dataset("json", data_files=str(data_file), split="train", cache_dir=str(out / "cache"))
     Pinned(

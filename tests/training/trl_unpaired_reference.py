@@ -18,9 +18,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from trl_reference import BATCH, TRL
+
 HERE = Path(__file__).parent
 FILE = HERE / "trl_unpaired_reference.json"
-STEPS, BATCH, BETA, LR, MAX_LENGTH = 6, 4, 0.1, 1e-3, 60
+STEPS, MAX_LENGTH = 6, 60
 CASES: dict[str, dict[str, Any]] = {
     "kto": {"loss": "kto"},
     "kto-weights": {"loss": "kto", "desirable_weight": 0.7, "undesirable_weight": 1.3},
@@ -82,21 +84,8 @@ def trl_run(model_dir: Path, data_file: Path, out: Path, *, loss: str, **weights
     config = Settings(
         output_dir=str(out),
         max_steps=STEPS,
-        per_device_train_batch_size=BATCH,
-        beta=BETA,
         max_length=max_length_of(loss),
-        learning_rate=LR,
-        lr_scheduler_type="constant",
-        warmup_steps=0,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        seed=0,
-        bf16=False,
-        use_cpu=True,
-        gradient_checkpointing=False,
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
+        **TRL,
         train_sampling_strategy="sequential",
         **more,
     )
