@@ -299,7 +299,7 @@ class Gaps:
             gap_chosen, gap_rejected = (ours - stored for ours, stored in zip(live, pairs.reference(row), strict=True))
             if not pairs.has_tokens(row):  # of one side only the sum was imported: spread differences evenly over the tokens
                 gap_chosen, gap_rejected = (
-                    np.full(len(ours), (ours @ each - total) / max(1, each.sum()))
+                    np.full(len(ours), (ours @ each - total) / (each.sum() or 1))  # no tokens: 0
                     for ours, each, total in zip(
                         live, weights, (pairs.ref_chosen[row], pairs.ref_rejected[row]), strict=True
                     )

@@ -176,16 +176,18 @@ def test_the_gate_sees_every_token_and_weighs_its_sums(masked, live, engine):
         assert found.chosen_gap[0] == pytest.approx(-0.5 * weights[place], abs=1e-4)
 
 
-def test_the_gate_compares_sums_where_the_tokens_of_a_side_are_not_known(masked, engine):
-    """The reference of the whole chosen completion is known as a sum only, and off by 1 nat; the rejected one is masked."""
+@pytest.mark.parametrize(("scale", "off"), [(1, 0), (0.01, 0.25)])
+def test_the_gate_compares_sums_where_the_tokens_of_a_side_are_not_known(scale, off, masked, engine):
+    """The reference of the whole chosen completion is known as a sum only, and off by 1 nat; the rejected one is masked, and
+    off by ``off`` nats. Its weights may add up to less than 1."""
     table = counting(
         masked.drop_columns([f"{side}_{what}" for side in SIDES for what in ("starts", "weights")]),
-        lambda side, *row: np.ones(row[1]) if side == "chosen" else part_of(side, *row),
+        lambda side, *row: np.ones(row[1]) if side == "chosen" else scale * part_of(side, *row),
     )
     sums = {
         f"ref_{side}_sum": [
-            np.dot(values, np.ones(len(values)) if side == "chosen" else part_of(side, row, len(values)))
-            + (side == "chosen")
+            np.dot(values, np.ones(len(values)) if side == "chosen" else scale * part_of(side, row, len(values)))
+            + (1 if side == "chosen" else off)
             for row, values in enumerate(table[f"ref_{side}_logps"].to_pylist())
         ]
         for side in SIDES
@@ -201,8 +203,9 @@ def test_the_gate_compares_sums_where_the_tokens_of_a_side_are_not_known(masked,
     gaps.add(SimpleNamespace(pairs=ROWS, counts=True), layout, engine.logps(layout))
     found = gaps.join()
     np.testing.assert_allclose(found.chosen_gap, -1, atol=1e-4)
-    np.testing.assert_allclose(found.rejected_gap, 0, atol=1e-4)
-    np.testing.assert_allclose(found.token_gap, 1 / pairs.chosen_tokens[ROWS], atol=1e-5)
+    np.testing.assert_allclose(found.rejected_gap, -off, atol=1e-4)
+    of_a_token = np.maximum(1 / pairs.chosen_tokens[ROWS], off / pairs.rejected_counted[ROWS])
+    np.testing.assert_allclose(found.token_gap, of_a_token, atol=1e-5 / scale)
 
 
 def runs(jobs):
