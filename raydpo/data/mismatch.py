@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from raydpo.config import Config, TrainConfig
+from raydpo.data.counting import counted_tokens
 from raydpo.data.index import as_bytes
 from raydpo.data.keys import completion_key
 from raydpo.data.ragged import Ragged, tokens_in_use
@@ -24,7 +25,7 @@ from raydpo.data.rows import TOKEN_SCHEMA, TokenSource
 from raydpo.data.select import COUNT_COLUMNS, LABEL, PairSets
 from raydpo.data.spool import Spool
 
-__all__ = ["MismatchedTokens", "as_trained", "mismatched_run", "with_mismatched"]
+__all__ = ["MismatchedTokens", "as_trained", "mismatched_run", "uncounted", "with_mismatched"]
 
 _SIDES = ("chosen", "rejected")
 _BLOCK_ROWS = 10_000
@@ -69,6 +70,15 @@ def with_mismatched(sets: PairSets, run: int, max_length: int) -> PairSets:
     tokens = MismatchedTokens(sets.tokens, [_codes(table)[_alone(table)] for table in tables.values()], run)
     filled = {name: _filled(table, tokens, run, max_length) for name, table in tables.items()}
     return dataclasses.replace(sets, **filled, tokens=tokens)
+
+
+def uncounted(table: pa.Table) -> int:
+    """Number of mismatched completions in a table of ``with_mismatched`` of which no token counts, since the longer prompt
+    leaves no room for those that do. They say nothing about the drift."""
+    if COUNT_COLUMNS[0] not in table.column_names or not len(alone := _alone(table)):
+        return 0
+    chosen, rejected = (counted_tokens(table, side)[alone] for side in _SIDES)
+    return int((np.where(table[LABEL].to_numpy()[alone] > 0, rejected, chosen) == 0).sum())
 
 
 class MismatchedTokens:

@@ -22,7 +22,7 @@ from raydpo.data.counting import all_count, mask_digests
 from raydpo.data.imbalance import label_doubts
 from raydpo.data.index import as_bytes
 from raydpo.data.lists import all_pairs, begins
-from raydpo.data.mismatch import as_trained, mismatched_run
+from raydpo.data.mismatch import as_trained, mismatched_run, uncounted
 from raydpo.data.rows import PAIR_MARGIN, PAIR_WEIGHT
 from raydpo.data.select import LABEL, LIST_COLUMNS, PairSets
 from raydpo.data.tokenise import Tokeniser
@@ -112,6 +112,11 @@ class Prepared:
         sets = as_trained(own, config)
         for line in label_doubts(own.train, config.train, mismatched_run(config.train)):
             console.warn(line)
+        if mismatched_run(config.train) is not None and (silent := uncounted(sets.train)):
+            console.warn(
+                f"of {silent:,} mismatched completions no token counts after data.max_length {config.data.max_length}, so "
+                "they are left out of KTO's estimate of the drift; raise data.max_length, or set data.train_on to count more"
+            )
         spec, cache = open_reference(config, native)
         if config.needs_reference:
             console.say(reference_line(config, spec))

@@ -8,7 +8,7 @@ import pytest
 from unpaired import labelled, sets_of
 
 from raydpo.data.keys import completion_key
-from raydpo.data.mismatch import MismatchedTokens, with_mismatched
+from raydpo.data.mismatch import MismatchedTokens, uncounted, with_mismatched
 from raydpo.data.select import COUNT_COLUMNS, LABEL, PAIR_SCHEMA, PairSets
 from raydpo.data.tally import DataReport
 
@@ -87,9 +87,10 @@ def test_held_out_rows_are_mismatched_among_themselves():
             assert read[1 + (side == "rejected")].tolist() == found
 
 
-@pytest.mark.parametrize("most", [512, 30])
+@pytest.mark.parametrize("most", [512, 30, None])
 def test_weights_of_tokens_go_with_their_completion(most):
     table = labelled(LABELS)
+    most = most or 1 + max(map(len, table["prompt_ids"]))  # leaves the longest prompt one token
     runs = {name: [] for name in COUNT_COLUMNS}
     for row in range(len(LABELS)):
         for side in ("chosen", "rejected"):
@@ -105,3 +106,5 @@ def test_weights_of_tokens_go_with_their_completion(most):
         assert length >= 1
         assert filled[f"{side}_weights"][row].as_py() == [0.0, 0.5, 1.0 + partner][: min(3, length)]
         assert filled[f"{side}_starts"][row].as_py() == [0, 1, 2][: min(3, length)]
+    sides = {row: "rejected" if LABELS[row] > 0 else "chosen" for row in PARTNERS}
+    assert uncounted(filled) == sum(len(filled[f"{side}_ids"][row]) == 1 for row, side in sides.items())
