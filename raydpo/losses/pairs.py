@@ -74,15 +74,18 @@ class PairLogps:
         """Which rows have a chosen and which a rejected completion of their own, bool [B] each; None = all have both."""
         if self.labels is None and self.lists is None:
             return None
-        labels = torch.zeros_like(self.chosen_tokens) if self.labels is None else self.labels
-        return (labels >= 0) & (self.chosen_tokens > 0), (labels <= 0) & (self.rejected_tokens > 0)
+        return self._there(self.labels)
 
     @property
     def drift_samples(self) -> tuple[Tensor, Tensor]:
         """Masks of the chosen and of the rejected completions by which the drift of the policy is estimated, bool [B] each.
         A pair gives both completions, a row with one completion gives the mismatched one."""
-        labels = torch.zeros_like(self.chosen_tokens) if self.labels is None else self.labels
-        return (labels <= 0) & (self.chosen_tokens > 0), (labels >= 0) & (self.rejected_tokens > 0)
+        return self._there(None if self.labels is None else -self.labels)
+
+    def _there(self, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Which chosen and which rejected completions have tokens, without the other sides of rows with these labels."""
+        chosen, rejected = self.chosen_tokens > 0, self.rejected_tokens > 0
+        return (chosen, rejected) if labels is None else (chosen & (labels >= 0), rejected & (labels <= 0))
 
     @property
     def drift(self) -> Tensor:

@@ -234,7 +234,7 @@ def _of_own_sides(columns: Mapping[str, Tensor], logps: PairLogps, threshold: Te
 def _means(total: Mapping[str, float], names: Iterable[str]) -> dict[str, float]:
     """The metrics ``names`` of sums, without those that no row has."""
     row = {name: total[name] / total[_OF[name]] for name in names if total[_OF[name]]}
-    if total["both"] < total["pairs"] and "rewards/margins" in names:
+    if total["both"] < total["pairs"]:
         row.pop("rewards/margins", None)
         if total["chosen"] and total["rejected"]:
             sides = (total[f"rewards/{side}"] / total[side] for side in ("chosen", "rejected"))
