@@ -32,14 +32,24 @@ class Resources:
     memory_share: float = 1.0
     """Share of its device's memory that one worker may use, 0 to 1. It is below 1 where several workers use one CPU node or
     one GPU."""
-    together: int = 1
-    """Workers of a team, which computes each forward pass together (``sequence_parallel``)."""
+    sequence: int = 1
+    """Workers that compute each forward pass together, each a part of its positions (``sequence_parallel``)."""
+    partition: int = 1
+    """Workers whose memory holds the model together, each a part of every weight (``score.partition``); a multiple of
+    ``sequence`` or 1."""
+    offload: Literal["cpu"] | None = None
+    """Where the weights are while they are not used; None = on the devices."""
     accelerator: str | None = None
     """Kind of GPU that nodes must have; None = any."""
     labels: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Ray labels that nodes must have."""
     on_one_machine: bool = False
     """Whether a team is a single actor. Its workers are then on one machine."""
+
+    @property
+    def together(self) -> int:
+        """Workers of a team: a Ray Data actor in scoring."""
+        return max(self.sequence, self.partition)
 
     @property
     def teams(self) -> int:
@@ -107,18 +117,24 @@ def resources_for(stage: Literal["score", "train"], config: Config, at_once: int
         config.train.check_device("cuda" if gpus else "cpu")
     needs = f"{stage}.workers {fewest} x {stage}.gpus_per_worker {gpus:g} needs {gpus * fewest:g} GPUs{where}"
     _check_total("GPU", gpus * fewest, needs, f" ({stage}.gpus_per_worker=0 runs on the CPU)", config, nodes)
-    together = section.sequence_parallel
+    partition, offload = (config.score.partition, config.score.offload) if stage == "score" else (1, None)
+    parts = 1 if partition == "auto" else partition  # ``pipeline`` decides what is automatic before it scores
+    together = max(section.sequence_parallel, parts)
     largest = max((node["Resources"].get("GPU", 0) for node in nodes), default=0)
     if stage == "score" and together > 1 and gpus * together > largest and not config.ray.autoscaling:
+        field = "partition" if parts > 1 else "sequence_parallel"
         raise ConfigError(
-            f"score.sequence_parallel {together} needs one machine with {gpus * together:g} GPUs, but the largest of the "
-            f"Ray cluster has {largest:g}; lower it, or set ray.autoscaling=true if the cluster starts nodes on demand"
+            f"score.{field} {together} needs one machine with {gpus * together:g} GPUs, but the largest of the Ray cluster "
+            f"has {largest:g}; lower it, or set ray.autoscaling=true if the cluster starts nodes on demand"
         )
     needed = fewest + (2 if stage == "score" else 1)
     needs = f"{stage}.workers {fewest} needs {needed} CPUs of Ray (one each, and some more for Ray Data)"
     _check_total("CPU", needed, needs, "", config, nodes_with(None, {}))
     kind, labels = section.accelerator, dict(section.labels)
-    made = Resources(workers, gpus, None, fewest, min(1.0, gpus), together, kind, labels, on_one_machine=stage == "score")
+    team = {"sequence": section.sequence_parallel, "partition": parts, "offload": "cpu" if offload == "cpu" else None}
+    made = Resources(
+        workers, gpus, None, fewest, min(1.0, gpus), **team, accelerator=kind, labels=labels, on_one_machine=stage == "score"
+    )
     if gpus:
         made = dataclasses.replace(made, threads=_threads_beside_gpus(made, workers * at_once, nodes))
     else:

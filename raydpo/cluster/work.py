@@ -91,7 +91,7 @@ def _on_ray(work: BlockTask, blocks: dict[str, pa.Table], storage: Storage, reso
     """Yield the name of each block when it is done."""
     encoded = ((name, pa.array([_encode(one)], pa.large_binary())) for name, one in blocks.items())
     tables = (pa.table({"name": [name], "rows": rows}) for name, rows in encoded)
-    alone = dataclasses.replace(resources, together=1)
+    alone = dataclasses.replace(resources, sequence=1, partition=1, offload=None)
     for row in over_actors(_Actor, (work, storage.uri, resources), tables, alone, doing):
         yield row["name"]
 

@@ -46,16 +46,31 @@ class ScoreConfig(Section):
     sequence_parallel: Int = Field(default=1, ge=1)
     """Number of workers on one machine that share each forward pass, each with a part of the positions (DeepSpeed Ulysses,
     arXiv 2309.14509): for sequences that do not fit on one device. tokens_per_batch remains that of one worker."""
+    partition: Literal["auto"] | Annotated[Int, Field(ge=1)] = "auto"
+    """Number of workers on one machine whose memory holds the reference together, each a part of every weight (ZeRO-3).
+    auto = the fewest with which it fits, 1 if a single device holds it. The log-probs stay the same."""
+    offload: Literal["auto", "cpu"] | None = "auto"
+    """Keep the reference's weights in the host's memory (cpu) and copy each layer to the device when it is used. auto = only
+    if the reference fits in no other way."""
 
     @model_validator(mode="after")
     def _check(self) -> ScoreConfig:
         _whole_groups(self.workers, self.sequence_parallel)
+        if self.partition != "auto":
+            _whole_groups(self.workers, self.partition, "partition")
+            if self.partition > 1 and self.partition % self.sequence_parallel:
+                raise ValueError(
+                    f"partition ({self.partition}) is not a multiple of sequence_parallel ({self.sequence_parallel}), the "
+                    "workers that share each forward pass; set one of them to a multiple or a divisor of the other"
+                )
         _gpus_of_a_kind(self.accelerator, self.gpus_per_worker)
-        if self.sequence_parallel > 1 and self.gpus_per_worker is not None and 0 < self.gpus_per_worker < 1:
-            raise ValueError(
-                f"gpus_per_worker {self.gpus_per_worker} is a fraction; sequence_parallel "
-                f"({self.sequence_parallel}) needs a whole GPU for each worker"
-            )
+        for name in ("sequence_parallel", "partition"):
+            size = getattr(self, name)
+            if size not in (1, "auto") and self.gpus_per_worker is not None and 0 < self.gpus_per_worker < 1:
+                raise ValueError(
+                    f"gpus_per_worker {self.gpus_per_worker} is a fraction; {name} ({size}) needs a whole GPU for each "
+                    "worker"
+                )
         return self
 
 
@@ -72,12 +87,11 @@ def _gpus_of_a_kind(accelerator: str | None, gpus_per_worker: float | None) -> N
         )
 
 
-def _whole_groups(workers: int, sequence_parallel: int) -> None:
-    if workers % sequence_parallel:
+def _whole_groups(workers: int, size: int, name: str = "sequence_parallel") -> None:
+    if workers % size:
         raise ValueError(
-            f"workers ({workers}) is not a multiple of sequence_parallel ({sequence_parallel}), the workers "
-            "that compute together; set workers to "
-            f"{sequence_parallel * (workers // sequence_parallel + 1)}, or sequence_parallel to a divisor"
+            f"workers ({workers}) is not a multiple of {name} ({size}), the workers that compute together; set workers to "
+            f"{size * (workers // size + 1)}, or {name} to a divisor"
         )
 
 

@@ -7,10 +7,6 @@ team. It starts the others, sends them what to score, and computes its own share
 from __future__ import annotations
 
 import contextlib
-import os
-import pickle
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -24,14 +20,13 @@ from raydpo.errors import RaydpoError, one_line
 from raydpo.model.budget import is_out_of_memory
 from raydpo.model.layout import PromptGroup
 from raydpo.model.ulysses import SequenceGroup
+from raydpo.reference.members import Members
 from raydpo.reference.score import ReferenceSpec, Scorer
 
 __all__ = ["TeamScorer"]
 
 PATIENCE = timedelta(minutes=10)
 """Timeout of collectives: how long to wait for a process that does not answer."""
-LAST_WORDS_S = 10.0
-"""Seconds to wait for the error message of a process that failed."""
 
 
 @dataclass(frozen=True)
@@ -98,9 +93,9 @@ class TeamScorer:
             "alone": alone,
         }
         setups = [_Setup(rank, size, store.port, device, threads, settings) for rank in range(size)]
-        self.members = [_start() for _ in setups[1:]]
+        self.members = Members(size - 1)
         with self._explained():
-            self._tell(setups[1:])
+            self.members.tell(setups[1:])
             self._scorer = setups[0].join(store)
 
     def score(self, groups: Sequence[PromptGroup]) -> list[tuple[np.ndarray, ...]]:
@@ -110,7 +105,7 @@ class TeamScorer:
             RaydpoError: if a process of the team failed, with its reason.
         """
         with self._explained():
-            self._tell([list(groups)] * len(self.members))
+            self.members.tell([list(groups)] * len(self.members.processes))
             return self._scorer.score(groups)
 
     @property
@@ -123,25 +118,13 @@ class TeamScorer:
 
     @property
     def provenance(self) -> dict[str, object]:
-        return self._scorer.provenance | {"sequence_parallel": len(self.members) + 1}
+        return self._scorer.provenance | {"sequence_parallel": len(self.members.processes) + 1}
 
     def close(self) -> None:
         """End the other processes and leave the process group."""
-        for member in self.members:
-            with contextlib.suppress(OSError):
-                member.stdin.close()
-        for member in self.members:
-            try:
-                member.wait(LAST_WORDS_S)
-            except subprocess.TimeoutExpired:
-                member.kill()
+        self.members.close()
         if dist.is_initialized():
             dist.destroy_process_group()
-
-    def _tell(self, messages: Sequence[Any]) -> None:
-        for member, message in zip(self.members, messages, strict=True):
-            pickle.dump(message, member.stdin)
-            member.stdin.flush()
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
@@ -149,7 +132,7 @@ class TeamScorer:
         try:
             yield
         except Exception as error:
-            causes = [error] if isinstance(error, RaydpoError) else [error, *filter(None, map(_last_words, self.members))]
+            causes = [error] if isinstance(error, RaydpoError) else [error, *self.members.last_words()]
             self.close()
             for cause in causes:
                 if isinstance(cause, RaydpoError):
@@ -162,44 +145,3 @@ class TeamScorer:
                     ) from error
             told = [f"{type(cause).__name__}: {one_line(cause, 300)}" for cause in causes[1:] or causes]
             raise RaydpoError(f"a process of the scoring team failed: {'; '.join(told)}") from error
-
-
-def _start() -> subprocess.Popen:
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    return subprocess.Popen(
-        [sys.executable, "-m", "raydpo.reference.team"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
-    )
-
-
-def _last_words(member: subprocess.Popen) -> BaseException | None:
-    try:
-        member.wait(LAST_WORDS_S)
-    except subprocess.TimeoutExpired:
-        return None
-    said = member.stdout.read()
-    return pickle.loads(said) if said else RuntimeError(f"it ended with status {member.returncode}")
-
-
-def _member() -> None:
-    """Main function of another process of the team. Ends when the pipe from the first process is closed."""
-    pipe = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # keep what libraries print out of the pipe
-    try:
-        scorer = pickle.load(sys.stdin.buffer).join()
-        while True:
-            scorer.score(pickle.load(sys.stdin.buffer))
-    except EOFError:
-        pass
-    except BaseException as error:
-        try:
-            words = pickle.dumps(error)
-            pickle.loads(words)
-        except Exception:  # not every exception can be pickled
-            words = pickle.dumps(RuntimeError(f"{type(error).__name__}: {error}"))
-        pipe.write(words)
-        pipe.flush()
-    os._exit(0)  # a normal exit would wait for a collective that never ends
-
-
-if __name__ == "__main__":
-    _member()

@@ -156,9 +156,9 @@ def test_a_training_needs_a_place_for_each_worker_and_scoring_for_one(cluster):
         (Resources(1, 0, None), "a CPU"),
         (Resources(1, 1, None), "1 GPU"),
         (Resources(1, 0.25, None), "0.25 GPU"),
-        (Resources(4, 1, None, together=4, accelerator="H100"), "1 H100"),
-        (Resources(4, 1, None, together=4, accelerator="H100", on_one_machine=True), "4 H100 on one machine"),
-        (Resources(2, 0, None, together=2, on_one_machine=True), "2 CPUs on one machine"),
+        (Resources(4, 1, None, sequence=4, accelerator="H100"), "1 H100"),
+        (Resources(4, 1, None, sequence=4, accelerator="H100", on_one_machine=True), "4 H100 on one machine"),
+        (Resources(2, 0, None, sequence=2, on_one_machine=True), "2 CPUs on one machine"),
         (Resources(1, 1, None, labels={"zone": "a"}), "1 GPU zone=a"),
     ],
 )

@@ -38,10 +38,10 @@ def test_a_team_scores_what_one_process_does_and_names_what_ended_it(tiny_llama,
             for mine, theirs in zip(team.score(groups()), alone, strict=True):
                 for ours, logps in zip(mine, theirs, strict=True):
                     assert ours.dtype == np.float32 and np.abs(ours - logps).max() < 1e-5
-        os.kill(team.members[0].pid, signal.SIGKILL)
+        os.kill(team.members.processes[0].pid, signal.SIGKILL)
         with pytest.raises(RaydpoError, match=r"a process of the scoring team failed: .*status -9"):
             team.score(groups())
-        assert team.members[0].poll() == -9
+        assert team.members.processes[0].poll() == -9
     finally:
         team.close()
     wrong = ReferenceSpec(path=str(tiny_qwen3), adapter=None, identity=spec.identity)
