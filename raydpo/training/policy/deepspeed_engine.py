@@ -11,7 +11,6 @@ import dataclasses
 import math
 import os
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from datetime import timedelta
@@ -33,6 +32,7 @@ from raydpo.model.load import add_lora, freeze_matching, load_causal_lm
 from raydpo.model.logps import LogpModel
 from raydpo.model.memory.anatomy import Anatomy
 from raydpo.model.memory.needs import needs_of
+from raydpo.model.partition import join_process_group
 from raydpo.model.recall import Recall
 from raydpo.model.selfcheck import check_training_mode, choose_layout, share_positions
 from raydpo.model.ulysses import SequenceGroup
@@ -45,39 +45,6 @@ from raydpo.training.policy.ranks import RankGroup, group_timeout
 from raydpo.training.policy.state import TrainedState
 
 __all__ = ["PolicyEngine", "join_process_group"]
-
-
-def join_process_group(device: torch.device) -> None:
-    """Set up DeepSpeed's communication: nccl on GPUs, gloo on CPUs.
-
-    DeepSpeed 0.19 computes on the GPU with the number LOCAL_RANK (``runtime/engine.py``, ``zero/partition_parameters.py``).
-    This is set to that of ``device``: Ray sorts the GPUs of a machine as text, so rank 2 of 11 may have the GPU with id 10.
-    """
-    if device.index is not None:
-        os.environ["LOCAL_RANK"] = str(device.index)
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if device.type == "cuda" else "cpu")
-    with _without("mlflow"):  # only DeepSpeed's autotuner needs it, and importing it takes as long as DeepSpeed
-        import deepspeed
-
-    if device.type == "cpu":
-        # Otherwise DeepSpeed compiles a C++ op at start, which takes a minute, fails without a compiler, and is used only by
-        # its inference engine. Filling its table of compatible ops would also call compilers, so the table is set here.
-        vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
-    # Before any model is loaded: transformers partitions weights for ZeRO-3 while loading, over DeepSpeed's group.
-    deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo")
-
-
-@contextlib.contextmanager
-def _without(package: str) -> Iterator[None]:
-    """Make imports of ``package`` fail within the block, unless it is already imported."""
-    if package in sys.modules:
-        yield
-        return
-    sys.modules[package] = None  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        del sys.modules[package]
 
 
 def _described(spec: PolicySpec, train: TrainConfig) -> list[Any] | None:
