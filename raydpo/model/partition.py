@@ -1,7 +1,8 @@
 """A model whose weights several processes hold together, each a part of every weight (ZeRO-3).
 
 A weight is gathered from all when the layer that has it computes, and given up after that. Each process computes
-micro-batches of its own, and all of them must make equally many passes. With ``offload`` the parts are in the host's memory. Imports DeepSpeed only where a process group is joined.
+micro-batches of its own, and all of them must make equally many passes. With ``offload`` the parts are in the host's memory.
+Imports DeepSpeed only where a process group is joined.
 """
 
 from __future__ import annotations
@@ -39,8 +40,7 @@ class Partition:
 
 
 def join_process_group(device: torch.device) -> None:
-    """Set up DeepSpeed's communication: over torch.distributed's process group if there is one, else nccl on GPUs and gloo on
-    CPUs.
+    """Set up DeepSpeed's communication: nccl on GPUs, gloo on CPUs, or torch.distributed's process group if there is one.
 
     DeepSpeed 0.19 computes on the GPU with the number LOCAL_RANK (``runtime/engine.py``, ``zero/partition_parameters.py``).
     This is set to that of ``device``: Ray sorts the GPUs of a machine as text, so rank 2 of 11 may have the GPU with id 10.

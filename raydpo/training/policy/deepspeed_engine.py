@@ -32,7 +32,6 @@ from raydpo.model.load import add_lora, freeze_matching, load_causal_lm
 from raydpo.model.logps import LogpModel
 from raydpo.model.memory.anatomy import Anatomy
 from raydpo.model.memory.needs import needs_of
-from raydpo.model.partition import join_process_group
 from raydpo.model.recall import Recall
 from raydpo.model.selfcheck import check_training_mode, choose_layout, share_positions
 from raydpo.model.ulysses import SequenceGroup
@@ -44,7 +43,7 @@ from raydpo.training.policy.optimizer import make_optimizer, no_steps
 from raydpo.training.policy.ranks import RankGroup, group_timeout
 from raydpo.training.policy.state import TrainedState
 
-__all__ = ["PolicyEngine", "join_process_group"]
+__all__ = ["PolicyEngine"]
 
 
 def _described(spec: PolicySpec, train: TrainConfig) -> list[Any] | None:
