@@ -122,7 +122,8 @@ def partitioned(model: LogpModel, partition: Partition, dtype: str) -> LogpModel
 
 def _settings(partition: Partition, dtype: str) -> dict[str, Any]:
     """DeepSpeed's configuration. transformers reads it while the model is loaded, and ``deepspeed.initialize`` again."""
-    zero: dict[str, Any] = {"stage": 3}
+    # Its replacement of torch.nn.functional.linear is for the backward pass, rounds otherwise, and stays in the process.
+    zero: dict[str, Any] = {"stage": 3, "memory_efficient_linear": False}
     if partition.offload == "cpu":
         zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return {
