@@ -27,6 +27,7 @@ from raydpo.model.adapter import fuse_adapters
 from raydpo.model.budget import MOST_TRAINED, Budget, Needs, find_budget, probe_groups
 from raydpo.model.fused import fuse_layers
 from raydpo.model.layout import Layout, PromptGroup
+from raydpo.model.leaves import set_leaf_modules
 from raydpo.model.limits import longest_sequence
 from raydpo.model.load import add_lora, freeze_matching, load_causal_lm
 from raydpo.model.logps import LogpModel
@@ -102,6 +103,8 @@ class PolicyEngine(RankGroup):
         trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
         optimizer = make_optimizer(trainable, train, device)
         exact = _float32_parameters(module, spec.dtype, train.zero)
+        if train.zero == 3:
+            set_leaf_modules(module)
         timeout = timedelta(seconds=train.collective_timeout)
         with no_steps(optimizer), group_timeout(timeout):
             self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
