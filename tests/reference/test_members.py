@@ -1,6 +1,5 @@
 """Processes of a team: none outlives another for long, and why one ended is told. Real processes, killed and stopped."""
 
-import json
 import os
 import re
 import signal
@@ -10,7 +9,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pytest
 import yaml
 from tiny import preferences, write_preferences
