@@ -27,6 +27,7 @@ from raydpo.model.adapter import fuse_adapters
 from raydpo.model.budget import MOST_TRAINED, Budget, Needs, find_budget, probe_groups
 from raydpo.model.fused import fuse_layers
 from raydpo.model.layout import Layout, PromptGroup
+from raydpo.model.leaves import set_leaf_modules
 from raydpo.model.limits import longest_sequence
 from raydpo.model.load import add_lora, freeze_matching, load_causal_lm
 from raydpo.model.logps import LogpModel
@@ -99,10 +100,12 @@ class PolicyEngine(RankGroup):
         freeze_matching(model, spec.freeze)
         module = LogpModel(model)
         if train.gradient_checkpointing:
-            module.causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            module.recompute_layers()
         trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
         optimizer = make_optimizer(trainable, train, device)
         exact = _float32_parameters(module, spec.dtype, train.zero)
+        if train.zero == 3:
+            set_leaf_modules(module)
         timeout = timedelta(seconds=train.collective_timeout)
         with no_steps(optimizer), group_timeout(timeout):
             self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
