@@ -160,9 +160,9 @@ def choose_partition(
     """Decide how the reference is put on the devices, as far as ``wish`` leaves it open.
 
     Preferred in this order: whole on each device; the fewest devices of one machine together that have room for
-    ``HIDDEN_FROM`` positions; the host's memory, with all devices of a machine in one team, so that it holds one copy; the
-    most devices together. Each needs room for ``ENOUGH`` positions, or ``wish.tokens_per_batch``, and for the longest
-    sequence.
+    ``HIDDEN_FROM`` positions; the host's memory, with all devices of a machine in one team, so that it holds one copy, or
+    the most devices together if that is faster. Each needs room for ``ENOUGH`` positions, or ``wish.tokens_per_batch``, and
+    for the longest sequence.
 
     Args:
         longest: positions of the longest prompt with one completion, which is never split.
@@ -248,11 +248,13 @@ class _Question:
         on_host = [] if offload is None or self._alone else [self._choice(size, "cpu") for size in reversed(sizes)]
         on_host = [one for one in on_host if self._host_holds(one)]
         yield from (one for one in resident[:1] if one.simple and one.positions >= least)
-        for positions in (max(least, HIDDEN_FROM), least):
-            teams = (one for one in resident if not one.simple)
-            fitting = [one for one in teams if one.positions >= positions]
-            yield from fitting[:1] if positions > least else fitting[-1:]
-            yield from (one for one in on_host if one.positions >= positions)
+        teams = [one for one in resident if not one.simple and one.positions >= least]
+        large = max(least, HIDDEN_FROM) if self.wish.tokens_per_batch == "auto" else least
+        yield from (one for one in teams if one.positions >= large)
+        # With few positions gathers show, and so do copies from the host: what takes less time, if that is known.
+        host = [one for one in on_host if one.positions >= large][:1]
+        yield from sorted([*host, *teams[-1:]], key=lambda one: one.slower)
+        yield from (one for one in on_host if one.positions >= least)
 
     def _choice(self, size: int, offload: Offload, quantization: str | None = None) -> Choice:
         width, room = _width(self.dtype), self.room
@@ -329,7 +331,9 @@ class _Question:
             return said
         speed = f"{links.gather / 1e9:g} GB/s by {links.name}" if size > 1 else ""
         speed = ", ".join(filter(None, (speed, f"{links.host / 1e9:g} GB/s from the host" if choice.offload else "")))
-        times = f"gathers take {share:.1f} times as long as products" if share > 1 else f"gathers {share:.0%} of the time"
+        times = f"gathers take {share:.1f} times as long as products"
+        if share <= 1:
+            times = f"gathers {100 * share:.0f} % of the time"
         return f"{said}; {times} ({speed}, assumed)"
 
     @property
@@ -347,8 +351,9 @@ class _Question:
         told = (
             f"the reference takes {best.model_bytes / 1e9:,.1f} GB in {self._kind} and does not fit on {here} x {room.name} "
             f"({_gib(room.device_bytes)} GiB) of one machine{f' with {chr(32).join(asked)}' if asked else ''}: "
-            f"{_gib(best.weights_bytes)} GiB of weights on each of {size}, {_gib(best.gathered_bytes)} gathered, and "
-            f"{least:,} positions with {_gib(best.position_bytes * least)}"
+            f"{_gib(best.weights_bytes)} GiB of weights{f' on each of {size}' if size > 1 else ''}, "
+            f"{_gib(best.gathered_bytes)} gathered, {_gib(max(best.position_bytes * least, best.logits_bytes))} for "
+            f"{least:,} positions, and {_gib(BASE_BYTES)} of CUDA, of {100 * USABLE:.0f} % of the memory"
         )
         ways = []
         hosts = [self._choice(one, "cpu") for one in reversed(self._sizes)] if not self._alone else []
