@@ -242,7 +242,9 @@ def find_mixers(backbone: nn.Module) -> set[str]:
     hooks = [one.register_forward_pre_hook(note, with_kwargs=True) for one in backbone.modules() if one is not backbone]
     try:
         with watch_callers() as attending:
-            backbone(input_ids=tokens[None], position_ids=torch.arange(PROBE_TOKENS)[None], segments=segments, use_cache=False)
+            backbone(
+                input_ids=tokens[None], position_ids=torch.arange(PROBE_TOKENS)[None], segments=segments, use_cache=False
+            )
     finally:
         for hook in hooks:
             hook.remove()
@@ -299,7 +301,9 @@ def _mixes(module: nn.Module, calls: dict[nn.Module, Any], held: Sequence[nn.Mod
     before = _run(module, args, kwargs, held, keep)
     after = _run(module, *_each((args, kwargs), shape, change), held, hold)
     others = torch.arange(PROBE_TOKENS) != place
-    pairs = [(a[:, others], b[:, others]) for a, b in zip(_tensors(before), _tensors(after), strict=True) if a.shape[:2] == shape]
+    pairs = [
+        (a[:, others], b[:, others]) for a, b in zip(_tensors(before), _tensors(after), strict=True) if a.shape[:2] == shape
+    ]
     return any(float((a - b).abs().max()) > MIXED * float(a.abs().max()) for a, b in pairs if a.is_floating_point())
 
 

@@ -16,7 +16,7 @@ from raydpo.model.by_node import WHOLE_BLOCKS
 from raydpo.model.head import chunk_rows
 from raydpo.model.memory.anatomy import Anatomy, Weight
 
-__all__ = ["Batch", "Layer", "head_backward", "head_forward", "layer_memory"]
+__all__ = ["Batch", "Layer", "head_backward", "head_forward", "layer_memory", "scoring_memory"]
 
 STREAM = 4
 """Bytes of a number in the residual stream."""
@@ -141,6 +141,30 @@ def layer_memory(
     # Both projections and the activation, the stream between both parts and its norm.
     passing = width * inner * T * (3 if anatomy.gated else 2) + 2 * STREAM * H * T + dense
     return Layer(kept=kept, entry=STREAM * H * T, working=working, passing=passing)
+
+
+def scoring_memory(anatomy: Anatomy, *, width: int) -> float:
+    """Bytes of a position in a pass on a GPU that keeps nothing for a backward pass: what the largest part of a layer holds.
+
+    With it are alive: the stream that entered the first layer and the one that entered this layer, the rotary tables, and
+    during the feed-forward part the stream between both parts and its norm.
+
+    Args:
+        width: bytes of a number in the compute precision, 2 or 4.
+    """
+    H, A, G, inner, used = anatomy.hidden, anatomy.query_width, anatomy.key_width, anatomy.inner, anatomy.experts_used
+    names = {weight.name.rpartition(".")[0].rpartition(".")[2] for weight in anatomy.weights if weight.place >= 0}
+    # Products, their activation and its gate. Experts compute sorted copies of their tokens: the stream's copy is there
+    # throughout, and with it either the inner products or the outputs, weighted, and sorted back.
+    feed_forward = width * inner * (3 if anatomy.gated else 2)
+    if used:
+        biased = any("experts" in weight.name and weight.name.endswith("bias") for weight in anatomy.weights)
+        products = (19 if biased else 8 if anatomy.gated else 4) / 2 * width * inner
+        feed_forward = max(feed_forward, STREAM * H * used + max(products, 3 * width * H * used))
+    # Queries and keys are rotated in float32, beside their norm; keys and values are gathered for each branch of a tree.
+    fused = 2 * width / 2 * (A + 2 * G) if names & {"qkv_proj", "query_key_value", "Wqkv", "c_attn"} else 0.0
+    attention = width / 2 * (14 * A + 10.25 * G) + fused
+    return 2 * STREAM * H + max(2 * STREAM * H + feed_forward, STREAM * H + attention) + 1024
 
 
 def head_forward(anatomy: Anatomy, batch: Batch, *, width: int, device: str, trained: bool, fused: bool = False) -> float:

@@ -60,6 +60,7 @@ class Anatomy:
         layers, hidden, vocabulary: number of layers, hidden width, vocabulary size.
         query_width, key_width: heads times head size, of queries and of keys.
         inner: width of the feed-forward part for one token; in a mixture, of its active experts together.
+        experts_used: experts of a mixture that compute a token; 0 without a mixture.
         gated: whether that part multiplies two projections (such as SwiGLU).
         tied: whether head and embedding share one weight.
         softcap: whether logits are capped, which needs a second chunk of them.
@@ -75,6 +76,7 @@ class Anatomy:
     gated: bool
     tied: bool
     softcap: bool = False
+    experts_used: int = 0
 
     @property
     def parameters(self) -> int:
@@ -127,8 +129,10 @@ class Anatomy:
         size = getattr(config, "head_dim", None) or hidden // heads
         inners = "moe_intermediate_size", "intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size"
         inner = read(*inners, default=4 * hidden)
+        used = 0
         if any(".experts." in weight.name for weight in weights):
-            inner *= read("num_experts_per_tok", "top_k", default=1)
+            used = read("num_experts_per_tok", "top_k", default=1)
+            inner *= used
         return cls(
             weights=tuple(weights),
             layers=1 + max((weight.place for weight in weights), default=-1),
@@ -140,6 +144,7 @@ class Anatomy:
             gated=any(re.search(r"gate_proj|gate_up|\.w3\.", weight.name) for weight in weights),
             tied=tied,
             softcap=bool(getattr(config, "final_logit_softcapping", None)),
+            experts_used=used,
         )
 
     def targets(self, modules: str | Sequence[str]) -> list[Weight]:
