@@ -6,7 +6,7 @@ Shapes: N = predicted tokens of all completions of a micro-batch, H = hidden siz
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from raydpo.model import attention
 from raydpo.model.head import attach_logp_head
 from raydpo.model.layout import PADDED, Layout, Method, PromptGroup, lay_out
 from raydpo.model.quantized import compute_under_autocast
+from raydpo.model.recurrent import Mixers
 from raydpo.model.router import balance_loss, chosen_experts
 from raydpo.model.ulysses import SequenceGroup
 
@@ -33,6 +34,7 @@ class LogpModel(nn.Module):
         method: the layout in use; padded rows until ``use`` is called (see ``model.selfcheck``).
         float32_stream: whether bfloat16 layers work on a float32 residual stream.
         group: ranks that share the positions of each micro-batch, or None. All of them call ``forward`` together.
+        mixers: layers that carry a state from token to token, see ``model.recurrent``.
     """
 
     def __init__(self, policy: nn.Module) -> None:
@@ -47,6 +49,7 @@ class LogpModel(nn.Module):
         self.method = PADDED
         self.float32_stream = True
         self.group: SequenceGroup | None = None
+        self.mixers = Mixers()
         self.train(policy.training)
 
     def train(self, mode: bool = True) -> LogpModel:
@@ -92,6 +95,15 @@ class LogpModel(nn.Module):
         if method.body is not None:
             attention.register()
         self._set_attention(self._own_attention if method.body is None else attention.ATTENTION)
+
+    def wrap_mixers(self, kinds: Collection[str]) -> None:
+        """Let the modules whose class is named in ``kinds``, and no others, compute packs in rows."""
+        self.mixers.wrap(self.causal_lm, kinds)
+
+    def recompute_layers(self) -> None:
+        """Compute each layer a second time in the backward pass instead of keeping its activations."""
+        how = {"use_reentrant": False, "context_fn": self.mixers.recomputing}
+        self.causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
 
     @contextlib.contextmanager
     def own_attention(self) -> Iterator[None]:
@@ -139,21 +151,24 @@ class LogpModel(nn.Module):
         Args:
             routed: receives the router logits of each layer of a mixture of experts.
         """
-        causal_lm, backbone = self.causal_lm, self.backbone
         arguments: dict[str, Any] = {"use_cache": False}
         if routed is not None:
             arguments["output_router_logits"] = True
         if layout.segments is not None:
             arguments |= {"position_ids": layout.position_ids, "segments": layout.segments}
-        if self.has_float32_stream:
-            stream = causal_lm.get_input_embeddings()(layout.input_ids).float()
-            with torch.autocast(stream.device.type, dtype=torch.bfloat16, cache_enabled=False):
-                found = backbone(inputs_embeds=stream, **arguments)
-        else:
-            found = backbone(input_ids=layout.input_ids, **arguments)
+        with self.mixers.over(layout.segments):
+            found = self._backbone_output(layout, arguments)
         if routed is not None:
             routed.extend(getattr(found, "router_logits", None) or ())
         return found.last_hidden_state.flatten(0, 1)[layout.positions]
+
+    def _backbone_output(self, layout: Layout, arguments: dict[str, Any]) -> Any:
+        causal_lm, backbone = self.causal_lm, self.backbone
+        if self.has_float32_stream:
+            stream = causal_lm.get_input_embeddings()(layout.input_ids).float()
+            with torch.autocast(stream.device.type, dtype=torch.bfloat16, cache_enabled=False):
+                return backbone(inputs_embeds=stream, **arguments)
+        return backbone(input_ids=layout.input_ids, **arguments)
 
     @torch.no_grad()
     def log_distribution(self, hidden: Tensor) -> Tensor:
