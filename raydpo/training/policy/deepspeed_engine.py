@@ -145,8 +145,11 @@ class PolicyEngine(RankGroup):
         layout = self.module.lay_out(groups)
         return layout.pin() if self.device.type == "cuda" else layout
 
-    def logps(self, layout: Layout, *, log_sum_sq: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        asked = {"log_sum_sq": True} if log_sum_sq else {}
+    def logps(
+        self, layout: Layout, *, log_sum_sq: bool = False, router_loss: bool = False
+    ) -> Tensor | tuple[Tensor, ...]:
+        wishes = {"log_sum_sq": log_sum_sq, "router_loss": router_loss}
+        asked = {name: True for name, wish in wishes.items() if wish}
         with self._computing():
             return self.engine(layout.to(self.device), **asked)
 
@@ -158,11 +161,12 @@ class PolicyEngine(RankGroup):
 
     def find_budget(self, share: float = 1.0) -> Budget:
         # A forward pass keeps what training keeps; a backward pass here would leave gradients in DeepSpeed.
-        def run(tokens: int) -> Tensor:
+        def run(tokens: int) -> Any:
             longest = longest_sequence(self.module.causal_lm)
             groups = probe_groups(tokens * self.sequence_parallel, self.module.vocabulary, longest)
+            asked = {"router_loss": True} if self._given[1].router_aux_loss_coef else {}
             with self._computing():
-                return self.module(self.lay_out(groups).to(self.device))
+                return self.module(self.lay_out(groups).to(self.device), **asked)
 
         known = self._recall.known("training")
         room = {"most": MOST_TRAINED, "share": share, "needs": self._needs()}
