@@ -64,6 +64,8 @@ def train_policy(
     for each in (pairs, held_out):
         _check_tokens(each, train)
     hooks.note(engine.layout_line)
+    if engine.adapters_line is not None:
+        hooks.note(engine.adapters_line)
     fused = bool(engine.module.head.fused)
     if pairs.has_reference and job.reference_fused - {fused}:
         hooks.note(_differently_fused(job, fused=fused))
