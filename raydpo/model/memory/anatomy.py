@@ -9,17 +9,17 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from raydpo.errors import FilesError, reason
 from raydpo.model.cost import ModelCost, first
+from raydpo.model.mixture import expert_blocks
 
 __all__ = ["Anatomy", "Weight", "model_cost"]
 
@@ -33,7 +33,7 @@ class Weight:
 
     Attributes:
         place: number of its decoder layer, or EMBEDDING, HEAD, REST.
-        linear: whether it is the matrix of a linear layer other than the head. These get adapters and are quantized.
+        linear: whether it is the matrix of a linear layer other than the head. These are quantized.
     """
 
     name: str
@@ -66,6 +66,8 @@ class Anatomy:
         softcap: whether logits are capped, which needs a second chunk of them.
     """
 
+    REST: ClassVar[int] = REST
+
     weights: tuple[Weight, ...]
     layers: int
     hidden: int
@@ -77,6 +79,14 @@ class Anatomy:
     tied: bool
     softcap: bool = False
     experts_used: int = 0
+    source: tuple[type, Any] | None = field(default=None, repr=False, compare=False)
+
+    def empty(self) -> nn.Module:
+        """The model without weights, on the meta device."""
+        assert self.source is not None
+        kind, config = self.source
+        with torch.device("meta"):
+            return kind(deepcopy(config))
 
     @property
     def parameters(self) -> int:
@@ -129,10 +139,10 @@ class Anatomy:
         size = getattr(config, "head_dim", None) or hidden // heads
         inners = "moe_intermediate_size", "intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size"
         inner = read(*inners, default=4 * hidden)
-        used = 0
-        if any(".experts." in weight.name for weight in weights):
-            used = read("num_experts_per_tok", "top_k", default=1)
-            inner *= used
+        experts_used = 0
+        if expert_blocks(model):
+            experts_used = read("num_experts_per_tok", "top_k", "moe_k", default=1)
+            inner *= experts_used
         return cls(
             weights=tuple(weights),
             layers=1 + max((weight.place for weight in weights), default=-1),
@@ -144,19 +154,9 @@ class Anatomy:
             gated=any(re.search(r"gate_proj|gate_up|\.w3\.", weight.name) for weight in weights),
             tied=tied,
             softcap=bool(getattr(config, "final_logit_softcapping", None)),
-            experts_used=used,
+            experts_used=experts_used,
+            source=(type(model), model.config),
         )
-
-    def targets(self, modules: str | Sequence[str]) -> list[Weight]:
-        """Matrices that get adapters, by PEFT's rules for ``target_modules``: ``all-linear``, a regular expression for the
-        whole name, or ends of names."""
-        if modules == "all-linear":
-            return [weight for weight in self.weights if weight.linear]
-        matrices = [weight for weight in self.weights if len(weight.shape) == 2]
-        if isinstance(modules, str):
-            return [weight for weight in matrices if re.fullmatch(modules, weight.module)]
-        ends = tuple(f".{name}" for name in modules)
-        return [weight for weight in matrices if f".{weight.module}".endswith(ends)]
 
 
 def model_cost(directory: str | Path, trust_remote_code: bool = False) -> ModelCost:

@@ -36,6 +36,7 @@ from raydpo.model.memory.needs import needs_of
 from raydpo.model.partition import float32_names
 from raydpo.model.recall import Recall
 from raydpo.model.selfcheck import check_training_mode, choose_layout, share_positions
+from raydpo.model.targets import told_adapters
 from raydpo.model.ulysses import SequenceGroup
 from raydpo.model.weights import ADAPTER_NAME
 from raydpo.training.policy.engine import PolicySpec
@@ -97,6 +98,7 @@ class PolicyEngine(RankGroup):
             model = add_lora(model, spec.lora, train.seed)
         elif spec.adapter is not None:
             model = fuse_adapters(model)
+        self.adapters_line = told_adapters(model) if spec.adapts else None
         freeze_matching(model, spec.freeze)
         module = LogpModel(model)
         if train.gradient_checkpointing:
