@@ -229,8 +229,8 @@ def find_mixers(backbone: nn.Module) -> set[str]:
     """Names of the classes of modules that mix positions without transformers' attention.
 
     The model computes one sequence, and each module is tried alone on what it got there, with one position changed. If
-    other positions of its output change, it mixes. Of nested ones the innermost is taken that explains it: with the outputs
-    of its mixing parts held fixed at the other positions, its own do not change.
+    other positions of its output change, it mixes. It is a mixer if that is not the work of its parts alone: with their
+    outputs held fixed at the other positions, its own still change.
 
     Args:
         backbone: a model without its head, with float32 weights on a CPU, that uses ``model.attention.ATTENTION``.
@@ -249,7 +249,8 @@ def find_mixers(backbone: nn.Module) -> set[str]:
     finally:
         for hook in hooks:
             hook.remove()
-    return {type(one).__name__ for part in _called(backbone, calls) for one in _mixing(part, calls, attending)}
+    known: dict[Any, list[nn.Module]] = {}
+    return {type(one).__name__ for part in _called(backbone, calls) for one in _mixing(part, calls, attending, known)}
 
 
 def _called(module: nn.Module, calls: Collection[nn.Module]) -> Iterator[nn.Module]:
@@ -261,19 +262,19 @@ def _called(module: nn.Module, calls: Collection[nn.Module]) -> Iterator[nn.Modu
             yield from _called(part, calls)
 
 
-def _mixing(module: nn.Module, calls: dict[nn.Module, Any], attending: Collection[nn.Module]) -> Iterator[nn.Module]:
-    """The mixers in ``module`` or below."""
-    inner = list(_called(module, calls))
-    if any(one in attending for one in module.modules()):
-        for part in inner:
-            yield from _mixing(part, calls, attending)
-    elif _mixes(module, calls):
-        parts = [part for part in inner if _mixes(part, calls)]
-        if parts and not _mixes(module, calls, parts):
-            for part in parts:
-                yield from _mixing(part, calls, attending)
-        else:
-            yield module
+def _mixing(
+    module: nn.Module, calls: dict[nn.Module, Any], attending: Collection[nn.Module], known: dict[Any, Any]
+) -> list[nn.Module]:
+    """The mixers in ``module`` or below. ``known``: those of modules that are built alike."""
+    built = tuple(type(one) for one in module.modules())
+    if built not in known:
+        inner = list(_called(module, calls))
+        found = [one for part in inner for one in _mixing(part, calls, attending, known)]
+        if not any(one in attending for one in module.modules()):
+            parts = [part for part in inner if found and _mixes(part, calls)]
+            found = [module] if _mixes(module, calls, parts) else found
+        known[built] = found
+    return known[built]
 
 
 def _mixes(module: nn.Module, calls: dict[nn.Module, Any], held: Sequence[nn.Module] = ()) -> bool:

@@ -136,15 +136,13 @@ def _try_layouts(model: LogpModel, device: torch.device, wish: Wish, rows: Seque
         return CheckReport(method, _line(model, method, gaps, tolerance, demands))
 
     report = None
-    if wish in ("auto", "tree"):
-        report = first_exact(["tree"])
-    if report is None and wish != "padded":
-        # A pack may hide from the check what one state gives the next: a short convolution changes few tokens of a prompt.
+    if wish != "padded":
+        # Before any layout is tried: with weights as small as those of a new model, the check hardly sees what the state of
+        # one completion does to the next.
         mixers = _mixers(model, twin)
-        model.wrap_mixers(mixers)
-        if isinstance(twin, _Oracle):
-            twin.model.wrap_mixers(mixers)
-        report = first_exact(["tree", "packed"] if wish == "auto" and mixers else ["packed"] if wish == "auto" else [wish])
+        for each in [model, *([twin.model] if isinstance(twin, _Oracle) else [])]:
+            each.wrap_mixers(mixers)
+        report = first_exact(["tree", "packed"] if wish == "auto" else [wish])
     if report is None and wish in ("auto", "padded"):
         model.wrap_mixers(())
         gaps[str(PADDED)] = gap = oracle.worst_gap(PADDED)
