@@ -14,6 +14,7 @@ from torch import nn
 
 from raydpo.errors import ModelError, reason
 from raydpo.model.files import model_files
+from raydpo.model.package import auto_class, other_modules, other_parameters
 from raydpo.model.rotary import fix_rotary
 from raydpo.model.weights import load_adapter, refuse_foreign_head, refuse_gaps
 
@@ -52,7 +53,7 @@ def load_causal_lm(
         ModelError: if the directory is missing, holds pickled weights or no causal LM, or if weights of the model or the
             adapter are missing.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
     from transformers.integrations import is_deepspeed_zero3_enabled
 
     path, device = str(path), torch.device(device)
@@ -71,7 +72,7 @@ def load_causal_lm(
         # a whole model for each worker of a machine. Under ZeRO-3, DeepSpeed partitions them instead.
         if quantization is not None or (device.type != "cpu" and not is_deepspeed_zero3_enabled()):
             how["device_map"] = {"": device}
-        model, found = AutoModelForCausalLM.from_pretrained(
+        model, found = auto_class(config).from_pretrained(
             path,
             config=config,
             dtype=torch_dtype(dtype),
@@ -83,6 +84,7 @@ def load_causal_lm(
         )
         refuse_gaps(path, found)
         fix_rotary(model, rope_length)
+        plain = model
         if adapter is not None:
             own = {id(parameter) for parameter in model.parameters()}
             with _whole_biases(model):
@@ -96,6 +98,8 @@ def load_causal_lm(
             raise
         what = f"{path!r} with adapter {adapter!r}" if adapter else repr(path)
         raise ModelError(f"cannot load the model {what}: {reason(error)}") from error
+    for parameter in other_parameters(plain):
+        parameter.requires_grad_(False)
     for module in model.modules():  # modules may have a probability that is not in the configuration
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -178,12 +182,18 @@ def add_lora(model: nn.Module, lora: LoraSettings, seed: int) -> nn.Module:
             task_type="CAUSAL_LM",
             use_dora=lora.dora,
             use_rslora=lora.rslora,
+            exclude_modules=_below(other_modules(model)),
         )
         return fuse_adapters(get_peft_model(model, config))
     except ValueError as error:
         raise ModelError(
             f"model.lora.target_modules {lora.target_modules!r} does not fit this model: {reason(error)}"
         ) from error
+
+
+def _below(modules: Sequence[str]) -> str | None:
+    """A regular expression for the names of ``modules`` and of all inside them."""
+    return rf"({'|'.join(map(re.escape, modules))})(\..*)?" if modules else None
 
 
 def dropout_settings(config: dict[str, Any]) -> dict[str, float]:

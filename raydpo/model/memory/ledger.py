@@ -20,7 +20,7 @@ from raydpo.config import LoraSettings, TrainConfig
 from raydpo.config.train import REDUCE_BUCKET, ROUNDED_PIECE
 from raydpo.errors import ConfigError
 from raydpo.model.memory.activations import Batch, Layer, head_backward, head_forward, layer_memory
-from raydpo.model.memory.anatomy import EMBEDDING, HEAD, Anatomy, Weight
+from raydpo.model.memory.anatomy import EMBEDDING, HEAD, OTHER, Anatomy, Weight
 
 __all__ = ["BASE_BYTES", "MemoryEstimate", "Moment", "Trained", "estimate_memory", "trained_numbers"]
 
@@ -199,7 +199,11 @@ def _policy(anatomy: Anatomy, model: Trained, width: int) -> _Policy:
             for numel in (rank * weight.shape[1], rank * weight.shape[0], *([weight.shape[0]] if dora else []))
         ]
     else:
-        frozen = [weight for weight in anatomy.weights if any(re.search(one, weight.name) for one in model.freeze)]
+        frozen = [
+            weight
+            for weight in anatomy.weights
+            if weight.place == OTHER or any(re.search(one, weight.name) for one in model.freeze)
+        ]
         trained = [(weight.place, weight.numel) for weight in anatomy.weights if weight not in frozen]
     kept = tuple((weight.place, stored(weight), weight.numel) for weight in frozen)
     return _Policy(trained=tuple(trained), frozen=kept, rank=rank, dora=dora, adapted=adapted)
