@@ -15,6 +15,7 @@ from torch import nn
 
 from raydpo.errors import ModelError, reason
 from raydpo.model.files import model_files
+from raydpo.model.package import auto_class, other_parameters
 from raydpo.model.rotary import fix_rotary
 from raydpo.model.sliced import Progress, load_parts
 from raydpo.model.weights import load_adapter, refuse_foreign_head, refuse_gaps
@@ -58,7 +59,7 @@ def load_causal_lm(
         ModelError: if the directory is missing, holds pickled weights or no causal LM, or if weights of the model or the
             adapter are missing.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
     from transformers.integrations import is_deepspeed_zero3_enabled
 
     path, device = str(path), torch.device(device)
@@ -78,7 +79,7 @@ def load_causal_lm(
         if quantization is not None or (device.type != "cpu" and not is_deepspeed_zero3_enabled()):
             how["device_map"] = {"": device}
         from_pretrained = functools.partial(
-            AutoModelForCausalLM.from_pretrained,
+            auto_class(config).from_pretrained,
             path,
             config=config,
             dtype=torch_dtype(dtype),
@@ -95,6 +96,7 @@ def load_causal_lm(
             model, found = from_pretrained()
             check(found)
         fix_rotary(model, rope_length)
+        plain = model
         if adapter is not None:
             own = {id(parameter) for parameter in model.parameters()}
             with _whole_biases(model):
@@ -108,6 +110,8 @@ def load_causal_lm(
             raise
         what = f"{path!r} with adapter {adapter!r}" if adapter else repr(path)
         raise ModelError(f"cannot load the model {what}: {reason(error)}") from error
+    for parameter in other_parameters(plain):
+        parameter.requires_grad_(False)
     for module in model.modules():  # modules may have a probability that is not in the configuration
         if isinstance(module, nn.Dropout):
             module.p = 0.0

@@ -27,6 +27,7 @@ from raydpo.model.budget import is_out_of_memory
 from raydpo.model.layout import PADDED, Method, PromptGroup
 from raydpo.model.limits import longest_sequence
 from raydpo.model.logps import LogpModel
+from raydpo.model.package import placeholder_ids, shrink_others
 from raydpo.model.recall import Recall
 from raydpo.model.recurrent import find_mixers
 from raydpo.model.rotary import fix_rotary
@@ -366,6 +367,9 @@ def small_copy(causal_lm: nn.Module, layers: int) -> LogpModel:
         # Enough layers to have one of each kind.
         layers = max(layers, max(kinds.index(kind) + 1 for kind in set(kinds)))
     text.vocab_size = TWIN_VOCABULARY
+    if getattr(text, "vocab_size_per_layer_input", None):  # Gemma 3n and 4 have a second table of embeddings
+        text.vocab_size_per_layer_input = TWIN_VOCABULARY
+    shrink_others(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         while True:
@@ -409,9 +413,13 @@ def logps_by_definition(causal_lm: nn.Module, group: PromptGroup, device: torch.
 def _cases(model: LogpModel, rows: Sequence[PromptGroup]) -> dict[str, list[PromptGroup]]:
     rng, vocabulary, longest = np.random.default_rng(0), model.vocabulary, longest_sequence(model.causal_lm)
 
-    def tokens(count: int) -> np.ndarray:
-        return rng.integers(0, vocabulary, count).astype(np.int32)
+    placeholders = placeholder_ids(model.causal_lm)
 
+    def tokens(count: int) -> np.ndarray:
+        drawn = rng.integers(0, vocabulary, count).astype(np.int32)
+        return np.where(np.isin(drawn, placeholders), plain, drawn)
+
+    plain = next(number for number in range(vocabulary) if number not in placeholders)
     system = tokens(17)
     cases = {
         "a long prompt": [PromptGroup(tokens(64), (tokens(9), tokens(5)))],

@@ -18,7 +18,7 @@ from raydpo.config import LoraSettings, TrainConfig
 from raydpo.config.train import REDUCE_BUCKET, ROUNDED_PIECE
 from raydpo.model.memory.activations import Batch, Layer, head_backward, head_forward, layer_memory
 from raydpo.model.memory.adapters import Adapter, Adapters, adapters_of
-from raydpo.model.memory.anatomy import EMBEDDING, HEAD, Anatomy, Weight
+from raydpo.model.memory.anatomy import EMBEDDING, HEAD, OTHER, Anatomy, Weight
 
 __all__ = [
     "BASE_BYTES",
@@ -207,7 +207,11 @@ def _policy(anatomy: Anatomy, model: Trained, width: int) -> _Policy:
         frozen: Sequence[Weight] = anatomy.weights
         trained: Sequence[tuple[int, int]] = adapters.trained
     else:
-        frozen = [weight for weight in anatomy.weights if any(re.search(one, weight.name) for one in model.freeze)]
+        frozen = [
+            weight
+            for weight in anatomy.weights
+            if weight.place == OTHER or any(re.search(one, weight.name) for one in model.freeze)
+        ]
         trained = [(weight.place, weight.numel) for weight in anatomy.weights if weight not in frozen]
     kept = tuple((weight.place, stored_bytes(weight, width, model.quantization), weight.numel) for weight in frozen)
     return _Policy(trained=tuple(trained), frozen=kept, adapters=adapters)
