@@ -92,8 +92,8 @@ class Config(Section):
             field = f"partition ({self.score.partition})" if divided else "offload (cpu)"
             raise ValueError(
                 f"score.{field} is for whole weights, not for quantized ones (reference.quantization "
-                f"{self.reference_quantization}); set reference.quantization=none to score a large model in bfloat16, or leave "
-                "score.partition and score.offload at auto"
+                f"{self.reference_quantization}); set reference.quantization=none to score a large model in bfloat16, or "
+                "leave score.partition and score.offload at auto"
             )
         if self.train.merge_adapter and self.model.lora is None and self.model.adapter is None:
             raise ValueError(
