@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from raydpo.cluster.ending import end_process
-from raydpo.errors import ProcessLostError, RaydpoError, one_line
+from raydpo.errors import ModelError, ProcessLostError, RaydpoError, one_line
 from raydpo.model.budget import is_out_of_memory
 from raydpo.model.files import model_files
 from raydpo.model.layout import PromptGroup
@@ -66,6 +66,12 @@ def open_scorer(
     """
     if sequence == 1 and not partition.active:
         return Scorer(spec, device=device, **settings)
+    stored = {"quantization_config", "compression_config"} & model_files(spec.path, spec.trust_remote_code).config.keys()
+    if partition.active and (spec.quantization is not None or stored):
+        raise ModelError(
+            f"{spec.path} is quantized ({spec.quantization or 'as stored'}), and score.partition and score.offload are for "
+            "whole weights only; set score.partition=1 and score.offload=null, or score the model in bfloat16"
+        )
     return TeamScorer(spec, device=device, sequence=sequence, partition=partition, threads=threads, **settings)
 
 
