@@ -21,6 +21,7 @@ from raydpo.errors import RaydpoError, one_line
 from raydpo.model.budget import is_out_of_memory
 from raydpo.model.layout import PromptGroup
 from raydpo.model.partition import Partition, join_process_group
+from raydpo.model.sliced import Progress
 from raydpo.model.ulysses import SequenceGroup
 from raydpo.reference.members import Members
 from raydpo.reference.score import ReferenceSpec, Scorer
@@ -69,7 +70,7 @@ class _Setup:
     partition: Partition
     scorer: dict[str, Any]
 
-    def join(self, store: dist.TCPStore | None = None) -> Scorer:
+    def join(self, store: dist.TCPStore | None = None, progress: Progress | None = None) -> Scorer:
         """Join the process group and load the model."""
         device = self.device if self.device == "cpu" else f"{self.device}:{self.rank}"
         if self.threads is not None:
@@ -86,7 +87,7 @@ class _Setup:
         if self.partition.active:
             join_process_group(torch.device(device))
         group = SequenceGroup.of_world(self.sequence, PATIENCE)
-        return Scorer(device=device, group=group, partition=self.partition, **self.scorer)
+        return Scorer(device=device, group=group, partition=self.partition, progress=progress, **self.scorer)
 
 
 class TeamScorer:
@@ -117,6 +118,7 @@ class TeamScorer:
         memory_share: float = 1.0,
         check_rows: Sequence[PromptGroup] = (),
         alone: bool = False,
+        progress: Progress | None = None,
     ) -> None:
         size = max(sequence, partition.size)
         store = dist.TCPStore("127.0.0.1", 0, size, is_master=True, wait_for_workers=False)
@@ -131,7 +133,7 @@ class TeamScorer:
         self.members = Members(size - 1)
         with self._explained():
             self.members.tell(setups[1:])
-            self._scorer = setups[0].join(store)
+            self._scorer = setups[0].join(store, progress)
 
     def score(self, groups: Sequence[PromptGroup]) -> list[tuple[np.ndarray, ...]]:
         """As ``Scorer.score``, but a batch that does not fit in memory is not retried.
