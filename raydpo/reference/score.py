@@ -28,6 +28,7 @@ from raydpo.model.logps import LogpModel
 from raydpo.model.partition import Partition, partitioned, partitioned_loading
 from raydpo.model.recall import Recall
 from raydpo.model.selfcheck import CHECK_ROWS, Wish, choose_layout, logps_by_definition, share_positions
+from raydpo.model.sliced import Progress
 from raydpo.model.ulysses import SequenceGroup
 from raydpo.reference.identity import ReferenceIdentity, proved_here
 from raydpo.storage.local_copy import RemoteDirectory
@@ -74,6 +75,7 @@ class Scorer:
             the same groups: each ``group`` of processes computes some of them.
         alone: no other worker loads the model, so load it twice here to see whether both loads give the same log-probs. That
             is done for models of up to ``LOADED_TWICE_BYTES``, and for larger ones that bring their own code.
+        progress: told how far loading is.
 
     Attributes:
         notes: messages for the user: the layout and why it was chosen, the measured budget, a batch that did not fit.
@@ -95,13 +97,17 @@ class Scorer:
         group: SequenceGroup | None = None,
         partition: Partition = _WHOLE,
         alone: bool = False,
+        progress: Progress | None = None,
     ) -> None:
+        self._progress = progress
         self.device, self.partition = torch.device(device), partition
         self._size = 1 if group is None else group.size
         self._team = group is not None or partition.active
         self.notes: list[str] = []
         recall = self._recall(spec)
-        with proved_here(spec), partitioned_loading(partition, spec.identity.dtype):
+        # Who reads a part of the weights returns when all have read theirs, and the first proves the files after that.
+        prove = not partition.active or dist.get_rank() == 0
+        with proved_here(spec, prove=prove), partitioned_loading(partition, spec.identity.dtype):
             twice = alone and check_rows and not recall.known("loaded twice") and _loaded_twice(spec)
             earlier = self._sample(self._load(spec), check_rows) if twice else None
             if partition.active:
@@ -161,6 +167,7 @@ class Scorer:
                 quantization=spec.quantization,
                 rope_length=spec.identity.rope_length,
                 trust_remote_code=spec.trust_remote_code,
+                progress=self._progress,
                 note=self.notes.append,
             )
         )
