@@ -24,7 +24,17 @@ from raydpo.model import by_node, flex, varlen
 from raydpo.model.segments import Body, Segments, Terms
 from raydpo.model.ulysses import head_shares
 
-__all__ = ["ATTENTION", "Demand", "attend", "available_bodies", "lacking_kernels", "register", "watch_callers", "watch_demands", "why_not"]
+__all__ = [
+    "ATTENTION",
+    "Demand",
+    "attend",
+    "available_bodies",
+    "lacking_kernels",
+    "register",
+    "watch_callers",
+    "watch_demands",
+    "why_not",
+]
 
 ATTENTION = "raydpo_tree"
 """Name in transformers' attention interface. No mask function is registered under this name, so no mask is built."""

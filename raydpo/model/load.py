@@ -15,6 +15,7 @@ from torch import nn
 
 from raydpo.errors import ModelError, reason
 from raydpo.model.files import model_files
+from raydpo.model.package import auto_class, other_parameters
 from raydpo.model.rotary import fix_rotary
 from raydpo.model.sliced import Progress, load_parts
 from raydpo.model.weights import load_adapter, refuse_foreign_head, refuse_gaps
@@ -58,7 +59,7 @@ def load_causal_lm(
         ModelError: if the directory is missing, holds pickled weights or no causal LM, or if weights of the model or the
             adapter are missing.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
     from transformers.integrations import is_deepspeed_zero3_enabled
 
     path, device = str(path), torch.device(device)
@@ -78,7 +79,7 @@ def load_causal_lm(
         if quantization is not None or (device.type != "cpu" and not is_deepspeed_zero3_enabled()):
             how["device_map"] = {"": device}
         from_pretrained = functools.partial(
-            AutoModelForCausalLM.from_pretrained,
+            auto_class(config).from_pretrained,
             path,
             config=config,
             dtype=torch_dtype(dtype),
@@ -95,6 +96,7 @@ def load_causal_lm(
             model, found = from_pretrained()
             check(found)
         fix_rotary(model, rope_length)
+        plain = model
         if adapter is not None:
             own = {id(parameter) for parameter in model.parameters()}
             with _whole_biases(model):
@@ -108,6 +110,8 @@ def load_causal_lm(
             raise
         what = f"{path!r} with adapter {adapter!r}" if adapter else repr(path)
         raise ModelError(f"cannot load the model {what}: {reason(error)}") from error
+    for parameter in other_parameters(plain):
+        parameter.requires_grad_(False)
     for module in model.modules():  # modules may have a probability that is not in the configuration
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -173,29 +177,14 @@ def add_lora(model: nn.Module, lora: LoraSettings, seed: int) -> nn.Module:
     """Add new trainable adapters to ``model`` and freeze everything else. Their initial output is zero.
 
     Raises:
-        ModelError: if no module matches ``lora.target_modules``.
+        ModelError: if ``lora`` does not fit the model, such as names that match nothing.
     """
-    from peft import LoraConfig, get_peft_model
-
     from raydpo.model.adapter import fuse_adapters
+    from raydpo.model.targets import adapted_model
 
-    targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
+    quantized = any(getattr(model, f"is_loaded_in_{bits}bit", False) for bits in (4, 8))
     torch.manual_seed(seed)
-    try:
-        config = LoraConfig(
-            r=lora.r,
-            lora_alpha=lora.alpha,
-            lora_dropout=lora.dropout,
-            target_modules=targets,
-            task_type="CAUSAL_LM",
-            use_dora=lora.dora,
-            use_rslora=lora.rslora,
-        )
-        return fuse_adapters(get_peft_model(model, config))
-    except ValueError as error:
-        raise ModelError(
-            f"model.lora.target_modules {lora.target_modules!r} does not fit this model: {reason(error)}"
-        ) from error
+    return fuse_adapters(adapted_model(model, lora, quantized=quantized))
 
 
 def dropout_settings(config: dict[str, Any]) -> dict[str, float]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from raydpo.model import attention
 from raydpo.model.head import attach_logp_head
 from raydpo.model.layout import PADDED, Layout, Method, PromptGroup, lay_out
+from raydpo.model.package import backbone_of, per_layer_inputs
 from raydpo.model.quantized import compute_under_autocast
 from raydpo.model.recurrent import Mixers
 from raydpo.model.router import balance_loss, chosen_experts
@@ -42,8 +43,7 @@ class LogpModel(nn.Module):
         self.policy = policy
         # In a tuple, so that torch does not register these parts of ``policy`` a second time.
         causal_lm = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
-        backbone = getattr(causal_lm, causal_lm.base_model_prefix, None)
-        self._parts = (causal_lm, causal_lm.get_decoder() if backbone is None else backbone, attach_logp_head(causal_lm))
+        self._parts = (causal_lm, backbone_of(causal_lm), attach_logp_head(causal_lm))
         compute_under_autocast(policy)
         self._own_attention = causal_lm.config._attn_implementation
         self.method = PADDED
@@ -72,7 +72,7 @@ class LogpModel(nn.Module):
 
     @property
     def backbone(self) -> nn.Module:
-        """The model without its head."""
+        """The model without its head; of a package (``model.package``), its text model."""
         return self._parts[1]
 
     @property
@@ -166,6 +166,7 @@ class LogpModel(nn.Module):
         causal_lm, backbone = self.causal_lm, self.backbone
         if self.has_float32_stream:
             stream = causal_lm.get_input_embeddings()(layout.input_ids).float()
+            arguments |= per_layer_inputs(backbone, layout.input_ids)
             with torch.autocast(stream.device.type, dtype=torch.bfloat16, cache_enabled=False):
                 return backbone(inputs_embeds=stream, **arguments)
         return backbone(input_ids=layout.input_ids, **arguments)

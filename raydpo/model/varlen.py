@@ -50,7 +50,6 @@ def gather(rows: Tensor, index: Tensor) -> Tensor:
 
 
 class _Gather(torch.autograd.Function):
-
     @staticmethod
     def forward(ctx: Any, rows: Tensor, index: Tensor) -> Tensor:
         ctx.save_for_backward(index)

@@ -19,6 +19,7 @@ from torch import nn
 
 from raydpo.errors import FilesError, one_line, some_of
 from raydpo.model.files import ModelFiles, adapter_files, model_files, read_header
+from raydpo.model.package import auto_class
 from raydpo.model.quantized import (
     certain_gaps,
     is_known,
@@ -92,16 +93,13 @@ def compare_headers(
         ModelError: if config.json describes no such model, if weights are missing, have another shape, or are no real
             numbers, or if layers of the model have weights that it does not use.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-
     files = model_files(path, trust_remote_code)
     if adapter is not None:
         adapter_files(adapter)
     headers: dict[str, dict[str, Any]] = {}
     for file in files.weights:
         headers |= read_header(file)[1]
-    auto = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
-    empty = _empty_model(files, auto, trust_remote_code)
+    empty = _empty_model(files, classifier, trust_remote_code)
     if empty is None:
         return None
     quantization = take_quantization(empty.config, files.config)
@@ -231,24 +229,23 @@ def _zero_biases(files: ModelFiles, names: list[str]) -> set[str]:
     return zero
 
 
-def _empty_model(files: ModelFiles, auto: Any, trust_remote_code: bool) -> nn.Module | None:
+def _empty_model(files: ModelFiles, classifier: bool, trust_remote_code: bool) -> nn.Module | None:
     """The model that config.json describes, without weights; None if only the workers can make it.
 
     Raises:
-        ModelError: if it describes no model of the kind ``auto``.
+        ModelError: if it describes no model of that kind.
     """
     import transformers
-    from transformers import AutoConfig
+    from transformers import AutoConfig, AutoModelForSequenceClassification
 
-    path, wanted = files.directory, "a causal language model"
-    if auto is transformers.AutoModelForSequenceClassification:
-        wanted = "a sequence classifier"
-    if auto is transformers.AutoModelForCausalLM:
+    path, wanted = files.directory, "a sequence classifier" if classifier else "a causal language model"
+    if not classifier:
         refuse_foreign_head(files)
     try:
         config = AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code)
-        if getattr(config, "is_encoder_decoder", False) and auto is transformers.AutoModelForCausalLM:
+        if getattr(config, "is_encoder_decoder", False) and not classifier:
             raise FilesError(f"{path} is an encoder-decoder model; raydpo trains decoder-only (causal) language models")
+        auto = AutoModelForSequenceClassification if classifier else auto_class(config)
         with torch.device("meta"):  # only to learn its class, which may be the directory's own code
             return auto.from_config(config, trust_remote_code=trust_remote_code)
     except (FilesError, ImportError) as error:

@@ -112,6 +112,11 @@ class Engine(StepEngine, Protocol):
         ...
 
     @property
+    def adapters_line(self) -> str | None:
+        """Parts of a mixture of experts that have adapters; None for other models, and without adapters."""
+        ...
+
+    @property
     def load_seconds(self) -> float:
         """Seconds until the slowest rank had loaded the model."""
         ...
