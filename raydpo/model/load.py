@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from raydpo.errors import ModelError, reason
 from raydpo.model.files import model_files
 from raydpo.model.package import auto_class, other_modules, other_parameters
 from raydpo.model.rotary import fix_rotary
+from raydpo.model.sliced import Progress, load_parts
 from raydpo.model.weights import load_adapter, refuse_foreign_head, refuse_gaps
 
 if TYPE_CHECKING:
@@ -39,6 +41,8 @@ def load_causal_lm(
     train_adapter: bool = False,
     trust_remote_code: bool = False,
     device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> nn.Module:
     """Load a causal LM in evaluation mode, without dropout. An adapter is not merged: the result is then a PEFT model.
 
@@ -48,6 +52,8 @@ def load_causal_lm(
         rope_length: see ``model.rotary.rope_length``. None is refused if the model's rotary frequencies depend on a length.
         quantization: ``4bit``, ``8bit`` or None, see ``config.ModelConfig.quantization``.
         train_adapter: leave the adapter's weights trainable.
+        progress: called with the bytes of weights that this process has read, and all that it reads.
+        note: called with a line for the user if weights for ZeRO-3 are not read in parts, see ``model.sliced``.
 
     Raises:
         ModelError: if the directory is missing, holds pickled weights or no causal LM, or if weights of the model or the
@@ -72,7 +78,8 @@ def load_causal_lm(
         # a whole model for each worker of a machine. Under ZeRO-3, DeepSpeed partitions them instead.
         if quantization is not None or (device.type != "cpu" and not is_deepspeed_zero3_enabled()):
             how["device_map"] = {"": device}
-        model, found = auto_class(config).from_pretrained(
+        from_pretrained = functools.partial(
+            auto_class(config).from_pretrained,
             path,
             config=config,
             dtype=torch_dtype(dtype),
@@ -82,7 +89,12 @@ def load_causal_lm(
             ignore_mismatched_sizes=True,
             **how,
         )
-        refuse_gaps(path, found)
+        check = functools.partial(refuse_gaps, path)
+        if is_deepspeed_zero3_enabled() and quantization is None:
+            model = load_parts(from_pretrained, check=check, progress=progress, note=note)
+        else:
+            model, found = from_pretrained()
+            check(found)
         fix_rotary(model, rope_length)
         plain = model
         if adapter is not None:

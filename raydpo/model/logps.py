@@ -6,7 +6,7 @@ Shapes: N = predicted tokens of all completions of a micro-batch, H = hidden siz
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from raydpo.model.head import attach_logp_head
 from raydpo.model.layout import PADDED, Layout, Method, PromptGroup, lay_out
 from raydpo.model.package import backbone_of, per_layer_inputs
 from raydpo.model.quantized import compute_under_autocast
+from raydpo.model.recurrent import Mixers
 from raydpo.model.ulysses import SequenceGroup
 
 __all__ = ["LogpModel"]
@@ -33,6 +34,7 @@ class LogpModel(nn.Module):
         method: the layout in use; padded rows until ``use`` is called (see ``model.selfcheck``).
         float32_stream: whether bfloat16 layers work on a float32 residual stream.
         group: ranks that share the positions of each micro-batch, or None. All of them call ``forward`` together.
+        mixers: layers that carry a state from token to token, see ``model.recurrent``.
     """
 
     def __init__(self, policy: nn.Module) -> None:
@@ -46,6 +48,7 @@ class LogpModel(nn.Module):
         self.method = PADDED
         self.float32_stream = True
         self.group: SequenceGroup | None = None
+        self.mixers = Mixers()
         self.train(policy.training)
 
     def train(self, mode: bool = True) -> LogpModel:
@@ -92,6 +95,15 @@ class LogpModel(nn.Module):
             attention.register()
         self._set_attention(self._own_attention if method.body is None else attention.ATTENTION)
 
+    def wrap_mixers(self, kinds: Collection[str]) -> None:
+        """Let the modules whose class is named in ``kinds``, and no others, compute packs in rows."""
+        self.mixers.wrap(self.causal_lm, kinds)
+
+    def recompute_layers(self) -> None:
+        """Compute each layer a second time in the backward pass instead of keeping its activations."""
+        how = {"use_reentrant": False, "context_fn": self.mixers.recomputing}
+        self.causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
+
     @contextlib.contextmanager
     def own_attention(self) -> Iterator[None]:
         """Restore transformers' attention for generation. Do not run a forward pass here that needs a backward pass."""
@@ -124,18 +136,21 @@ class LogpModel(nn.Module):
 
     def hidden(self, layout: Layout) -> Tensor:
         """Hidden states of the positions that predict the layout's targets, [N, H]."""
-        causal_lm, backbone = self.causal_lm, self.backbone
         arguments: dict[str, Any] = {"use_cache": False}
         if layout.segments is not None:
             arguments |= {"position_ids": layout.position_ids, "segments": layout.segments}
+        with self.mixers.over(layout.segments):
+            hidden = self._last_hidden(layout, arguments)
+        return hidden.flatten(0, 1)[layout.positions]
+
+    def _last_hidden(self, layout: Layout, arguments: dict[str, Any]) -> Tensor:
+        causal_lm, backbone = self.causal_lm, self.backbone
         if self.has_float32_stream:
             stream = causal_lm.get_input_embeddings()(layout.input_ids).float()
             arguments |= per_layer_inputs(backbone, layout.input_ids)
             with torch.autocast(stream.device.type, dtype=torch.bfloat16, cache_enabled=False):
-                hidden = backbone(inputs_embeds=stream, **arguments).last_hidden_state
-        else:
-            hidden = backbone(input_ids=layout.input_ids, **arguments).last_hidden_state
-        return hidden.flatten(0, 1)[layout.positions]
+                return backbone(inputs_embeds=stream, **arguments).last_hidden_state
+        return backbone(input_ids=layout.input_ids, **arguments).last_hidden_state
 
     @torch.no_grad()
     def log_distribution(self, hidden: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from raydpo.data.shapes import LayoutName
 from raydpo.errors import ModelError, one_line
 from raydpo.model.attention import Demand, available_bodies, lacking_kernels, watch_demands
 from raydpo.model.bodycheck import why_wrong
@@ -28,6 +29,7 @@ from raydpo.model.limits import longest_sequence
 from raydpo.model.logps import LogpModel
 from raydpo.model.package import placeholder_ids, shrink_others
 from raydpo.model.recall import Recall
+from raydpo.model.recurrent import find_mixers
 from raydpo.model.rotary import fix_rotary
 from raydpo.model.segments import Body
 from raydpo.model.ulysses import SequenceGroup
@@ -93,9 +95,11 @@ def choose_layout(
     known = recall.known(f"layout {wish}")
     if known is None:
         report = _try_layouts(model, device, wish, rows)
-        recall.keep(f"layout {wish}", [*dataclasses.astuple(report.method), report.line, model.float32_stream])
+        found = [report.line, model.float32_stream, model.mixers.kinds]
+        recall.keep(f"layout {wish}", [*dataclasses.astuple(report.method), *found])
         return report
-    layout, body, line, model.float32_stream = known
+    layout, body, line, model.float32_stream, mixers = known
+    model.wrap_mixers(mixers)
     model.use(method := Method(layout, body))
     return CheckReport(method, f"{line} (checked earlier on this machine)")
 
@@ -104,37 +108,50 @@ def _try_layouts(model: LogpModel, device: torch.device, wish: Wish, rows: Seque
     dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
     tolerance = TOLERANCES[dtype]
     twin = None if dtype == torch.float32 else _twin(model.causal_lm)
-    config = model.causal_lm.config.get_text_config()
-    gaps: dict[str, float | str] = {}
+    model.wrap_mixers(())
     oracle = _Oracle(model, _cases(model, rows), device)
     if dtype == torch.bfloat16:
         # Some norms fail on a float32 stream with bfloat16 weights.
         model.float32_stream = True
         model.float32_stream = not isinstance(oracle.worst_gap(PADDED), str)
-    bodies, demands = _bodies(model, device) if hasattr(config, "num_attention_heads") else ((), set())
-    methods = {
-        "tree": [Method("tree", body) for body in bodies],
-        "packed": [Method("packed", body) for body in bodies],
-        "padded": [PADDED],
-    }
-    order = [method for kind in methods.values() for method in kind] if wish == "auto" else methods[wish]
-    wrong: dict[Body, str | None] = {}
-    for method in order:
-        if demands and method.body is not None:
-            if method.body not in wrong:
+    gaps: dict[str, float | str] = {}
+
+    def first_exact(layouts: Sequence[LayoutName]) -> CheckReport | None:
+        bodies, demands = _bodies(model, device)
+        wrong: dict[Body, str | None] = {}
+        for method in [Method(layout, body) for layout in layouts for body in bodies]:
+            if demands and method.body not in wrong:
                 wrong[method.body] = why_wrong(method.body, demands, device)
-            if wrong[method.body] is not None:
-                gaps[str(method)] = wrong[method.body]
-                continue
-        gap = oracle.worst_gap(method)
-        if dtype != torch.float32 and method.body is not None and not isinstance(gap, str):
-            in_twin = twin if isinstance(twin, str) else twin.worst_gap(Method(method.layout, "sdpa"))
-            if isinstance(in_twin, str) or in_twin > TOLERANCES[torch.float32]:
-                gap = f"a small float32 copy with random weights: {_say(in_twin)}"
-        gaps[str(method)] = gap
-        if isinstance(gap, float) and gap <= tolerance:
-            model.use(method)
-            return CheckReport(method, _line(method, gaps, tolerance, demands))
+            gap = wrong.get(method.body) or oracle.worst_gap(method)
+            if dtype != torch.float32 and not isinstance(gap, str):
+                in_twin = twin if isinstance(twin, str) else twin.worst_gap(Method(method.layout, "sdpa"))
+                if isinstance(in_twin, str) or in_twin > TOLERANCES[torch.float32]:
+                    gap = f"a small float32 copy with random weights: {_say(in_twin)}"
+            gaps[str(method)] = gap
+            if isinstance(gap, float) and gap <= tolerance:
+                return found(method, demands)
+        return None
+
+    def found(method: Method, demands: set[Demand]) -> CheckReport:
+        model.use(method)
+        return CheckReport(method, _line(model, method, gaps, tolerance, demands))
+
+    report = None
+    if wish in ("auto", "tree"):
+        report = first_exact(["tree"])
+    if report is None and wish != "padded":
+        # A pack may hide from the check what one state gives the next: a short convolution changes few tokens of a prompt.
+        mixers = _mixers(model, twin)
+        model.wrap_mixers(mixers)
+        if isinstance(twin, _Oracle):
+            twin.model.wrap_mixers(mixers)
+        report = first_exact(["tree", "packed"] if wish == "auto" and mixers else ["packed"] if wish == "auto" else [wish])
+    if report is None and wish in ("auto", "padded"):
+        model.wrap_mixers(())
+        gaps[str(PADDED)] = gap = oracle.worst_gap(PADDED)
+        report = found(PADDED, set()) if isinstance(gap, float) and gap <= tolerance else None
+    if report is not None:
+        return report
     model.use(PADDED)
     told = "; ".join(f"{name}: {_say(gap)}" for name, gap in gaps.items())
     if wish in ("auto", "padded"):
@@ -160,6 +177,11 @@ def share_positions(model: LogpModel, device: torch.device, group: SequenceGroup
     Raises:
         ModelError: if the layout cannot be divided, or the log-probs differ from those of one device.
     """
+    if model.mixers.kinds:
+        raise ModelError(
+            f"sequence_parallel {group.size} divides the positions of a sequence among devices, but "
+            f"{', '.join(model.mixers.kinds)} of this model carries a state along the whole sequence; set sequence_parallel to 1"
+        )
     if model.method.layout == "padded":
         raise ModelError(
             f"sequence_parallel {group.size} divides the positions of a prefix tree or a pack, but this model "
@@ -240,9 +262,10 @@ def flat(scored: Sequence[tuple[np.ndarray, ...]]) -> np.ndarray:
 
 
 def _bodies(model: LogpModel, device: torch.device) -> tuple[tuple[Body, ...], set[Demand]]:
-    """Bodies of attention to try, and what the layers ask of them. On a CPU there is one, so they are not asked."""
-    if device.type != "cuda":
-        return available_bodies(device, ()), set()
+    """Bodies of attention to try, and what the layers ask of them. On a CPU there is one, so they are not asked; nor are
+    models without attention."""
+    if device.type != "cuda" or not hasattr(model.causal_lm.config.get_text_config(), "num_attention_heads"):
+        return available_bodies(torch.device("cpu"), ()), set()
     demands = _demands(model, device)
     return available_bodies(device, demands), demands
 
@@ -260,10 +283,23 @@ def _demands(model: LogpModel, device: torch.device) -> set[Demand]:
     return found
 
 
-def _line(method: Method, gaps: dict[str, float | str], tolerance: float, demands: set[Demand]) -> str:
+def _mixers(model: LogpModel, twin: _Oracle | str | None) -> set[str]:
+    """Names of the classes of layers that mix positions outside attention; none if they cannot be found."""
+    try:
+        small = twin.model if isinstance(twin, _Oracle) else small_copy(model.causal_lm, TWIN_LAYERS)
+        small.use(Method("tree", "sdpa"))
+        return find_mixers(small.backbone)
+    except Exception as error:  # a model's own code may fail in any way; the model is then computed as if it had none
+        if is_out_of_memory(error):
+            raise
+        return set()
+
+
+def _line(model: LogpModel, method: Method, gaps: dict[str, float | str], tolerance: float, demands: set[Demand]) -> str:
     refused = [f"{name} refused, {_say(gap)}" for name, gap in gaps.items() if name != str(method)]
     others = f"; {'; '.join(refused)} (tolerance {tolerance:g})" if refused else ""
-    line = f"layout: {method}, {_say(gaps[str(method)])} from one completion at a time{others}"
+    rows = f", {', '.join(model.mixers.kinds)} in rows" if model.mixers.kinds else ""
+    line = f"layout: {method}{rows}, {_say(gaps[str(method)])} from one completion at a time{others}"
     lacking = lacking_kernels(demands) if demands and method.body in ("flex", "sdpa") else []
     if lacking:
         return f"warning: {line}; attention would be faster in one variable-length call: {'; or '.join(lacking)}"

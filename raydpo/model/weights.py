@@ -39,7 +39,7 @@ ADAPTER_NAME = "default"
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 _FOREIGN_HEAD = re.compile(r"For(SequenceClassification|TokenClassification|QuestionAnswering|MultipleChoice|MaskedLM)")
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
     "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool, "C64": torch.complex64,
@@ -110,11 +110,11 @@ def compare_headers(
         stored = plain_tensors(empty, headers, quantization)
     else:
         stored = {
-            name: torch.empty(tensor["shape"], dtype=_DTYPES.get(tensor["dtype"], torch.float32), device="meta")
+            name: torch.empty(tensor["shape"], dtype=DTYPES.get(tensor["dtype"], torch.float32), device="meta")
             for name, tensor in headers.items()
         }
     try:
-        with _without_report():  # transformers' loader, for its renamed, converted and tied weights
+        with without_report():  # transformers' loader, for its renamed, converted and tied weights
             model, found = type(empty).from_pretrained(
                 None,
                 config=empty.config,
@@ -135,7 +135,7 @@ def compare_headers(
     packed = sorted(name for name in numbers & stored.keys() if not stored[name].is_floating_point())
     if packed and quantization is None:
         dtype = headers[packed[0]]["dtype"]
-        if _DTYPES[dtype].is_complex:
+        if DTYPES[dtype].is_complex:
             raise FilesError(
                 f"{path}: {some_of(packed)} in its files are complex numbers ({dtype}), and loading would drop their "
                 "imaginary parts; save the model again with real weights"
@@ -373,7 +373,7 @@ def load_adapter(model: nn.Module, adapter: str, *, train: bool = False, low_cpu
 
 
 @contextlib.contextmanager
-def _without_report() -> Iterator[None]:
+def without_report() -> Iterator[None]:
     """Turn off transformers' progress bar and its report of missing weights; raydpo prints its own."""
     from transformers.utils import logging
 

@@ -23,14 +23,15 @@ from raydpo.data.rows import TokenSource
 from raydpo.data.select import TokenTables
 from raydpo.errors import CacheError, ModelError
 from raydpo.model.layout import PromptGroup
+from raydpo.model.partition import Partition
 from raydpo.model.selfcheck import CHECK_ROWS
 from raydpo.reference.claims import Claims
 from raydpo.reference.identity import on_this_machine
 from raydpo.reference.part import builder_of
-from raydpo.reference.score import ReferenceSpec, Scorer, refuse_difference
+from raydpo.reference.score import ReferenceSpec, refuse_difference
 from raydpo.reference.shards import Plan, Shard, Wanted, prompt_groups, read_groups, still_missing
 from raydpo.reference.store import ReferenceCache
-from raydpo.reference.team import TeamScorer
+from raydpo.reference.team import open_scorer
 
 __all__ = ["BuildReport", "build"]
 
@@ -384,10 +385,9 @@ class _ScoreShard:
         spec = on_this_machine(spec)
         settings = {"tokens_per_batch": tokens_per_batch, "memory_share": resources.memory_share, "check_rows": check_rows}
         settings["alone"] = alone
-        if resources.together > 1:
-            settings |= {"size": resources.together, "threads": resources.threads}
-        scorer = Scorer if resources.together == 1 else TeamScorer
-        self.scorer = scorer(spec, device=resources.device, **settings)
+        settings |= {"threads": resources.threads, "sequence": resources.sequence}
+        partition = Partition(resources.partition, resources.offload)
+        self.scorer = open_scorer(spec, device=resources.device, partition=partition, **settings)
         self.planning, self.computing = threading.Lock(), threading.Lock()
 
     def __call__(self, block: pa.Table) -> pa.Table:

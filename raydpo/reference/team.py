@@ -1,7 +1,8 @@
-"""The reference on several devices of one machine: processes that compute each forward pass together. Needs torch only.
+"""The reference on several devices of one machine: processes that score together.
 
-For sequences too long for one device (``score.sequence_parallel``, see ``model.ulysses``). This process is the first of the
-team. It starts the others, sends them what to score, and computes its own share.
+For sequences too long for one device (``score.sequence_parallel``, see ``model.ulysses``), and for models too large for one
+(``score.partition``, see ``model.partition``). This process is the first of the team. It starts the others, sends them what
+to score, and computes its own share. Needs torch; DeepSpeed only if weights are partitioned.
 """
 
 from __future__ import annotations
@@ -19,14 +20,40 @@ import torch.distributed as dist
 from raydpo.errors import RaydpoError, one_line
 from raydpo.model.budget import is_out_of_memory
 from raydpo.model.layout import PromptGroup
+from raydpo.model.partition import Partition, join_process_group
 from raydpo.model.ulysses import SequenceGroup
 from raydpo.reference.members import Members
 from raydpo.reference.score import ReferenceSpec, Scorer
 
-__all__ = ["TeamScorer"]
+__all__ = ["TeamScorer", "open_scorer"]
 
 PATIENCE = timedelta(minutes=10)
 """Timeout of collectives: how long to wait for a process that does not answer."""
+
+
+def open_scorer(
+    spec: ReferenceSpec,
+    *,
+    device: Literal["cuda", "cpu"],
+    sequence: int = 1,
+    partition: Partition = Partition(),  # noqa: B008 (frozen)
+    threads: int | None = None,
+    **settings: Any,
+) -> Scorer | TeamScorer:
+    """Load the reference: in this process, or in a team of processes on this machine whose first one this is.
+
+    Args:
+        sequence: processes that compute each forward pass together.
+        partition: where the weights are.
+        threads: CPU threads of each process of a team; None = torch's default. Those of a single process are not set.
+        settings: the other arguments of ``Scorer``.
+
+    Raises:
+        RaydpoError: what ``Scorer`` raises, here or in another process of the team.
+    """
+    if sequence == 1 and not partition.active:
+        return Scorer(spec, device=device, **settings)
+    return TeamScorer(spec, device=device, sequence=sequence, partition=partition, threads=threads, **settings)
 
 
 @dataclass(frozen=True)
@@ -38,6 +65,8 @@ class _Setup:
     port: int
     device: str
     threads: int | None
+    sequence: int
+    partition: Partition
     scorer: dict[str, Any]
 
     def join(self, store: dist.TCPStore | None = None) -> Scorer:
@@ -54,14 +83,18 @@ class _Setup:
             store=store or dist.TCPStore("127.0.0.1", self.port, self.size, is_master=False),
             timeout=PATIENCE,
         )
-        return Scorer(device=device, group=SequenceGroup.of_world(self.size, PATIENCE), **self.scorer)
+        if self.partition.active:
+            join_process_group(torch.device(device))
+        group = SequenceGroup.of_world(self.sequence, PATIENCE)
+        return Scorer(device=device, group=group, partition=self.partition, **self.scorer)
 
 
 class TeamScorer:
-    """A ``Scorer`` on ``size`` devices. A process has at most one.
+    """A ``Scorer`` on several devices, each with a process. A process has at most one; the machine must have the devices.
 
     Args:
-        size: number of devices, each with a process; the machine must have as many.
+        sequence: processes that compute each forward pass together, each a part of its positions.
+        partition: where the weights are. Its size is 1, so that each process has all weights, or a multiple of ``sequence``.
         threads: CPU threads of each process; None = torch's default.
         tokens_per_batch: share of one device. This and the rest: as ``Scorer``.
 
@@ -76,14 +109,16 @@ class TeamScorer:
         self,
         spec: ReferenceSpec,
         *,
-        size: int,
         device: Literal["cuda", "cpu"],
+        sequence: int = 1,
+        partition: Partition = Partition(),  # noqa: B008 (frozen)
         threads: int | None = None,
         tokens_per_batch: int | Literal["auto"],
         memory_share: float = 1.0,
         check_rows: Sequence[PromptGroup] = (),
         alone: bool = False,
     ) -> None:
+        size = max(sequence, partition.size)
         store = dist.TCPStore("127.0.0.1", 0, size, is_master=True, wait_for_workers=False)
         settings = {
             "spec": spec,
@@ -92,7 +127,7 @@ class TeamScorer:
             "check_rows": list(check_rows),
             "alone": alone,
         }
-        setups = [_Setup(rank, size, store.port, device, threads, settings) for rank in range(size)]
+        setups = [_Setup(rank, size, store.port, device, threads, sequence, partition, settings) for rank in range(size)]
         self.members = Members(size - 1)
         with self._explained():
             self.members.tell(setups[1:])
@@ -118,7 +153,7 @@ class TeamScorer:
 
     @property
     def provenance(self) -> dict[str, object]:
-        return self._scorer.provenance | {"sequence_parallel": len(self.members.processes) + 1}
+        return self._scorer.provenance
 
     def close(self) -> None:
         """End the other processes and leave the process group."""

@@ -31,7 +31,7 @@ def groups(vocabulary=250):
 def test_a_team_scores_what_one_process_does_and_names_what_ended_it(tiny_llama, tiny_qwen3):
     spec = ReferenceSpec(path=str(tiny_llama), adapter=None, identity=identify(tiny_llama, "float32"))
     alone = Scorer(spec, device="cpu", tokens_per_batch=64).score(groups())
-    team = TeamScorer(spec, size=2, device="cpu", threads=1, tokens_per_batch=64)  # every group is longer than 2 x 64
+    team = TeamScorer(spec, sequence=2, device="cpu", threads=1, tokens_per_batch=64)  # every group is longer than 2 x 64
     try:
         assert "sequence parallel: 2 devices" in team.notes[-1] and team.provenance["sequence_parallel"] == 2
         for _ in range(2):
@@ -46,7 +46,7 @@ def test_a_team_scores_what_one_process_does_and_names_what_ended_it(tiny_llama,
         team.close()
     wrong = ReferenceSpec(path=str(tiny_qwen3), adapter=None, identity=spec.identity)
     with pytest.raises(ModelError, match="another model than where the run was started"):
-        TeamScorer(wrong, size=2, device="cpu", threads=1, tokens_per_batch=64)
+        TeamScorer(wrong, sequence=2, device="cpu", threads=1, tokens_per_batch=64)
 
 
 @pytest.mark.slow

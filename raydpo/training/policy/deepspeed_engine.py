@@ -11,7 +11,6 @@ import dataclasses
 import math
 import os
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from datetime import timedelta
@@ -28,6 +27,7 @@ from raydpo.model.adapter import fuse_adapters
 from raydpo.model.budget import MOST_TRAINED, Budget, Needs, find_budget, probe_groups
 from raydpo.model.fused import fuse_layers
 from raydpo.model.layout import Layout, PromptGroup
+from raydpo.model.leaves import set_leaf_modules
 from raydpo.model.limits import longest_sequence
 from raydpo.model.load import add_lora, freeze_matching, load_causal_lm
 from raydpo.model.logps import LogpModel
@@ -44,40 +44,7 @@ from raydpo.training.policy.optimizer import make_optimizer, no_steps
 from raydpo.training.policy.ranks import RankGroup, group_timeout
 from raydpo.training.policy.state import TrainedState
 
-__all__ = ["PolicyEngine", "join_process_group"]
-
-
-def join_process_group(device: torch.device) -> None:
-    """Set up DeepSpeed's communication: nccl on GPUs, gloo on CPUs.
-
-    DeepSpeed 0.19 computes on the GPU with the number LOCAL_RANK (``runtime/engine.py``, ``zero/partition_parameters.py``).
-    This is set to that of ``device``: Ray sorts the GPUs of a machine as text, so rank 2 of 11 may have the GPU with id 10.
-    """
-    if device.index is not None:
-        os.environ["LOCAL_RANK"] = str(device.index)
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if device.type == "cuda" else "cpu")
-    with _without("mlflow"):  # only DeepSpeed's autotuner needs it, and importing it takes as long as DeepSpeed
-        import deepspeed
-
-    if device.type == "cpu":
-        # Otherwise DeepSpeed compiles a C++ op at start, which takes a minute, fails without a compiler, and is used only by
-        # its inference engine. Filling its table of compatible ops would also call compilers, so the table is set here.
-        vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
-    # Before any model is loaded: transformers partitions weights for ZeRO-3 while loading, over DeepSpeed's group.
-    deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo")
-
-
-@contextlib.contextmanager
-def _without(package: str) -> Iterator[None]:
-    """Make imports of ``package`` fail within the block, unless it is already imported."""
-    if package in sys.modules:
-        yield
-        return
-    sys.modules[package] = None  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        del sys.modules[package]
+__all__ = ["PolicyEngine"]
 
 
 def _described(spec: PolicySpec, train: TrainConfig) -> list[Any] | None:
@@ -132,10 +99,12 @@ class PolicyEngine(RankGroup):
         freeze_matching(model, spec.freeze)
         module = LogpModel(model)
         if train.gradient_checkpointing:
-            module.causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            module.recompute_layers()
         trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
         optimizer = make_optimizer(trainable, train, device)
         exact = _float32_parameters(module, spec.dtype, train.zero)
+        if train.zero == 3:
+            set_leaf_modules(module)
         timeout = timedelta(seconds=train.collective_timeout)
         with no_steps(optimizer), group_timeout(timeout):
             self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)

@@ -1,0 +1,147 @@
+"""A model whose weights several processes hold together, each a part of every weight (ZeRO-3).
+
+A weight is gathered from all when the layer that has it computes, and given up after that. Each process computes
+micro-batches of its own, and all of them must make equally many passes. With ``offload`` the parts are in the host's memory.
+Imports DeepSpeed only where a process group is joined.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from raydpo.model.logps import LogpModel
+
+__all__ = ["Partition", "join_process_group", "partitioned", "partitioned_loading"]
+
+
+@dataclass(frozen=True)
+class Partition:
+    """Where the weights of a model are.
+
+    Attributes:
+        size: processes that hold the weights together, each a part of every weight.
+        offload: ``cpu`` = in the host's memory while they are not used; None = on the devices.
+    """
+
+    size: int = 1
+    offload: Literal["cpu"] | None = None
+
+    @property
+    def active(self) -> bool:
+        """Whether weights are anywhere else than whole on the device."""
+        return self.size > 1 or self.offload is not None
+
+
+def join_process_group(device: torch.device) -> None:
+    """Set up DeepSpeed's communication: nccl on GPUs, gloo on CPUs, or torch.distributed's process group if there is one.
+
+    DeepSpeed 0.19 computes on the GPU with the number LOCAL_RANK (``runtime/engine.py``, ``zero/partition_parameters.py``).
+    This is set to that of ``device``: Ray sorts the GPUs of a machine as text, so rank 2 of 11 may have the GPU with id 10.
+    """
+    if device.index is not None:
+        os.environ["LOCAL_RANK"] = str(device.index)
+    os.environ.setdefault("LOCAL_RANK", "0")
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if device.type == "cuda" else "cpu")
+    with _without("mlflow"):  # only DeepSpeed's autotuner needs it, and importing it takes as long as DeepSpeed
+        import deepspeed
+
+    if device.type == "cpu":
+        # Otherwise DeepSpeed compiles a C++ op at start, which takes a minute, fails without a compiler, and is used only by
+        # its inference engine. Filling its table of compatible ops would also call compilers, so the table is set here.
+        vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
+    # Before any model is loaded: transformers partitions weights for ZeRO-3 while loading, over DeepSpeed's group.
+    deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo")
+
+
+@contextlib.contextmanager
+def _without(package: str) -> Iterator[None]:
+    """Make imports of ``package`` fail within the block, unless it is already imported."""
+    if package in sys.modules:
+        yield
+        return
+    sys.modules[package] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[package]
+
+
+@contextlib.contextmanager
+def partitioned_loading(partition: Partition, dtype: str) -> Iterator[None]:
+    """Context in which ``model.load.load_causal_lm`` leaves each process its part of the weights.
+
+    Every process of the group must load the same model, after ``join_process_group``. Does nothing unless ``partition`` is
+    active.
+    """
+    if not partition.active:
+        yield
+        return
+    from transformers.integrations import HfDeepSpeedConfig
+
+    held = HfDeepSpeedConfig(_settings(partition, dtype))  # transformers looks it up, and keeps only a weak reference
+    try:
+        yield
+    finally:
+        del held
+
+
+def partitioned(model: LogpModel, partition: Partition, dtype: str) -> LogpModel:
+    """Make a model that was loaded within ``partitioned_loading`` ready to compute: without gradients, by all processes.
+
+    Returns:
+        The model itself.
+    """
+    import deepspeed
+
+    model.eval().requires_grad_(False)  # before DeepSpeed, whose hooks for the backward pass are then not used
+    largest, whole = _largest(model), sum(_count(one) for one in model.parameters())
+    limits = {
+        # What is gathered at once: the module in use and what fits beside it of the next ones.
+        "stage3_max_live_parameters": largest,
+        "stage3_prefetch_bucket_size": largest,
+        # A table that is tied to the head is given back in between.
+        "stage3_max_reuse_distance": 0,
+        # Norms and biases stay whole, up to half a percent of the weights.
+        "stage3_param_persistence_threshold": 100_000,
+        "stage3_model_persistence_threshold": whole // 200,
+    }
+    settings = _settings(partition, dtype)
+    settings["zero_optimization"] |= limits
+    engine, *_ = deepspeed.initialize(model=model, config=settings)
+    # Kept, since its end would take the hooks away; not as a module, of which the model is a part.
+    model.__dict__["partition_engine"] = engine
+    return model
+
+
+def _settings(partition: Partition, dtype: str) -> dict[str, Any]:
+    """DeepSpeed's configuration. transformers reads it while the model is loaded, and ``deepspeed.initialize`` again."""
+    # Its replacement of torch.nn.functional.linear is for the backward pass, rounds otherwise, and stays in the process.
+    zero: dict[str, Any] = {"stage": 3, "memory_efficient_linear": False}
+    if partition.offload == "cpu":
+        zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "zero_optimization": zero,
+        "bf16": {"enabled": dtype == "bfloat16"},
+        "steps_per_print": 1_000_000_000,
+        "wall_clock_breakdown": False,
+    }
+
+
+def _largest(model: LogpModel) -> int:
+    """Elements of the largest layer, or of the largest weight if that has more."""
+    layers = [module for child in model.modules() if isinstance(child, torch.nn.ModuleList) for module in child]
+    sizes = [sum(_count(one) for one in layer.parameters()) for layer in layers]
+    return max([*sizes, *(_count(one) for one in model.parameters())])
+
+
+def _count(parameter: torch.nn.Parameter) -> int:
+    return getattr(parameter, "ds_numel", parameter.numel())
