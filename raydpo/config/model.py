@@ -24,7 +24,14 @@ class LoraSettings(Section):
     dropout: Float = Field(default=0.0, ge=0, lt=1)
     """Dropout of the adapters. Must be 0: with dropout the policy differs from the reference at step 0."""
     target_modules: str | tuple[str, ...] = "all-linear"
-    """PEFT's target modules: ``all-linear``, a list of module names, or a regular expression."""
+    """PEFT's target modules: ``all-linear``, a list of module names, or a regular expression. In a mixture of experts,
+    all-linear means all linear layers and all experts, and spares the routers."""
+    target_parameters: tuple[str, ...] = ()
+    """PEFT's target parameters, beside the modules: ends of names of parameters outside linear layers, such as
+    mlp.experts.down_proj, or gate.weight for the routers of many mixtures."""
+    exclude_modules: str | tuple[str, ...] = ()
+    """PEFT's excluded modules, which get no adapters: a list of names or ends of names, such as experts, or a regular
+    expression for whole names."""
     dora: bool = False
     """Weight-decomposed adapters (DoRA, arXiv 2402.09353), which train magnitude and direction separately. Slower."""
     rslora: bool = False

@@ -24,22 +24,30 @@ def fuse_adapters(model: nn.Module) -> nn.Module:
     """Compute each plain LoRA layer of a PEFT model as one function. Other layers stay PEFT's. Returns ``model``."""
     if "peft" not in sys.modules:
         return model  # it has no adapter
-    plain, fused = _lora_layers()
+    plain, of_parameters, fused, fused_of_parameters = _lora_layers()
     for module in model.modules():
-        if type(module) is plain and type(module.base_layer) is nn.Linear:
+        if type(getattr(module, "base_layer", None)) is not nn.Linear:
+            continue
+        if type(module) is plain:
             module.__class__ = fused
+        elif type(module) is of_parameters and module.parameter_name == "weight":
+            module.__class__ = fused_of_parameters
     return model
 
 
 @functools.cache
-def _lora_layers() -> tuple[type[nn.Module], type[nn.Module]]:
-    """PEFT's layer and the fused one. Defined on first use, since importing PEFT takes seconds in every process."""
-    from peft.tuners.lora.layer import Linear
+def _lora_layers() -> tuple[type[nn.Module], ...]:
+    """PEFT's layers and the fused ones. Defined on first use, since importing PEFT takes seconds in every process."""
+    from peft.tuners.lora.layer import Linear, ParamWrapper
 
     class FusedLoraLinear(_Fused, Linear):
         """PEFT's layer with another ``forward``; names and state stay the same."""
 
-    return Linear, FusedLoraLinear
+    class FusedParamWrapper(_Fused, ParamWrapper):
+        """The same for PEFT's layer on the weight of a linear layer (see ``model.targets``), where PEFT adds the product of
+        the factors to the weight in each pass."""
+
+    return Linear, ParamWrapper, FusedLoraLinear, FusedParamWrapper
 
 
 class _Fused(nn.Module):

@@ -15,7 +15,7 @@ from torch import nn
 
 from raydpo.errors import ModelError, reason
 from raydpo.model.files import model_files
-from raydpo.model.package import auto_class, other_modules, other_parameters
+from raydpo.model.package import auto_class, other_parameters
 from raydpo.model.rotary import fix_rotary
 from raydpo.model.sliced import Progress, load_parts
 from raydpo.model.weights import load_adapter, refuse_foreign_head, refuse_gaps
@@ -177,35 +177,14 @@ def add_lora(model: nn.Module, lora: LoraSettings, seed: int) -> nn.Module:
     """Add new trainable adapters to ``model`` and freeze everything else. Their initial output is zero.
 
     Raises:
-        ModelError: if no module matches ``lora.target_modules``.
+        ModelError: if ``lora`` does not fit the model, such as names that match nothing.
     """
-    from peft import LoraConfig, get_peft_model
-
     from raydpo.model.adapter import fuse_adapters
+    from raydpo.model.targets import adapted_model
 
-    targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
+    quantized = any(getattr(model, f"is_loaded_in_{bits}bit", False) for bits in (4, 8))
     torch.manual_seed(seed)
-    try:
-        config = LoraConfig(
-            r=lora.r,
-            lora_alpha=lora.alpha,
-            lora_dropout=lora.dropout,
-            target_modules=targets,
-            task_type="CAUSAL_LM",
-            use_dora=lora.dora,
-            use_rslora=lora.rslora,
-            exclude_modules=_below(other_modules(model)),
-        )
-        return fuse_adapters(get_peft_model(model, config))
-    except ValueError as error:
-        raise ModelError(
-            f"model.lora.target_modules {lora.target_modules!r} does not fit this model: {reason(error)}"
-        ) from error
-
-
-def _below(modules: Sequence[str]) -> str | None:
-    """A regular expression for the names of ``modules`` and of all inside them."""
-    return rf"({'|'.join(map(re.escape, modules))})(\..*)?" if modules else None
+    return fuse_adapters(adapted_model(model, lora, quantized=quantized))
 
 
 def dropout_settings(config: dict[str, Any]) -> dict[str, float]:

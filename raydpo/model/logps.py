@@ -19,6 +19,7 @@ from raydpo.model.layout import PADDED, Layout, Method, PromptGroup, lay_out
 from raydpo.model.package import backbone_of, per_layer_inputs
 from raydpo.model.quantized import compute_under_autocast
 from raydpo.model.recurrent import Mixers
+from raydpo.model.router import balance_loss, chosen_experts
 from raydpo.model.ulysses import SequenceGroup
 
 __all__ = ["LogpModel"]
@@ -118,7 +119,9 @@ class LogpModel(nn.Module):
         layout = lay_out(groups, self.method)
         return layout if self.group is None else layout.part(self.group)
 
-    def forward(self, layout: Layout, log_sum_sq: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(
+        self, layout: Layout, log_sum_sq: bool = False, router_loss: bool = False
+    ) -> Tensor | tuple[Tensor, ...]:
         """Log-probs (natural logarithm) of the layout's targets, float32 [N].
 
         With bfloat16 weights the products of the layers are bfloat16. The residual stream, norms, rotary embeddings and
@@ -127,30 +130,46 @@ class LogpModel(nn.Module):
 
         Args:
             log_sum_sq: also return log sum_v p_v^2 over the vocabulary, [N], without gradient.
+            router_loss: also return the load-balancing loss of a mixture of experts, [], with gradient; last.
+
+        Raises:
+            ModelError: if ``router_loss`` is asked of a model that returns no router logits.
         """
-        head, hidden = self.head, self.hidden(layout)  # [N, H]
+        routed: list[Tensor] | None = [] if router_loss else None
+        head, hidden = self.head, self.hidden(layout, routed)  # [N, H]
         found = head(hidden, layout.targets, log_sum_sq=True) if log_sum_sq else (head(hidden, layout.targets),)
         if layout.places is not None:
             found = tuple(layout.segments.group.join(each, layout.places, sum(layout.lengths)) for each in found)
-        return found if log_sum_sq else found[0]
+        if routed is not None:
+            group = None if layout.segments is None else layout.segments.group
+            found += (balance_loss(routed, chosen_experts(self.causal_lm, routed), layout.real, group),)
+        return found if len(found) > 1 else found[0]
 
-    def hidden(self, layout: Layout) -> Tensor:
-        """Hidden states of the positions that predict the layout's targets, [N, H]."""
+    def hidden(self, layout: Layout, routed: list[Tensor] | None = None) -> Tensor:
+        """Hidden states of the positions that predict the layout's targets, [N, H].
+
+        Args:
+            routed: receives the router logits of each layer of a mixture of experts.
+        """
         arguments: dict[str, Any] = {"use_cache": False}
+        if routed is not None:
+            arguments["output_router_logits"] = True
         if layout.segments is not None:
             arguments |= {"position_ids": layout.position_ids, "segments": layout.segments}
         with self.mixers.over(layout.segments):
-            hidden = self._last_hidden(layout, arguments)
-        return hidden.flatten(0, 1)[layout.positions]
+            found = self._backbone_output(layout, arguments)
+        if routed is not None:
+            routed.extend(getattr(found, "router_logits", None) or ())
+        return found.last_hidden_state.flatten(0, 1)[layout.positions]
 
-    def _last_hidden(self, layout: Layout, arguments: dict[str, Any]) -> Tensor:
+    def _backbone_output(self, layout: Layout, arguments: dict[str, Any]) -> Any:
         causal_lm, backbone = self.causal_lm, self.backbone
         if self.has_float32_stream:
             stream = causal_lm.get_input_embeddings()(layout.input_ids).float()
             arguments |= per_layer_inputs(backbone, layout.input_ids)
             with torch.autocast(stream.device.type, dtype=torch.bfloat16, cache_enabled=False):
-                return backbone(inputs_embeds=stream, **arguments).last_hidden_state
-        return backbone(input_ids=layout.input_ids, **arguments).last_hidden_state
+                return backbone(inputs_embeds=stream, **arguments)
+        return backbone(input_ids=layout.input_ids, **arguments)
 
     @torch.no_grad()
     def log_distribution(self, hidden: Tensor) -> Tensor:

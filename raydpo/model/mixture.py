@@ -71,7 +71,8 @@ def expert_blocks(model: nn.Module) -> list[Block]:
 
 def _rest_of(home: nn.Module, name: str, experts: str) -> bool:
     """Whether ``home`` has weights outside its experts."""
-    return any(not each.startswith(f"{experts}.") for each, _ in home.named_parameters(prefix=name))
+    names = (each for each, _ in home.named_parameters(prefix=name) if not _of_adapter(each))
+    return any(not each.startswith(f"{experts}.") for each in names)
 
 
 def _experts_of(module: nn.Module) -> tuple[int, bool]:
@@ -91,10 +92,17 @@ def _experts_of(module: nn.Module) -> tuple[int, bool]:
 def _routers_of(home: nn.Module, name: str, experts: str, count: int) -> Iterator[str]:
     """Modules in ``home``, outside its experts, with a matrix that has one row or column an expert."""
     for short, module in home.named_modules(prefix=name):
-        if f"{short}.".startswith(f"{experts}.") or _experts_of(module)[0]:
+        if f"{short}.".startswith(f"{experts}.") or _experts_of(module)[0] or _of_adapter(short):
             continue
         for parameter in module.parameters(recurse=False):
-            shape = shape_of(parameter)
+            # A quantized weight is packed into another shape.
+            linear = isinstance(module, nn.Linear) and parameter is module.weight
+            shape = (module.out_features, module.in_features) if linear else shape_of(parameter)
             if len(shape) == 2 and count in (shape if short == name else shape[:1]) and not isinstance(module, nn.Embedding):
                 yield short
                 break
+
+
+def _of_adapter(name: str) -> bool:
+    """Whether a name is that of PEFT's own weights."""
+    return ".lora_" in name

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ import torch
 
 from raydpo.model.logps import LogpModel
 
-__all__ = ["Partition", "join_process_group", "partitioned", "partitioned_loading"]
+__all__ = ["Partition", "float32_names", "join_process_group", "partitioned", "partitioned_loading"]
 
 
 @dataclass(frozen=True)
@@ -87,9 +88,67 @@ def partitioned_loading(partition: Partition, dtype: str) -> Iterator[None]:
 
     held = HfDeepSpeedConfig(_settings(partition, dtype))  # transformers looks it up, and keeps only a weak reference
     try:
-        yield
+        with _float32_kept() if dtype == "bfloat16" else contextlib.nullcontext():
+            yield
     finally:
         del held
+
+
+@contextlib.contextmanager
+def _float32_kept() -> Iterator[None]:
+    """Let models that are created within the block keep the parameters of ``float32_names`` in float32.
+
+    DeepSpeed 0.19 gives every parameter one precision (``zero/partition_parameters.py``), and the loader rounds to that.
+    """
+    from deepspeed.runtime.zero.partition_parameters import Init, restore_init_context, shutdown_init_context
+    from transformers import GenerationMixin
+
+    plain = Init._post_init_method
+
+    def after_init(self: Any, module: torch.nn.Module) -> None:
+        plain(self, module)
+        if not isinstance(module, GenerationMixin):  # a part of a model
+            return
+        shutdown_init_context()
+        try:
+            names = float32_names(module)
+        finally:
+            restore_init_context()
+        for name, parameter in module.named_parameters():
+            if name in names:
+                _widen(parameter)
+
+    Init._post_init_method = after_init
+    try:
+        yield
+    finally:
+        Init._post_init_method = plain
+
+
+def _widen(parameter: Any) -> None:
+    """Make a partitioned parameter float32, before it is loaded."""
+    part = parameter.ds_tensor
+    wide = part.float()
+    for name in ("ds_numel", "status", "final_location"):
+        setattr(wide, name, getattr(part, name))
+    if part.device.type == "cpu" and part.is_pinned():
+        wide.data = wide.data.pin_memory()
+    parameter.ds_tensor, parameter.data = wide, parameter.data.float()
+
+
+def float32_names(causal_lm: torch.nn.Module) -> set[str]:
+    """Names of the parameters that stay in float32 when the model is loaded in bfloat16 without ZeRO-3: those that its class
+    lists, and those that it creates in float32."""
+    listed = getattr(causal_lm, "_keep_in_fp32_modules_strict", None) or ()
+    pattern = re.compile("|".join(rf"(^|\.){re.escape(name)}($|\.)" for name in listed) or "(?!)")
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            empty = type(causal_lm)(causal_lm.config)
+    finally:
+        torch.set_default_dtype(before)
+    return {name for name, parameter in empty.named_parameters() if parameter.dtype == torch.float32 or pattern.search(name)}
 
 
 def partitioned(model: LogpModel, partition: Partition, dtype: str) -> LogpModel:
@@ -99,18 +158,23 @@ def partitioned(model: LogpModel, partition: Partition, dtype: str) -> LogpModel
         The model itself.
     """
     import deepspeed
+    from deepspeed.utils import set_z3_leaf_module
 
     model.eval().requires_grad_(False)  # before DeepSpeed, whose hooks for the backward pass are then not used
-    largest, whole = _largest(model), sum(_count(one) for one in model.parameters())
+    layers = _layers(model)
+    for layer in layers:
+        set_z3_leaf_module(layer, True)
+    layer = max((_count(layer.parameters()) for layer in layers), default=0)
+    alone = max(_count([parameter]) for parameter in model.parameters())
     limits = {
-        # What is gathered at once: the module in use and what fits beside it of the next ones.
-        "stage3_max_live_parameters": largest,
-        "stage3_prefetch_bucket_size": largest,
-        # A table that is tied to the head is given back in between.
+        # The layer in use and the next one; or a table or a head, and the layer beside it.
+        "stage3_max_live_parameters": layer + max(layer, alone),
+        "stage3_prefetch_bucket_size": layer,
+        # A table that is tied to the head is given up in between.
         "stage3_max_reuse_distance": 0,
-        # Norms and biases stay whole, up to half a percent of the weights.
+        # Norms and biases outside layers stay whole, up to half a percent of the weights.
         "stage3_param_persistence_threshold": 100_000,
-        "stage3_model_persistence_threshold": whole // 200,
+        "stage3_model_persistence_threshold": _count(model.parameters()) // 200,
     }
     settings = _settings(partition, dtype)
     settings["zero_optimization"] |= limits
@@ -136,12 +200,16 @@ def _settings(partition: Partition, dtype: str) -> dict[str, Any]:
     }
 
 
-def _largest(model: LogpModel) -> int:
-    """Elements of the largest layer, or of the largest weight if that has more."""
-    layers = [module for child in model.modules() if isinstance(child, torch.nn.ModuleList) for module in child]
-    sizes = [sum(_count(one) for one in layer.parameters()) for layer in layers]
-    return max([*sizes, *(_count(one) for one in model.parameters())])
+def _layers(module: torch.nn.Module) -> list[torch.nn.Module]:
+    """The layers of a model: what its outermost lists of modules contain.
+
+    A layer's weights are gathered together. So a layer may use any of them in any order: the weight of a child that it does
+    not call, as recurrent layers do, or the experts that its tokens choose, which are others on each process.
+    """
+    if isinstance(module, torch.nn.ModuleList):
+        return list(module)
+    return [layer for child in module.children() for layer in _layers(child)]
 
 
-def _count(parameter: torch.nn.Parameter) -> int:
-    return getattr(parameter, "ds_numel", parameter.numel())
+def _count(parameters: Iterable[torch.nn.Parameter]) -> int:
+    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters)

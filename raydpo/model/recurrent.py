@@ -43,6 +43,8 @@ PROBE_TOKENS = 37
 """Positions of the sequence on which mixers are sought. No width of a layer has this size."""
 PROBE_PLACE = 11
 """The position that is changed there."""
+SHAPE = (1, PROBE_TOKENS)
+"""First sizes of tensors with something for each position there."""
 MIXED = 1e-4
 """Change of an output, relative to the largest one, above which a module mixes positions. Rounding changes less."""
 
@@ -169,9 +171,10 @@ class _InRows:
             raise ModelError(f"{name} has no input with the {segments.positions} positions of the pack")
         rows = self._rows(segments, device)
         outputs = []
-        for index in rows.index:
-            own_args, own_kwargs = _each((args, kwargs), shape, lambda one, index=index: _to_rows(one, index))
-            outputs.append(self.plain(*own_args, **own_kwargs))
+        with self.mixers.over(None):  # a mixer may have others in it
+            for index in rows.index:
+                own_args, own_kwargs = _each((args, kwargs), shape, lambda one, index=index: _to_rows(one, index))
+                outputs.append(self.plain(*own_args, **own_kwargs))
         return _joined(outputs, rows)
 
     def _rows(self, segments: Segments, device: torch.device) -> Rows:
@@ -226,8 +229,8 @@ def find_mixers(backbone: nn.Module) -> set[str]:
     """Names of the classes of modules that mix positions without transformers' attention.
 
     The model computes one sequence, and each module is tried alone on what it got there, with one position changed. If
-    other positions of its output change, it mixes. Of nested ones the innermost is taken that explains it: with the outputs
-    of its mixing parts held fixed at the other positions, its own do not change.
+    other positions of its output change, it mixes. It is a mixer if that is not the work of its parts alone: with their
+    outputs held fixed at the other positions, its own still change.
 
     Args:
         backbone: a model without its head, with float32 weights on a CPU, that uses ``model.attention.ATTENTION``.
@@ -242,13 +245,12 @@ def find_mixers(backbone: nn.Module) -> set[str]:
     hooks = [one.register_forward_pre_hook(note, with_kwargs=True) for one in backbone.modules() if one is not backbone]
     try:
         with watch_callers() as attending:
-            backbone(
-                input_ids=tokens[None], position_ids=torch.arange(PROBE_TOKENS)[None], segments=segments, use_cache=False
-            )
+            backbone(input_ids=tokens[None], position_ids=torch.arange(PROBE_TOKENS)[None], segments=segments, use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
-    return {type(one).__name__ for part in _called(backbone, calls) for one in _mixing(part, calls, attending)}
+    known: dict[Any, list[nn.Module]] = {}
+    return {type(one).__name__ for part in _called(backbone, calls) for one in _mixing(part, calls, attending, known)}
 
 
 def _called(module: nn.Module, calls: Collection[nn.Module]) -> Iterator[nn.Module]:
@@ -260,70 +262,83 @@ def _called(module: nn.Module, calls: Collection[nn.Module]) -> Iterator[nn.Modu
             yield from _called(part, calls)
 
 
-def _mixing(module: nn.Module, calls: dict[nn.Module, Any], attending: Collection[nn.Module]) -> Iterator[nn.Module]:
-    """The mixers in ``module`` or below."""
-    inner = list(_called(module, calls))
-    if any(one in attending for one in module.modules()):
-        for part in inner:
-            yield from _mixing(part, calls, attending)
-    elif _mixes(module, calls):
-        parts = [part for part in inner if _mixes(part, calls)]
-        if parts and not _mixes(module, calls, parts):
-            for part in parts:
-                yield from _mixing(part, calls, attending)
-        else:
-            yield module
+def _mixing(
+    module: nn.Module, calls: dict[nn.Module, Any], attending: Collection[nn.Module], known: dict[Any, Any]
+) -> list[nn.Module]:
+    """The mixers in ``module`` or below. ``known``: those of modules that are built alike."""
+    built = tuple(type(one) for one in module.modules())
+    if built not in known:
+        inner = list(_called(module, calls))
+        found = [one for part in inner for one in _mixing(part, calls, attending, known)]
+        if not any(one in attending for one in module.modules()):
+            parts = [part for part in inner if found and _mixes(part, calls)]
+            found = [module] if _mixes(module, calls, parts) else found
+        known[built] = found
+    return known[built]
 
 
 def _mixes(module: nn.Module, calls: dict[nn.Module, Any], held: Sequence[nn.Module] = ()) -> bool:
-    """Whether another position of the output changes with one of the input. The outputs of ``held`` stay as they are
-    there."""
+    """Whether other positions of the output change with one of the input.
+
+    Args:
+        held: parts of the module whose outputs are held fixed at the other positions. Their inputs count as outputs.
+    """
     args, kwargs = calls[module]
-    shape, place = (1, PROBE_TOKENS), PROBE_PLACE
-    if not any(one.shape[:2] == shape and one.is_floating_point() for one in _tensors((args, kwargs))):
+    if not any(_is_stream(one) for one in _tensors((args, kwargs))):
         return False
-
-    def change(one: Tensor) -> Tensor:
-        if not one.is_floating_point():
-            return one
-        one = one.clone()
-        one[:, place] = one[:, place].flip(-1) + one[:, place].std() if one.dim() > 2 else one[:, place] + 1
-        return one
-
-    kept: dict[nn.Module, list[Any]] = {part: [] for part in held}
-
-    def keep(part: nn.Module, _: Any, output: Any) -> None:
-        kept[part].append(output)
-
-    def hold(part: nn.Module, _: Any, output: Any) -> Any:
-        return _patched(output, kept[part].pop(0))
-
-    before = _run(module, args, kwargs, held, keep)
-    after = _run(module, *_each((args, kwargs), shape, change), held, hold)
-    others = torch.arange(PROBE_TOKENS) != place
-    pairs = [
-        (a[:, others], b[:, others]) for a, b in zip(_tensors(before), _tensors(after), strict=True) if a.shape[:2] == shape
-    ]
-    return any(float((a - b).abs().max()) > MIXED * float(a.abs().max()) for a, b in pairs if a.is_floating_point())
+    before = _watched(module, (args, kwargs), held)
+    after = _watched(module, _each((args, kwargs), SHAPE, _changed), held, before)
+    others = torch.arange(PROBE_TOKENS) != PROBE_PLACE
+    for a, b in zip(_tensors(before), _tensors(after), strict=True):
+        if _is_stream(a) and float((a - b)[:, others].abs().max()) > MIXED * float(a[:, others].abs().max()):
+            return True
+    return False
 
 
-def _run(module: nn.Module, args: Any, kwargs: Any, held: Sequence[nn.Module], hook: Callable[..., Any]) -> Any:
-    hooks = [part.register_forward_hook(hook) for part in held]
+def _watched(module: nn.Module, inputs: Any, held: Sequence[nn.Module], fixed: Sequence[Any] = ()) -> list[Any]:
+    """Run ``module`` on ``inputs`` (args, kwargs): inputs and outputs of the calls of ``held``, and its output.
+
+    Args:
+        fixed: what an earlier run returned. The outputs of ``held`` are taken from it except at the changed position.
+    """
+    found: list[Any] = []
+
+    def watch(_: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        found.append((args, kwargs))
+        found.append(output if len(found) >= len(fixed) else _patched(output, fixed[len(found)]))
+        return found[-1]
+
+    hooks = [part.register_forward_hook(watch, with_kwargs=True) for part in held]
     try:
-        return module(*args, **kwargs)
+        found.append(module(*inputs[0], **inputs[1]))
     finally:
-        for one in hooks:
-            one.remove()
+        for hook in hooks:
+            hook.remove()
+    return found
 
 
-def _patched(output: Any, kept: Any) -> Any:
-    """``output`` at the changed position, ``kept`` at all others."""
+def _patched(output: Any, fixed: Any) -> Any:
+    """``output`` at the changed position, ``fixed`` at all others."""
     if isinstance(output, Tensor):
-        if output.shape[:2] != (1, PROBE_TOKENS):
-            return kept
-        patched = kept.clone()
+        if not _is_stream(output):
+            return fixed
+        patched = fixed.clone()
         patched[:, PROBE_PLACE] = output[:, PROBE_PLACE]
         return patched
     if isinstance(output, (tuple, list)):
-        return type(output)(_patched(one, other) for one, other in zip(output, kept, strict=True))
+        return type(output)(_patched(one, other) for one, other in zip(output, fixed, strict=True))
     return output
+
+
+def _is_stream(tensor: Tensor) -> bool:
+    """Whether it has numbers for each position of the probe."""
+    return tensor.is_floating_point() and tensor.shape[:2] == SHAPE
+
+
+def _changed(tensor: Tensor) -> Tensor:
+    """``tensor`` with other numbers at one position."""
+    if not tensor.is_floating_point():
+        return tensor
+    tensor = tensor.clone()
+    tensor[:, PROBE_PLACE] = tensor[:, PROBE_PLACE].flip(-1) + tensor.std()
+    return tensor

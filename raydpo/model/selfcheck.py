@@ -137,15 +137,13 @@ def _try_layouts(model: LogpModel, device: torch.device, wish: Wish, rows: Seque
         return CheckReport(method, _line(model, method, gaps, tolerance, demands))
 
     report = None
-    if wish in ("auto", "tree"):
-        report = first_exact(["tree"])
-    if report is None and wish != "padded":
-        # A pack may hide from the check what one state gives the next: a short convolution changes few tokens of a prompt.
+    if wish != "padded":
+        # Before any layout is tried: with weights as small as those of a new model, the check hardly sees what the state of
+        # one completion does to the next.
         mixers = _mixers(model, twin)
-        model.wrap_mixers(mixers)
-        if isinstance(twin, _Oracle):
-            twin.model.wrap_mixers(mixers)
-        report = first_exact(["tree", "packed"] if wish == "auto" and mixers else ["packed"] if wish == "auto" else [wish])
+        for each in [model, *([twin.model] if isinstance(twin, _Oracle) else [])]:
+            each.wrap_mixers(mixers)
+        report = first_exact(["tree", "packed"] if wish == "auto" else [wish])
     if report is None and wish in ("auto", "padded"):
         model.wrap_mixers(())
         gaps[str(PADDED)] = gap = oracle.worst_gap(PADDED)
@@ -363,25 +361,43 @@ def small_copy(causal_lm: nn.Module, layers: int) -> LogpModel:
             setattr(text, name, min(value, TWIN_WIDTH))
         elif name.endswith("_token_id") and value is not None:
             setattr(text, name, 0)
-    layers = min(layers, text.num_hidden_layers)
-    if getattr(text, "layer_types", None):
+    whole = text.num_hidden_layers
+    layers = min(layers, whole)
+    if kinds := getattr(text, "layer_types", None):
         # Enough layers to have one of each kind.
-        kinds = text.layer_types
         layers = max(layers, max(kinds.index(kind) + 1 for kind in set(kinds)))
-        text.layer_types = kinds[:layers]
-    text.num_hidden_layers, text.vocab_size = layers, TWIN_VOCABULARY
+    text.vocab_size = TWIN_VOCABULARY
     if getattr(text, "vocab_size_per_layer_input", None):  # Gemma 3n and 4 have a second table of embeddings
         text.vocab_size_per_layer_input = TWIN_VOCABULARY
     shrink_others(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        small = type(causal_lm)(config).float().eval()
+        while True:
+            try:
+                small = type(causal_lm)(_shortened(config, layers)).float().eval()
+                break
+            except (ValueError, IndexError):  # such as a layer that is shared by several, of which one is left
+                if layers == whole:
+                    raise
+                layers = min(2 * layers, whole)
         fix_rotary(small, getattr(causal_lm, "rope_length", None))
         model = LogpModel(small)
     for parameter in model.parameters():
         if parameter.dim() > 1:
             parameter.mul_(TWIN_GAIN)
     return model
+
+
+def _shortened(config: Any, layers: int) -> Any:
+    """A copy of ``config`` with its first ``layers`` layers."""
+    config = copy.deepcopy(config)
+    text = config.get_text_config()
+    whole = text.num_hidden_layers
+    for name, value in vars(text).copy().items():
+        if isinstance(value, list) and len(value) == whole and "token_id" not in name:
+            setattr(text, name, value[:layers])
+    text.num_hidden_layers = layers
+    return config
 
 
 def logps_by_definition(causal_lm: nn.Module, group: PromptGroup, device: torch.device) -> np.ndarray:

@@ -146,6 +146,7 @@ def load_parts(
         check(found)
         return model
     _read(_replace(model, init, origins), progress)
+    _all_ranks(True)  # who returns knows that nobody reads the files any more
     return model
 
 
@@ -432,7 +433,9 @@ def _partitioned(empty: nn.Parameter, init: Any) -> tuple[nn.Parameter, Tensor, 
 
 
 def _read(parts: Sequence[_Part], progress: Progress | None) -> None:
-    steps = [step for part in parts for step in part.steps()]
+    # In the order of the files: who hashes them at the same time needs the same pages.
+    in_order = sorted(parts, key=lambda part: min((str(one.file), one.begin) for one in part.origin.stored))
+    steps = [step for part in in_order for step in part.steps()]
     total, done, lock = sum(size for size, _ in steps), 0, threading.Lock()
 
     @torch.no_grad()  # which is a thread's own

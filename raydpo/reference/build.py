@@ -368,11 +368,12 @@ class _ScoreShard:
         check_rows: Sequence[PromptGroup],
         alone: bool = False,
     ) -> None:
+        import ray
         import torch
 
+        # Whether another process was this actor before, which may have died between committing a shard and saying so.
+        self.again = ray.is_initialized() and ray.get_runtime_context().was_current_actor_reconstructed
         if not hasattr(tokens, "rows"):  # a reference to an object in Ray's store
-            import ray
-
             tokens = ray.get(tokens)
         self.tokens: TokenSource = tokens
         if resources.threads is not None:
@@ -395,9 +396,11 @@ class _ScoreShard:
 
         planned: Shard = pickle.loads(block["shard"][0].as_buffer())
         with self.planning:  # asks the storage, while the other call computes
-            # Another build may have scored it meanwhile. Parts of this build cannot contain it, so they are skipped.
-            known, builder = self.known, self.cache.builder
+            # Another build may have scored it meanwhile. Parts of this build can contain it only if this call is repeated;
+            # otherwise they are skipped.
+            known, builder = self.known, "" if self.again else self.cache.builder
             open_ = still_missing(planned, self.cache, skip=lambda name: name in known or builder_of(name) == builder)
+            earlier = self._committed(planned) if self.again else []
             shard, claim = self.claims.take(open_)
             groups = read_groups(shard, self.tokens)
         with self.computing:
@@ -408,14 +411,14 @@ class _ScoreShard:
             seconds = time.perf_counter() - started
         logps = [values for group in scored for values in group]
         keys = [one.key for group in groups for one in group]
-        name = self.cache.commit(keys, logps, self.scorer.provenance) if logps else None
+        name = self.cache.commit(keys, logps, self.scorer.provenance) if logps else next(iter(earlier), None)
         if claim is not None:
             self.claims.release(claim)
         return pa.table(
             {
                 "part": pa.array([name], pa.string()),
-                "completions": [len(logps)],
-                "by_others": [len(planned) - len(open_)],
+                "completions": [len(logps) + len(earlier)],
+                "by_others": [len(planned) - len(open_) - len(earlier)],
                 "left": [len(open_) - len(logps)],
                 "tokens": [shard.tokens],
                 "seconds": [seconds],
@@ -423,3 +426,14 @@ class _ScoreShard:
                 "notes": pa.array([self.scorer.notes], pa.list_(pa.string())),
             }
         )
+
+    def __del__(self) -> None:
+        """End a team when Ray Data is done with the actor, so that its GPUs are free when Ray says they are."""
+        if hasattr(self, "scorer"):
+            self.scorer.close()
+
+    def _committed(self, shard: Shard) -> list[str]:
+        """Names of the parts of this build, as of the last refresh, one for each completion of ``shard`` that one has."""
+        paths, (parts, _) = self.cache.paths(), self.cache.locate(shard.keys, shard.needed)
+        names = [paths[number].rsplit("/", 1)[-1] for number in parts[parts >= 0]]
+        return [name for name in names if builder_of(name) == self.cache.builder]

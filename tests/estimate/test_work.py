@@ -71,11 +71,11 @@ def test_steps_are_planned_as_among_all_pairs(place, tiny_llama, layout):
 @pytest.mark.parametrize(("layout", "near"), [("packed", 1e-9), ("tree", 0.2), ("padded", 0.1)])
 def test_a_part_stands_for_all(place, tiny_llama, monkeypatch, layout, near):
     table = loaded(configure(place, tiny_llama)).train
-    wanted, planned, scored = reference_pass([table], 2048, 4096, layout)
+    wanted, planned, scored, _ = reference_pass([table], 2048, 4096, layout)
     assert wanted == planned == 2 * table.num_rows and evaluation_pass(table, 2048, layout)[0] == table.num_rows
     evaluated = evaluation_pass(table, 2048, layout)[1]
     monkeypatch.setattr("raydpo.estimate.work.MOST_PLANNED", 300)
-    count, some, estimated = reference_pass([table], 2048, 4096, layout)
+    count, some, estimated, _ = reference_pass([table], 2048, 4096, layout)
     assert (count, some) == (wanted, 300) and estimated == pytest.approx(scored, rel=near)
     some, estimated = evaluation_pass(table, 2048, layout)
     assert some == 150 and estimated == pytest.approx(evaluated, rel=near)

@@ -1,7 +1,5 @@
 """Mixtures under ZeRO-3 on ranks of unequal work, where each rank's tokens choose other experts."""
 
-import os
-
 import numpy as np
 import pytest
 import torch
@@ -13,7 +11,7 @@ from listed import make_listed
 from raydpo.config import LoraSettings, TrainConfig
 from raydpo.model.layout import PromptGroup
 from raydpo.model.leaves import set_leaf_modules
-from raydpo.model.load import add_lora, load_causal_lm
+from raydpo.model.load import load_causal_lm
 from raydpo.model.logps import LogpModel
 from raydpo.model.mixture import expert_blocks
 

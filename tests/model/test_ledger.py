@@ -10,6 +10,7 @@ from raydpo.config import LoraSettings, ModelConfig, TrainConfig
 from raydpo.config.train import REDUCE_BUCKET, ROUNDED_PIECE
 from raydpo.errors import ConfigError, ModelError
 from raydpo.model.memory.activations import Batch, head_backward, head_forward, layer_memory
+from raydpo.model.memory.adapters import adapters_of
 from raydpo.model.memory.anatomy import EMBEDDING, HEAD, Anatomy
 from raydpo.model.memory.ledger import estimate_memory
 
@@ -29,14 +30,18 @@ def at(memory, name):
     return next(moment for moment in memory.moments if moment.name == name)
 
 
+def adapters(anatomy, **settings):
+    return adapters_of(anatomy, ModelConfig(path="m", lora=LoraSettings(**{"r": 16} | settings)))
+
+
 def test_anatomy_of_llama(llama):
     assert llama.parameters == P == 2 * 128256 * 4096 + 32 * LAYER + 4096
     assert (llama.layers, llama.hidden, llama.vocabulary) == (32, 4096, 128256)
     assert (llama.query_width, llama.key_width, llama.inner, llama.gated, llama.tied) == (4096, 1024, 14336, True, False)
     assert sum(weight.numel for weight in llama.weights if weight.place == 7) == LAYER
-    assert len(llama.targets("all-linear")) == 32 * 7
-    assert {weight.module.rpartition(".")[2] for weight in llama.targets(("q_proj", "v_proj"))} == {"q_proj", "v_proj"}
-    assert len(llama.targets(r".*layers\.3\..*proj")) == 7
+    assert len(adapters(llama).on) == 32 * 7
+    assert {adapter.name for adapter in adapters(llama, target_modules=("q_proj", "v_proj")).on} == {"q_proj", "v_proj"}
+    assert len(adapters(llama, target_modules=r".*layers\.3\..*proj").on) == 7
 
 
 @pytest.mark.parametrize(
@@ -108,8 +113,8 @@ def test_a_layer_by_hand(llama):
     layer = layer_memory(llama, BATCH, width=2, device="cuda", trained=True, adapted=())
     assert layer.kept / 8192 == 16 * 4096 + 10 * 4096 + 4 * 4096 + 8 * 1024 + 8 * 14336
     assert layer.entry / 8192 == 4 * 4096
-    adapted = [weight for weight in llama.targets("all-linear") if weight.place == 0]
-    lora = layer_memory(llama, BATCH, width=2, device="cuda", trained=False, adapted=adapted, rank=16)
+    adapted = [adapter for adapter in adapters(llama).on if adapter.weight.place == 0]
+    lora = layer_memory(llama, BATCH, width=2, device="cuda", trained=False, adapted=adapted)
     assert lora.kept / 8192 == layer.kept / 8192 - 8 * 4096 + 7 * 16 * 2
     # Fused norms keep their input only, and round it once for all projections; the activation is computed again.
     fused = layer_memory(llama, BATCH, width=2, device="cuda", trained=True, adapted=(), fused=True)
@@ -236,7 +241,7 @@ def test_more_of_anything_takes_more(llama):
 
 
 def test_an_adapter_is_read(llama, tmp_path):
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 8, "target_modules": ["q_proj"]}))
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 8, "target_modules": ["q_proj"]}))
     memory = estimate(llama, model=ModelConfig(path="m", adapter=str(tmp_path)), zero=0)
     assert at(memory, "update").weights == 2 * P + 2 * 32 * 8 * (4096 + 4096)
     with pytest.raises(ConfigError, match=r"adapter_config\.json"):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tiny import preferences, write_preferences
 
-from raydpo.errors import ModelError, RaydpoError
+from raydpo.errors import ModelError, ProcessLostError
 from raydpo.model.layout import PromptGroup
 from raydpo.reference.identity import identify
 from raydpo.reference.score import ReferenceSpec, Scorer
@@ -39,7 +39,7 @@ def test_a_team_scores_what_one_process_does_and_names_what_ended_it(tiny_llama,
                 for ours, logps in zip(mine, theirs, strict=True):
                     assert ours.dtype == np.float32 and np.abs(ours - logps).max() < 1e-5
         os.kill(team.members.processes[0].pid, signal.SIGKILL)
-        with pytest.raises(RaydpoError, match=r"a process of the scoring team failed: .*status -9"):
+        with pytest.raises(ProcessLostError, match=r"team of 2 processes broke: process 1 was ended by SIGKILL"):
             team.score(groups())
         assert team.members.processes[0].poll() == -9
     finally:

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from raydpo.data.shapes import PADDED_MULTIPLE, LayoutName
 from raydpo.model.by_node import WHOLE_BLOCKS
 from raydpo.model.head import chunk_rows
-from raydpo.model.memory.anatomy import Anatomy, Weight
+from raydpo.model.memory.adapters import Adapter
+from raydpo.model.memory.anatomy import Anatomy
 
-__all__ = ["Batch", "Layer", "head_backward", "head_forward", "layer_memory"]
+__all__ = ["Batch", "Layer", "head_backward", "head_forward", "layer_memory", "scoring_memory"]
 
 STREAM = 4
 """Bytes of a number in the residual stream."""
@@ -93,9 +94,7 @@ def layer_memory(
     width: int,
     device: str,
     trained: bool,
-    adapted: Collection[Weight],
-    rank: int = 0,
-    dora: bool = False,
+    adapted: Collection[Adapter],
     dense: float = 0.0,
     fused: bool = False,
 ) -> Layer:
@@ -104,7 +103,7 @@ def layer_memory(
     Args:
         width: bytes of a number in the compute precision, 2 or 4.
         trained: whether the layer's own weights train. If not, only what the adapters need is kept.
-        adapted: matrices of the layer that have adapters, of rank ``rank``.
+        adapted: adapters of the layer.
         dense: bytes of the largest quantized matrix of a layer after it is dequantized for a product.
         fused: whether norms and the gated part are computed by ``model.kernels``, which keep nothing but their inputs.
     """
@@ -115,7 +114,7 @@ def layer_memory(
         inputs = {"attention": True, "output": True, "mlp": True, "down": True}
         copies = (3, 2 if anatomy.gated else 1)
     else:
-        short = [weight.module.rpartition(".")[2] for weight in adapted]
+        short = [adapter.name for adapter in adapted]
         entering = [name for name in short if name in _FIRST]
         outputs = [name for name in short if name in _OUTPUT]
         down = [name for name in short if name in _DOWN]
@@ -133,14 +132,41 @@ def layer_memory(
     kept += inputs["output"] * width * anatomy.query_width * T * (device == "cpu")
     # Feed-forward: both projections and the activation. Their product is the input of the last projection.
     kept += width * inner * T * ((3 - fused if anatomy.gated else 1) + inputs["down"])
-    kept += width * rank * T * len(adapted)
-    if dora:  # base and adapted output, for the magnitudes' gradient
-        kept += 2 * width * T * sum(weight.shape[0] for weight in adapted)
+    kept += width * T * sum(adapter.rank for adapter in adapted if not adapter.folded)
+    # Base and adapted output, for the gradient of DoRA's magnitudes.
+    kept += 2 * width * T * sum(adapter.weight.shape[0] for adapter in adapted if adapter.dora)
+    # PEFT adds the product of all experts to their weights: a second copy, and in the backward pass its gradient.
+    folded = [width * adapter.weight.numel for adapter in adapted if adapter.folded]
+    kept += sum(folded)
     # Gradients of both projections, where their product and the activation have been freed, and of the stream.
-    working = width * inner * T * (2 if anatomy.gated else 1) + STREAM * H * T + dense
+    working = width * inner * T * (2 if anatomy.gated else 1) + STREAM * H * T + dense + max(folded, default=0)
     # Both projections and the activation, the stream between both parts and its norm.
-    passing = width * inner * T * (3 if anatomy.gated else 2) + 2 * STREAM * H * T + dense
+    passing = width * inner * T * (3 if anatomy.gated else 2) + 2 * STREAM * H * T + dense + sum(folded)
     return Layer(kept=kept, entry=STREAM * H * T, working=working, passing=passing)
+
+
+def scoring_memory(anatomy: Anatomy, *, width: int) -> float:
+    """Bytes of a position in a pass on a GPU that keeps nothing for a backward pass: what the largest part of a layer holds.
+
+    With it are alive: the stream that entered the first layer and the one that entered this layer, the rotary tables, and
+    during the feed-forward part the stream between both parts and its norm.
+
+    Args:
+        width: bytes of a number in the compute precision, 2 or 4.
+    """
+    H, A, G, inner, used = anatomy.hidden, anatomy.query_width, anatomy.key_width, anatomy.inner, anatomy.experts_used
+    names = {weight.name.rpartition(".")[0].rpartition(".")[2] for weight in anatomy.weights if weight.place >= 0}
+    # Products, their activation and its gate. Experts compute sorted copies of their tokens: the stream's copy is there
+    # throughout, and with it either the inner products or the outputs, weighted, and sorted back.
+    feed_forward = width * inner * (3 if anatomy.gated else 2)
+    if used:
+        biased = any("experts" in weight.name and weight.name.endswith("bias") for weight in anatomy.weights)
+        products = (19 if biased else 8 if anatomy.gated else 4) / 2 * width * inner
+        feed_forward = max(feed_forward, STREAM * H * used + max(products, 3 * width * H * used))
+    # Queries and keys are rotated in float32, beside their norm; keys and values are gathered for each branch of a tree.
+    fused = 2 * width / 2 * (A + 2 * G) if names & {"qkv_proj", "query_key_value", "Wqkv", "c_attn"} else 0.0
+    attention = width / 2 * (14 * A + 10.25 * G) + fused
+    return 2 * STREAM * H + max(2 * STREAM * H + feed_forward, STREAM * H + attention) + 1024
 
 
 def head_forward(anatomy: Anatomy, batch: Batch, *, width: int, device: str, trained: bool, fused: bool = False) -> float:

@@ -9,17 +9,17 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from raydpo.errors import FilesError, reason
 from raydpo.model.cost import ModelCost, first
+from raydpo.model.mixture import expert_blocks
 from raydpo.model.package import auto_class, other_parameters
 
 __all__ = ["Anatomy", "Weight", "model_cost"]
@@ -35,8 +35,7 @@ class Weight:
 
     Attributes:
         place: number of its decoder layer, or EMBEDDING, HEAD, REST, OTHER.
-        linear: whether it is the matrix of a linear layer other than the head. These are quantized, and get adapters
-            unless their place is OTHER.
+        linear: whether it is the matrix of a linear layer other than the head. These are quantized.
     """
 
     name: str
@@ -63,10 +62,13 @@ class Anatomy:
         layers, hidden, vocabulary: number of layers, hidden width, vocabulary size.
         query_width, key_width: heads times head size, of queries and of keys.
         inner: width of the feed-forward part for one token; in a mixture, of its active experts together.
+        experts_used: experts of a mixture that compute a token; 0 without a mixture.
         gated: whether that part multiplies two projections (such as SwiGLU).
         tied: whether head and embedding share one weight.
         softcap: whether logits are capped, which needs a second chunk of them.
     """
+
+    REST: ClassVar[int] = REST
 
     weights: tuple[Weight, ...]
     layers: int
@@ -78,6 +80,15 @@ class Anatomy:
     gated: bool
     tied: bool
     softcap: bool = False
+    experts_used: int = 0
+    source: tuple[type, Any] | None = field(default=None, repr=False, compare=False)
+
+    def empty(self) -> nn.Module:
+        """The model without weights, on the meta device."""
+        assert self.source is not None
+        kind, config = self.source
+        with torch.device("meta"):
+            return kind(deepcopy(config))
 
     @property
     def parameters(self) -> int:
@@ -134,8 +145,10 @@ class Anatomy:
         size = _head_size(config) or hidden // heads
         inners = "moe_intermediate_size", "intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size"
         inner = read(*inners, default=4 * hidden)
-        if any(".experts." in weight.name for weight in weights):
-            inner *= read("num_experts_per_tok", "top_k", default=1)
+        experts_used = 0
+        if expert_blocks(model):
+            experts_used = read("num_experts_per_tok", "top_k", "moe_k", default=1)
+            inner *= experts_used
         return cls(
             weights=tuple(weights),
             layers=1 + max((weight.place for weight in weights), default=-1),
@@ -147,18 +160,9 @@ class Anatomy:
             gated=any(re.search(r"gate_proj|gate_up|\.w3\.", weight.name) for weight in weights),
             tied=tied,
             softcap=bool(getattr(config, "final_logit_softcapping", None)),
+            experts_used=experts_used,
+            source=(type(model), model.config),
         )
-
-    def targets(self, modules: str | Sequence[str]) -> list[Weight]:
-        """Matrices that get adapters, by PEFT's rules for ``target_modules``: ``all-linear``, a regular expression for the
-        whole name, or ends of names. Parts of a package beside its text model get none (``model.load.add_lora``)."""
-        matrices = [weight for weight in self.weights if len(weight.shape) == 2 and weight.place != OTHER]
-        if modules == "all-linear":
-            return [weight for weight in matrices if weight.linear]
-        if isinstance(modules, str):
-            return [weight for weight in matrices if re.fullmatch(modules, weight.module)]
-        ends = tuple(f".{name}" for name in modules)
-        return [weight for weight in matrices if f".{weight.module}".endswith(ends)]
 
 
 def model_cost(directory: str | Path, trust_remote_code: bool = False) -> ModelCost:

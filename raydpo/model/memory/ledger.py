@@ -7,28 +7,42 @@ of a step: the end of the forward pass, the backward pass layer by layer, the re
 
 from __future__ import annotations
 
-import json
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from raydpo.config import LoraSettings, TrainConfig
 from raydpo.config.train import REDUCE_BUCKET, ROUNDED_PIECE
-from raydpo.errors import ConfigError
 from raydpo.model.memory.activations import Batch, Layer, head_backward, head_forward, layer_memory
+from raydpo.model.memory.adapters import Adapter, Adapters, adapters_of
 from raydpo.model.memory.anatomy import EMBEDDING, HEAD, OTHER, Anatomy, Weight
 
-__all__ = ["BASE_BYTES", "MemoryEstimate", "Moment", "Trained", "estimate_memory", "trained_numbers"]
+__all__ = [
+    "BASE_BYTES",
+    "ENOUGH",
+    "PERSISTENT",
+    "USABLE",
+    "MemoryEstimate",
+    "Moment",
+    "Trained",
+    "estimate_memory",
+    "stored_bytes",
+    "trained_numbers",
+]
 
 Device = Literal["cuda", "cpu"]
 
 BASE_BYTES = 1.5 * 2**30
 """Bytes of a GPU in use before torch allocates: CUDA context and kernels (about 0.5 GiB), NCCL's channels (0.3 to 0.8 GiB,
 more with more ranks), cuBLAS workspaces. Not part of ``MemoryEstimate.device``."""
+USABLE = 0.9
+"""Share of a device's memory (data sheet) that a plan may use. Error correction takes up to 1/16 (L40S, A10G, L4, T4), the
+driver a little, and torch's allocator loses a few percent to fragmentation."""
+ENOUGH = 2048
+"""Positions of a micro-batch that ``tokens_per_batch: auto`` should reach. With fewer, a GPU's matrix units idle."""
 PREFETCH = 50_000_000
 """Most numbers that ZeRO-3 gathers before they are used."""
 REUSE = 1_000_000_000
@@ -125,9 +139,7 @@ class _Policy:
 
     trained: tuple[tuple[int, int], ...]  # place and numbers of each tensor, in the model's order
     frozen: tuple[tuple[int, float, int], ...]  # place, bytes and numbers of each
-    rank: int
-    dora: bool
-    adapted: tuple[Weight, ...]
+    adapters: Adapters
 
     @property
     def numbers(self) -> int:
@@ -152,7 +164,7 @@ def estimate_memory(
         device: ``cuda`` or ``cpu``.
 
     Raises:
-        ConfigError: if ``model.adapter`` has no readable adapter_config.json.
+        ModelError, ConfigError: if adapters do not fit the model, see ``memory.adapters``.
     """
     width = {"float32": 4, "bfloat16": 2}[dtype]
     policy = _policy(anatomy, model, width)
@@ -179,25 +191,21 @@ def trained_numbers(anatomy: Anatomy, model: Trained) -> list[int]:
     return [numel for _, numel in _policy(anatomy, model, 4).trained]
 
 
+def stored_bytes(weight: Weight, width: int, quantization: str | None) -> float:
+    """Bytes of a frozen weight."""
+    if quantization == "4bit" and weight.linear:  # one byte of scale per 64 numbers, a float32 per 256 such bytes
+        return weight.numel * (1 / 2 + 1 / 64 + 4 / (64 * 256))
+    if quantization == "8bit" and weight.linear:  # a float32 scale per row
+        return weight.numel + 4 * weight.shape[0]
+    return weight.numel * width
+
+
 @lru_cache(maxsize=8)
 def _policy(anatomy: Anatomy, model: Trained, width: int) -> _Policy:
-    def stored(weight: Weight) -> float:
-        """Bytes of a frozen weight."""
-        if model.quantization == "4bit" and weight.linear:  # one byte of scale per 64 numbers, a float32 per 256 such bytes
-            return weight.numel * (1 / 2 + 1 / 64 + 4 / (64 * 256))
-        if model.quantization == "8bit" and weight.linear:  # a float32 scale per row
-            return weight.numel + 4 * weight.shape[0]
-        return weight.numel * width
-
-    rank, dora, targets = _adapters(model)
-    adapted = tuple(anatomy.targets(targets)) if model.adapts else ()
+    adapters = adapters_of(anatomy, model) if model.adapts else Adapters((), ())
     if model.adapts:
         frozen: Sequence[Weight] = anatomy.weights
-        trained = [
-            (weight.place, numel)
-            for weight in adapted
-            for numel in (rank * weight.shape[1], rank * weight.shape[0], *([weight.shape[0]] if dora else []))
-        ]
+        trained: Sequence[tuple[int, int]] = adapters.trained
     else:
         frozen = [
             weight
@@ -205,23 +213,8 @@ def _policy(anatomy: Anatomy, model: Trained, width: int) -> _Policy:
             if weight.place == OTHER or any(re.search(one, weight.name) for one in model.freeze)
         ]
         trained = [(weight.place, weight.numel) for weight in anatomy.weights if weight not in frozen]
-    kept = tuple((weight.place, stored(weight), weight.numel) for weight in frozen)
-    return _Policy(trained=tuple(trained), frozen=kept, rank=rank, dora=dora, adapted=adapted)
-
-
-def _adapters(model: Trained) -> tuple[int, bool, str | tuple[str, ...]]:
-    if model.lora is not None:
-        return model.lora.r, model.lora.dora, model.lora.target_modules
-    if model.adapter is None:
-        return 0, False, ()
-    try:
-        settings = json.loads((Path(model.adapter) / "adapter_config.json").read_text(encoding="utf-8"))
-        return settings["r"], settings.get("use_dora", False), settings["target_modules"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(
-            f"model.adapter {model.adapter!r} has no adapter_config.json with its rank (r) and "
-            f"target_modules, which the memory depends on: {error}"
-        ) from None
+    kept = tuple((weight.place, stored_bytes(weight, width, model.quantization), weight.numel) for weight in frozen)
+    return _Policy(trained=tuple(trained), frozen=kept, adapters=adapters)
 
 
 @lru_cache(maxsize=64)
@@ -340,26 +333,24 @@ class _Ledger:
 
     def _layers(self) -> Iterator[Layer]:
         """Memory of each decoder layer."""
-        by_layer: dict[int, list[Weight]] = defaultdict(list)
-        for weight in self.policy.adapted:
-            by_layer[weight.place].append(weight)
+        by_layer: dict[int, list[Adapter]] = defaultdict(list)
+        for adapter in self.policy.adapters.on:
+            by_layer[adapter.weight.place].append(adapter)
         trained = {place for place, _ in self.policy.trained}
         first = 0 if EMBEDDING in trained else min((place for place in trained if place >= 0), default=0)
         dense = self.width * max((weight.numel for weight in self.anatomy.weights if weight.linear), default=0)
-        alike: dict[tuple[str, ...], Layer] = {}
+        alike: dict[tuple[Any, ...], Layer] = {}
         for number in range(self.anatomy.layers):
             adapted = by_layer[number]
-            kind = tuple(weight.module.rpartition(".")[2] for weight in adapted)
+            kind = tuple((adapter.name, adapter.weight.shape) for adapter in adapted)
             if kind not in alike:
                 alike[kind] = layer_memory(
                     self.anatomy,
                     self.batch,
                     width=self.width,
                     device=self.device,
-                    trained=not self.policy.adapted,
+                    trained=not self.policy.adapters.on,
                     adapted=adapted,
-                    rank=self.policy.rank,
-                    dora=self.policy.dora,
                     dense=dense if self.quantized else 0.0,
                     fused=self.fused,
                 )
@@ -376,7 +367,7 @@ class _Ledger:
         recomputes = self.train.gradient_checkpointing
         # Masks, the last norm with its input, and the hidden states of predicting positions.
         precision = 4 if self.device == "cpu" else width
-        around = batch.masked * precision * (self.device == "cpu") + stream * (1 if self.policy.adapted else 2)
+        around = batch.masked * precision * (self.device == "cpu") + stream * (1 if self.policy.adapters.on else 2)
         around += 4.0 * anatomy.hidden * batch.predictions
         kept = [layer.entry if recomputes else layer.kept for layer in layers]
         on_host = 0.0

@@ -33,8 +33,10 @@ from raydpo.model.load import add_lora, freeze_matching, load_causal_lm
 from raydpo.model.logps import LogpModel
 from raydpo.model.memory.anatomy import Anatomy
 from raydpo.model.memory.needs import needs_of
+from raydpo.model.partition import float32_names
 from raydpo.model.recall import Recall
 from raydpo.model.selfcheck import check_training_mode, choose_layout, share_positions
+from raydpo.model.targets import told_adapters
 from raydpo.model.ulysses import SequenceGroup
 from raydpo.model.weights import ADAPTER_NAME
 from raydpo.training.policy.engine import PolicySpec
@@ -96,6 +98,7 @@ class PolicyEngine(RankGroup):
             model = add_lora(model, spec.lora, train.seed)
         elif spec.adapter is not None:
             model = fuse_adapters(model)
+        self.adapters_line = told_adapters(model) if spec.adapts else None
         freeze_matching(model, spec.freeze)
         module = LogpModel(model)
         if train.gradient_checkpointing:
@@ -144,8 +147,11 @@ class PolicyEngine(RankGroup):
         layout = self.module.lay_out(groups)
         return layout.pin() if self.device.type == "cuda" else layout
 
-    def logps(self, layout: Layout, *, log_sum_sq: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        asked = {"log_sum_sq": True} if log_sum_sq else {}
+    def logps(
+        self, layout: Layout, *, log_sum_sq: bool = False, router_loss: bool = False
+    ) -> Tensor | tuple[Tensor, ...]:
+        wishes = {"log_sum_sq": log_sum_sq, "router_loss": router_loss}
+        asked = {name: True for name, wish in wishes.items() if wish}
         with self._computing():
             return self.engine(layout.to(self.device), **asked)
 
@@ -157,11 +163,12 @@ class PolicyEngine(RankGroup):
 
     def find_budget(self, share: float = 1.0) -> Budget:
         # A forward pass keeps what training keeps; a backward pass here would leave gradients in DeepSpeed.
-        def run(tokens: int) -> Tensor:
+        def run(tokens: int) -> Any:
             longest = longest_sequence(self.module.causal_lm)
             groups = probe_groups(tokens * self.sequence_parallel, self.module.vocabulary, longest)
+            asked = {"router_loss": True} if self._given[1].router_aux_loss_coef else {}
             with self._computing():
-                return self.module(self.lay_out(groups).to(self.device))
+                return self.module(self.lay_out(groups).to(self.device), **asked)
 
         known = self._recall.known("training")
         room = {"most": MOST_TRAINED, "share": share, "needs": self._needs()}
@@ -292,7 +299,7 @@ def _float32_parameters(module: LogpModel, dtype: str, zero: int) -> list[tuple[
     """
     if dtype == "float32":
         return []
-    rounded = _float32_names(module.causal_lm) if zero == 3 else ()
+    rounded = float32_names(module.causal_lm) if zero == 3 else ()
     # New adapters start in float32. Rounding them changes nothing, since their output is zero.
     found = {
         name: parameter
@@ -312,18 +319,3 @@ def _float32_parameters(module: LogpModel, dtype: str, zero: int) -> list[tuple[
         "policy would not be what the reference was scored with. "
         f"Set {' and '.join(fixes)}, or model.dtype=float32"
     )
-
-
-def _float32_names(causal_lm: nn.Module) -> set[str]:
-    """Names of the parameters that stay in float32 when the model is loaded in bfloat16 without ZeRO-3: those that its class
-    lists, and those that it creates in float32."""
-    listed = getattr(causal_lm, "_keep_in_fp32_modules_strict", None) or ()
-    pattern = re.compile("|".join(rf"(^|\.){re.escape(name)}($|\.)" for name in listed) or "(?!)")
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with torch.device("meta"):
-            empty = type(causal_lm)(causal_lm.config)
-    finally:
-        torch.set_default_dtype(before)
-    return {name for name, parameter in empty.named_parameters() if parameter.dtype == torch.float32 or pattern.search(name)}
