@@ -81,7 +81,7 @@ PROCESSOR = {
 """Files of a processor, by name."""
 
 
-def make_package(directory: Path, family: str, seed: int = 0, dtype: str = "float32", **text: Any) -> Path:
+def make_package(directory: Path, family: str, seed: int = 0, **text: Any) -> Path:
     """A random package with ``make_tokenizer()`` and stubs of a processor's files, saved to ``directory``.
 
     Args:
@@ -103,8 +103,7 @@ def make_package(directory: Path, family: str, seed: int = 0, dtype: str = "floa
     places = [name for name in vars(config) if name.endswith(("token_id", "token_index")) and getattr(config, name)]
     for number, name in enumerate(name for name in places if getattr(config, name) >= vocabulary):
         setattr(config, name, vocabulary - 1 - number % 8)
-    model = AutoModelForImageTextToText.from_config(config).to(getattr(torch, dtype))
-    model.save_pretrained(str(directory))
+    AutoModelForImageTextToText.from_config(config).save_pretrained(str(directory))
     tokenizer.save_pretrained(str(directory))
     for name, content in PROCESSOR.items():
         (directory / name).write_text(json.dumps(content))
