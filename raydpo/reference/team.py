@@ -25,7 +25,7 @@ from raydpo.errors import ModelError, ProcessLostError, RaydpoError, one_line
 from raydpo.model.budget import is_out_of_memory
 from raydpo.model.files import model_files
 from raydpo.model.layout import PromptGroup
-from raydpo.model.partition import Partition, join_process_group
+from raydpo.model.partition import Partition, join_process_group, leave_process_group
 from raydpo.model.sliced import Progress
 from raydpo.model.ulysses import SequenceGroup
 from raydpo.reference.members import Members, WithoutWordsError
@@ -217,7 +217,7 @@ class TeamScorer:
         self.members.close()
         if dist.is_initialized():
             # In a thread, since NCCL may wait here for processes that have ended.
-            leaving = threading.Thread(target=dist.destroy_process_group, daemon=True)
+            leaving = threading.Thread(target=leave_process_group, daemon=True)
             leaving.start()
             leaving.join(LEAVE_S)
 
