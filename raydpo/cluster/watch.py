@@ -38,8 +38,8 @@ def loading(done: int, total: int) -> None:
 class Watched:
     """An actor that notes in Ray's key-value store when it begins and ends its constructor and each call, and why it dies.
 
-    An actor that raises ``ProcessLostError`` ends its process. Ray then starts the actor anew and repeats its calls. It
-    does neither after other exceptions.
+    An actor that raises ``ProcessLostError`` ends its process. Ray then starts the actor anew and repeats its calls. It does
+    neither after other exceptions.
 
     Args:
         run: name that the actors of one execution share.

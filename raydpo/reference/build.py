@@ -142,7 +142,8 @@ def build(
         while waiting is not None:
             left, longest, first = 0, 0.0, None  # first: the sample of the first worker that answers
             known = _parts(cache) | {*Claims.names(cache)}
-            shards = work.shards(waiting, tokens_per_part, resources.teams)
+            # Each replica of a team needs some micro-batches of every shard.
+            shards = work.shards(waiting, tokens_per_part * resources.replicas, resources.teams)
             source = work.source
             for row in _score_on_ray(shards, source, spec, cache, known, resources, tokens_per_batch, note):
                 sample = np.array(row["sample"], np.float32)

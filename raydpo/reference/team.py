@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from raydpo.cluster.ending import end_process
-from raydpo.errors import ProcessLostError, RaydpoError, one_line
+from raydpo.errors import ModelError, ProcessLostError, RaydpoError, one_line
 from raydpo.model.budget import is_out_of_memory
 from raydpo.model.files import model_files
 from raydpo.model.layout import PromptGroup
@@ -39,7 +39,9 @@ LEAVE_S = 10.0
 SLOW_BYTES = 100 << 20
 """Bytes of the weights that are read and hashed a second, at the least. While the model is loaded, a process waits that much
 longer for the others."""
-_OF_ANOTHER = re.compile(r"gloo|NCCL|CUDA error|ProcessGroup|Connection (closed|reset)|Broken pipe|timed? ?out", re.IGNORECASE)
+_OF_ANOTHER = re.compile(
+    r"gloo|NCCL|CUDA error|ProcessGroup|Connection (closed|reset)|Broken pipe|timed? ?out", re.IGNORECASE
+)
 """What a process says whose collective fails since another process has ended or does not answer, or whose GPU fails."""
 
 
@@ -65,6 +67,12 @@ def open_scorer(
     """
     if sequence == 1 and not partition.active:
         return Scorer(spec, device=device, **settings)
+    stored = {"quantization_config", "compression_config"} & model_files(spec.path, spec.trust_remote_code).config.keys()
+    if partition.active and (spec.quantization is not None or stored):
+        raise ModelError(
+            f"{spec.path} is quantized ({spec.quantization or 'as stored'}), and score.partition and score.offload are for "
+            "whole weights only; set score.partition=1 and score.offload=null, or score the model in bfloat16"
+        )
     return TeamScorer(spec, device=device, sequence=sequence, partition=partition, threads=threads, **settings)
 
 
