@@ -38,7 +38,9 @@ LEAVE_S = 10.0
 SLOW_BYTES = 100 << 20
 """Bytes of the weights that are read and hashed a second, at the least. While the model is loaded, a process waits that much
 longer for the others."""
-_OF_ANOTHER = re.compile(r"gloo|NCCL|CUDA error|ProcessGroup|Connection (closed|reset)|Broken pipe|timed? ?out", re.IGNORECASE)
+_OF_ANOTHER = re.compile(
+    r"gloo|NCCL|CUDA error|ProcessGroup|Connection (closed|reset)|Broken pipe|timed? ?out", re.IGNORECASE
+)
 """What a process says whose collective fails since another process has ended or does not answer, or whose GPU fails."""
 
 
