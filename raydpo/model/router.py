@@ -1,9 +1,9 @@
 """The load-balancing loss of a mixture of experts, which keeps its routers from sending all tokens to few experts.
 
 For each expert: the share of the positions that choose it, times the mean probability that the routers give it, over all
-positions and layers together; summed over experts and multiplied by their number (Switch Transformer, arXiv 2101.03961, eq. 4
-to 6, for k experts a token). This is ``load_balancing_loss_func`` of transformers 5, which TRL uses. It is k if all experts
-are used alike, and the number of experts if all positions choose the same k.
+positions and layers together; summed over experts and multiplied by their number (Switch Transformer, arXiv 2101.03961,
+eq. 4 to 6, for k experts a token). This is ``load_balancing_loss_func`` of transformers 5, which TRL uses. It is k if all
+experts are used alike, and the number of experts if all positions choose the same k.
 
 Shapes: T = positions, E = experts.
 """
