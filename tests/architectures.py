@@ -82,13 +82,36 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         **_EXPERTS,
     ),
 }
+_SPARSE = dict(n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, first_k_dense_replace=1)
+MORE_MIXTURES: dict[str, dict[str, Any]] = {
+    "deepseek_v3": dict(
+        n_group=1,
+        topk_group=1,
+        n_shared_experts=1,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=8,
+        num_key_value_heads=4,
+        **_SPARSE,
+    ),
+    "qwen2_moe": dict(shared_expert_intermediate_size=32, **_EXPERTS),
+    "olmoe": _EXPERTS,
+    "granitemoe": dict(num_local_experts=4, num_experts_per_tok=2),
+    "jetmoe": dict(num_local_experts=4, num_experts_per_tok=2, kv_channels=8),
+    "llama4_text": dict(num_local_experts=4, intermediate_size_mlp=64, head_dim=8),
+    "glm4_moe": dict(head_dim=8, **_SPARSE),
+    "lfm2_moe": dict(layer_types=["conv", "full_attention"], num_dense_layers=1, **_EXPERTS),
+}
+"""Mixtures beside those of ARCHITECTURES: shared experts, dense first layers, experts of attention."""
 NO_TREE = {"gptj", "falcon", "falcon-alibi", "bloom", "mamba", "qwen3_next"}
 """Models with recurrent layers, ALiBi, or attention outside transformers' interface."""
 
 
 def make_random(name: str, vocabulary: int, seed: int = 0, **settings: Any) -> PreTrainedModel:
     """A random float32 model in evaluation mode, without dropout, with rotary frequencies for ``LONGEST`` tokens."""
-    settings = {**COMMON, **ARCHITECTURES[name], **settings}
+    settings = {**COMMON, **(ARCHITECTURES | MORE_MIXTURES)[name], **settings}
     kind = settings.pop("model_type", name)
     torch.manual_seed(seed)
     config = AutoConfig.for_model(kind, vocab_size=vocabulary, pad_token_id=0, bos_token_id=1, eos_token_id=2, **settings)
