@@ -18,6 +18,7 @@ __all__ = [
     "FilesError",
     "GateError",
     "ModelError",
+    "ProcessLostError",
     "RaydpoError",
     "TrainError",
     "bounded",
@@ -73,6 +74,10 @@ class CacheMissError(CacheError, LookupError):
 
 class GateError(CacheError):
     """The step-0 gate found that the cached reference log-probs differ from those of the initial policy."""
+
+
+class ProcessLostError(RaydpoError, RuntimeError):
+    """A process of a team ended without a reason that a setting could mend. The same work may succeed if it is repeated."""
 
 
 class TrainError(RaydpoError, RuntimeError):

@@ -102,16 +102,98 @@ MORE_MIXTURES: dict[str, dict[str, Any]] = {
     "jetmoe": dict(num_local_experts=4, num_experts_per_tok=2, kv_channels=8),
     "llama4_text": dict(num_local_experts=4, intermediate_size_mlp=64, head_dim=8),
     "glm4_moe": dict(head_dim=8, **_SPARSE),
-    "lfm2_moe": dict(layer_types=["conv", "full_attention"], num_dense_layers=1, **_EXPERTS),
 }
 """Mixtures beside those of ARCHITECTURES: shared experts, dense first layers, experts of attention."""
-NO_TREE = {"gptj", "falcon", "falcon-alibi", "bloom", "mamba", "qwen3_next"}
-"""Models with recurrent layers, ALiBi, or attention outside transformers' interface."""
+NO_TREE = {"gptj", "falcon", "falcon-alibi", "bloom"}
+"""Models with ALiBi, or attention outside transformers' interface."""
+_KINDS = {"num_hidden_layers": 3, "layer_types": ["linear_attention", "full_attention", "linear_attention"]}
+_DELTA = dict(
+    linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8, head_dim=8, **_KINDS
+)
+_LATENT = dict(
+    num_key_value_heads=4,
+    mlp_layer_types=["dense", "sparse", "dense"],
+    kv_lora_rank=16,
+    qk_rope_head_dim=8,
+    qk_nope_head_dim=8,
+    v_head_dim=8,
+    **_KINDS,
+)
+_MAMBA2 = dict(mamba_n_heads=8, mamba_d_head=8, mamba_d_state=8, mamba_n_groups=1, mamba_chunk_size=16, mamba_expand=2)
+_CONV = {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"]}
+_SLOW = {"use_mamba_kernels": False, "mamba_d_state": 8, "mamba_dt_rank": 4}
+_PURE = {"state_size": 8, "num_attention_heads": None, "num_key_value_heads": None}
+HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3_5_text": ("Qwen3_5GatedDeltaNet", _DELTA),
+    "qwen3_5_moe_text": ("Qwen3_5MoeGatedDeltaNet", dict(shared_expert_intermediate_size=32, **_DELTA, **_EXPERTS)),
+    "olmo_hybrid": ("OlmoHybridGatedDeltaNet", _DELTA),
+    "kimi_linear": ("KimiLinearDeltaAttention", dict(linear_head_dim=8, linear_num_heads=4, **_LATENT, **_EXPERTS)),
+    "bailing_hybrid": (
+        "BailingHybridDeltaAttention",
+        dict(n_group=2, topk_group=1, q_lora_rank=16, head_dim=8, **_LATENT, **_EXPERTS),
+    ),
+    "minimax": ("MiniMaxLightningAttention", dict(block_size=16, **_KINDS, **_EXPERTS)),
+    "falcon_h1": ("FalconH1Mixer", dict(mamba_d_ssm=64, **_MAMBA2)),
+    "bamba": ("BambaMixer", dict(num_hidden_layers=3, attn_layer_indices=[1], **_MAMBA2)),
+    "granitemoehybrid": (
+        "GraniteMoeHybridMambaLayer",
+        dict(num_hidden_layers=3, layer_types=["mamba", "attention", "mamba"], **_MAMBA2, **_EXPERTS),
+    ),
+    "jamba": (
+        "JambaMambaMixer",
+        dict(attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1, **_SLOW, **_EXPERTS),
+    ),
+    "zamba": (
+        "ZambaMambaMixer",
+        dict(num_hidden_layers=6, attn_layer_period=3, attn_layer_offset=2, n_mamba_heads=2, **_SLOW),
+    ),
+    "zamba2": (
+        "Zamba2MambaMixer",
+        dict(
+            num_hidden_layers=6,
+            layers_block_type=["mamba", "mamba", "hybrid"] * 2,
+            num_mem_blocks=1,
+            n_mamba_heads=8,
+            mamba_headdim=8,
+            mamba_d_state=8,
+            mamba_ngroups=1,
+            chunk_size=16,
+            use_mamba_kernels=False,
+        ),
+    ),
+    "nemotron_h": (
+        "NemotronHMamba2Mixer",
+        dict(
+            num_hidden_layers=4,
+            hybrid_override_pattern="M*M-",
+            head_dim=8,
+            mamba_num_heads=8,
+            mamba_head_dim=8,
+            ssm_state_size=8,
+            n_groups=1,
+            chunk_size=16,
+        ),
+    ),
+    "recurrent_gemma": (
+        "RecurrentGemmaRecurrentBlock",
+        dict(num_hidden_layers=3, lru_width=32, head_dim=8, attention_window_size=16),
+    ),
+    "lfm2": ("Lfm2ShortConv", dict(block_auto_adjust_ff_dim=False, **_CONV)),
+    "lfm2_moe": ("Lfm2MoeShortConv", dict(num_dense_layers=1, **_CONV, **_EXPERTS)),
+    "lfm3": ("Lfm3ShortConv", _CONV),
+    "zaya": ("ZayaCCAProjection", {"head_dim": 8}),
+    "falcon_mamba": ("FalconMambaMixer", _PURE),
+    "mamba2": ("Mamba2Mixer", dict(num_heads=8, head_dim=8, n_groups=1, chunk_size=16, **_PURE)),
+    "rwkv": ("RwkvSelfAttention, ZeroPad2d", {"attention_hidden_size": 32}),
+    "xlstm": ("xLSTMLayer", dict(embedding_dim=32, num_blocks=2, num_heads=4)),
+}
+"""Models with layers that carry a state from token to token: the classes of these layers, and the settings."""
 
 
 def make_random(name: str, vocabulary: int, seed: int = 0, **settings: Any) -> PreTrainedModel:
     """A random float32 model in evaluation mode, without dropout, with rotary frequencies for ``LONGEST`` tokens."""
-    settings = {**COMMON, **(ARCHITECTURES | MORE_MIXTURES)[name], **settings}
+    own = HYBRIDS[name][1] if name in HYBRIDS else (ARCHITECTURES | MORE_MIXTURES)[name]
+    settings = {**COMMON, **own, **settings}
     kind = settings.pop("model_type", name)
     torch.manual_seed(seed)
     config = AutoConfig.for_model(kind, vocab_size=vocabulary, pad_token_id=0, bos_token_id=1, eos_token_id=2, **settings)

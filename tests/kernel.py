@@ -144,8 +144,9 @@ def engine_here(
     import torch
 
     from raydpo.config import LoraSettings, TrainConfig
+    from raydpo.model.partition import join_process_group
     from raydpo.reference.identity import identify
-    from raydpo.training.policy.deepspeed_engine import PolicyEngine, join_process_group
+    from raydpo.training.policy.deepspeed_engine import PolicyEngine
     from raydpo.training.policy.engine import PolicySpec
 
     settings = TrainConfig(**{"lr": 1e-3, "pairs_per_step": 8, "tokens_per_batch": 1024} | train)

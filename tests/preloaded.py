@@ -17,7 +17,7 @@ import raydpo.reference.score
 import raydpo.training.policy.export
 import raydpo.training.trainer
 
-sys.modules["mlflow"] = None  # as in engine.join_process_group
+sys.modules["mlflow"] = None  # as in partition.join_process_group
 import deepspeed  # noqa: E402
 
 del sys.modules["mlflow"]

@@ -19,12 +19,13 @@ from raydpo.estimate.work import pair_groups
 from raydpo.losses import Objective, ObjectiveState
 from raydpo.model.budget import MOST_SCORED, find_budget, probe_group, used_memory
 from raydpo.model.layout import PromptGroup
+from raydpo.model.partition import join_process_group
 from raydpo.model.selfcheck import CHECK_ROWS
 from raydpo.reference.identity import identify
 from raydpo.reference.score import ReferenceSpec, Scorer
 from raydpo.training.clock import StepClock
 from raydpo.training.pairs import TrainingPairs
-from raydpo.training.policy.deepspeed_engine import PolicyEngine, join_process_group
+from raydpo.training.policy.deepspeed_engine import PolicyEngine
 from raydpo.training.policy.engine import PolicySpec
 from raydpo.training.step import Stepper
 from raydpo.version import __version__

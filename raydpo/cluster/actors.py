@@ -6,6 +6,7 @@ import re
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain, islice
+from types import MappingProxyType
 from typing import Any
 
 import pyarrow as pa
@@ -13,7 +14,7 @@ import pyarrow as pa
 from raydpo import errors
 from raydpo.cluster.feed import Feed
 from raydpo.cluster.resources import Resources
-from raydpo.cluster.watch import Watched, watching
+from raydpo.cluster.watch import Watched, deaths, watching
 from raydpo.errors import RaydpoError
 
 __all__ = ["original_error", "over_actors"]
@@ -92,9 +93,14 @@ def over_actors(
                 **({"runtime_env": {"env_vars": dict(environment)}} if environment else {}),
             )
         with watching(run, doing, tell):
-            for row in dataset.iter_rows():
-                feed.done()
-                yield row
+            try:
+                for row in dataset.iter_rows():
+                    feed.done()
+                    yield row
+            except RaydpoError:
+                raise
+            except Exception as error:
+                raise original_error(error, doing, deaths(run)) from error
         if feed.error is not None:
             raise feed.error
     except RaydpoError:
@@ -105,10 +111,13 @@ def over_actors(
         feed.close()
 
 
-def original_error(error: BaseException, doing: str) -> RaydpoError:
+def original_error(error: BaseException, doing: str, deaths: Mapping[str, str] = MappingProxyType({})) -> RaydpoError:
     """Return the error behind a Ray exception.
 
     It is the RaydpoError that a worker raised. If there is none, it is a new one with one sentence about the cause.
+
+    Args:
+        deaths: what is known of actors that died, by actor id (see ``watch.deaths``).
     """
     seen: list[BaseException] = []
     todo: list[BaseException | None] = [error]
@@ -133,6 +142,9 @@ def original_error(error: BaseException, doing: str) -> RaydpoError:
                 f"{doing} failed: node {node} ran low on memory ({used} of {limit} used by all that runs there), and Ray "
                 "killed workers; use fewer workers on a node, fewer tokens_per_batch, or more memory"
             )
+    for known in seen:
+        if told := deaths.get(getattr(known, "actor_id", None) or ""):
+            return RaydpoError(f"{doing} failed: {told}")
     # Ray adds exceptions without a message to the chain. The last one with a message is the origin.
     told = [
         (type(known).__name__, lines[-1].strip())

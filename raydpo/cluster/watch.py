@@ -1,4 +1,7 @@
-"""Tell which actors have been silent for long. Ray Data itself either says nothing or ends the execution."""
+"""Tell which actors have been silent for long, why actors died, and how far those are that load a large model.
+
+Ray Data itself says none of it.
+"""
 
 from __future__ import annotations
 
@@ -7,23 +10,44 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-__all__ = ["QUIET_SECONDS", "Watched", "duration", "watching"]
+from raydpo import errors
+from raydpo.cluster.ending import end_process, say_last_words_by
+from raydpo.errors import ProcessLostError, RaydpoError
+from raydpo.terminal.phases import Seldom
+
+__all__ = ["QUIET_SECONDS", "Watched", "deaths", "duration", "loading", "watching"]
 
 QUIET_SECONDS = 600.0
 """Seconds without a sign of an actor until it is named, and until it is named again."""
+LOOK_SECONDS = 10.0
+"""Seconds from one look at the actors' signs to the next."""
 _NAMESPACE = b"raydpo"
+_here: list[Watched] = []
+"""The actor of this process, once it is being made."""
+
+
+def loading(done: int, total: int) -> None:
+    """Note how far this process is with loading a model, in bytes, if it is a watched actor. May be called often."""
+    if _here:
+        _here[0].loading(done, total)
 
 
 class Watched:
-    """An actor that notes in Ray's key-value store when it begins and ends its constructor and each call.
+    """An actor that notes in Ray's key-value store when it begins and ends its constructor and each call, and why it dies.
+
+    An actor that raises ``ProcessLostError`` ends its process. Ray then starts the actor anew and repeats its calls. It does
+    neither after other exceptions.
 
     Args:
         run: name that the actors of one execution share.
         actor: class of the actor.
         arguments: arguments of its constructor.
+
+    Raises:
+        RaydpoError: what ended the process of this actor before, if starting it anew does not help.
     """
 
     def __init__(self, run: str, actor: type, arguments: tuple[Any, ...]) -> None:
@@ -32,31 +56,57 @@ class Watched:
         context = ray.get_runtime_context()
         self._key, self._host = f"{run}/{context.get_actor_id()}", ray.util.get_node_ip_address()
         self._lock, self._running, self._done = threading.Lock(), 0, 0
+        before = _sign(self._key)  # of the process that was this actor before
+        self._deaths = before["deaths"] + 1 if before else 0
+        self._words: dict[str, str] = {}
+        said = before.get("words", {})
+        if said and said["kind"] != ProcessLostError.__name__:
+            raise getattr(errors, said["kind"])(said["text"])
+        self._last = said.get("text")
         self._note(1, 0)
-        self._actor = actor(*arguments)
+        say_last_words_by(self._say)
+        self.loading = Seldom(lambda done, total: self._note(0, 0, [done, total] if done < total else None))
+        _here[:] = [self]
+        with self._ending():
+            self._actor = actor(*arguments)
         self._note(-1, 0)
 
     def __call__(self, block: Any) -> Any:
         self._note(1, 0)
         try:
-            return self._actor(block)
+            with self._ending():
+                return self._actor(block)
         finally:
             self._note(-1, 1)
 
-    def _note(self, began: int, ended: int) -> None:
+    @contextlib.contextmanager
+    def _ending(self) -> Iterator[None]:
+        try:
+            yield
+        except ProcessLostError as error:
+            end_process(error)
+
+    def _say(self, error: RaydpoError) -> None:
+        with self._lock:
+            self._words = {"kind": type(error).__name__, "text": str(error)}
+        self._note(0, 0)
+
+    def _note(self, began: int, ended: int, loading: list[int] | None = None) -> None:
         from ray.experimental.internal_kv import _internal_kv_put
 
         with self._lock:
             self._running += began
             self._done += ended
             state = {"host": self._host, "process": os.getpid(), "running": self._running, "done": self._done}
+            state |= {"deaths": self._deaths, "last": self._last} | ({"words": self._words} if self._words else {})
+            state |= {} if loading is None else {"loading": loading}
         with contextlib.suppress(Exception):  # a sign that is lost must not end the work
             _internal_kv_put(self._key, json.dumps(state), namespace=_NAMESPACE)
 
 
 @contextlib.contextmanager
 def watching(run: str, doing: str, tell: Callable[[str], None]) -> Iterator[None]:
-    """Within the block, tell from time to time which actors are silent.
+    """Within the block, tell from time to time which actors are silent, and how far those are that load a large model.
 
     Args:
         run: name that the actors were given.
@@ -77,16 +127,45 @@ def watching(run: str, doing: str, tell: Callable[[str], None]) -> Iterator[None
             _internal_kv_del(run, del_by_prefix=True, namespace=_NAMESPACE)
 
 
+def deaths(run: str) -> dict[str, str]:
+    """How often the actors of an execution died and why, by actor id, for those that are dead now; a part of a sentence."""
+    told: dict[str, str] = {}
+    signs: dict[bytes, bytes] = {}
+    with contextlib.suppress(Exception):  # Ray is gone
+        signs = _signs(run)
+    for key, sign in signs.items():
+        state = json.loads(sign)
+        times = state["deaths"] + 1  # the last one is not followed by a start that would count it
+        why = _why(state.get("words", {}).get("text"))
+        often = "once" if times == 1 else f"{times} times, the last time"
+        told[key.decode().rpartition("/")[2]] = f"the worker on {state['host']} died {often} {why}"
+    return told
+
+
+def _why(words: str | None) -> str:
+    return f"because {words}" if words else "without a word, as if killed: memory may be short there; run it again"
+
+
 def _watch(run: str, doing: str, tell: Callable[[str], None], over: threading.Event) -> None:
     signs: dict[bytes, bytes] = {}
     since = dict.fromkeys([b""], time.monotonic())  # of each actor's last sign; b"": of the first actor's start
     told: dict[bytes, float] = {}
-    while not over.wait(QUIET_SECONDS / 10):
+    loaded = None
+    died: dict[bytes, int] = {}  # deaths that were told
+    while not over.wait(min(LOOK_SECONDS, QUIET_SECONDS / 10)):
         now = time.monotonic()
         with contextlib.suppress(Exception):  # the store does not answer: Ray itself will say so
             for key, sign in _signs(run).items():
                 if signs.get(key) != sign:
                     signs[key], since[key] = sign, now
+                    state = json.loads(sign)
+                    if state["deaths"] > died.get(key, 0):
+                        died[key] = state["deaths"]
+                        again = f"the worker on {state['host']} died and is started again, death {state['deaths']}"
+                        tell(f"warning: {doing}: {again}, {_why(state['last']).removesuffix('; run it again')}")
+        if (line := _loaded(signs.values())) not in {None, loaded}:
+            loaded = line
+            tell(f"{doing}: {line}")
         for key, start in since.items():
             if now - max(start, told.get(key, start)) < QUIET_SECONDS or (not key and signs):
                 continue
@@ -101,6 +180,25 @@ def _signs(run: str) -> dict[bytes, bytes]:
 
     found = {key: _internal_kv_get(key, namespace=_NAMESPACE) for key in _internal_kv_list(run, namespace=_NAMESPACE)}
     return {key: sign for key, sign in found.items() if sign is not None}
+
+
+def _loaded(signs: Iterable[bytes]) -> str | None:
+    """How far the actors are that load a large model."""
+    parts = [state["loading"] for state in map(json.loads, signs) if "loading" in state]
+    if not parts:
+        return None
+    done, total = map(sum, zip(*parts, strict=True))
+    by = f" by {len(parts)} workers" if len(parts) > 1 else ""
+    return f"loading the model: {done / 1e9:,.0f} of {total / 1e9:,.0f} GB read{by}"
+
+
+def _sign(key: str) -> dict[str, Any]:
+    from ray.experimental.internal_kv import _internal_kv_get
+
+    with contextlib.suppress(Exception):
+        if (sign := _internal_kv_get(key, namespace=_NAMESPACE)) is not None:
+            return json.loads(sign)
+    return {}
 
 
 def _who(state: dict[str, Any]) -> str:

@@ -13,15 +13,17 @@ from raydpo.data.pairs import PairSets
 from raydpo.data.shapes import Shapes
 from raydpo.data.simulate import NAIVE_PAIRS, Simulation
 from raydpo.errors import ConfigError
-from raydpo.estimate.cards import MEMORY, is_card
+from raydpo.estimate.cards import MEMORY, is_card, link_of
 from raydpo.estimate.checked import CheckedDevice, read_check
 from raydpo.estimate.modes import Fit, Modes, Question, compare_modes
-from raydpo.estimate.plan import PAIRS_PER_RANK, Plan, Stage, make_plan, sample_pairs
+from raydpo.estimate.plan import PAIRS_PER_RANK, Plan, Rates, Stage, make_plan, sample_pairs
 from raydpo.estimate.rate import measured_rates, stated_rates
 from raydpo.estimate.tokenising import Tokenising
 from raydpo.estimate.work import lengths_of
+from raydpo.model.cost import ModelCost
 from raydpo.model.memory.activations import Batch
 from raydpo.model.memory.anatomy import Anatomy, model_cost
+from raydpo.model.memory.scoring import Choice, Links, ScoringRoom, adapter_bytes, choose_partition
 from raydpo.reference.identity import resolve_model
 from raydpo.terminal.console import Console
 
@@ -74,14 +76,17 @@ def plan_run(
         rates = measured_rates(config, sample_pairs(config, sets.train), model, reference)
     else:
         rates = stated_rates(**_given(device=device, mfu_score=mfu_score, mfu_train=mfu_train))
-    scales = None if first is None else first.scales
-    plan = make_plan(config, sets, model, reference, rates, **_given(workers=workers, price=price, runs=runs, scales=scales))
-    if first is not None:
-        plan = dataclasses.replace(plan, tokenising=Tokenising.of(first), first=first.to_dict())
     named = device or (DEVICE if memory is None else "device")
     if checked is not None and device is None and memory is None:
         named, memory = checked.name, checked.memory
-    return dataclasses.replace(plan, memory=_modes(config, sets, plan, named, memory))
+    placed = _reference(config, sets, reference, rates, named, memory, workers) if config.needs_reference else None
+    choice = placed if isinstance(placed, Choice) else None
+    given = {"workers": workers, "price": price, "runs": runs, "choice": choice}
+    given["scales"] = None if first is None else first.scales
+    plan = make_plan(config, sets, model, reference, rates, **_given(**given))
+    if first is not None:
+        plan = dataclasses.replace(plan, tokenising=Tokenising.of(first), first=first.to_dict())
+    return dataclasses.replace(plan, reference=placed, memory=_modes(config, sets, plan, named, memory))
 
 
 def _checked(path: str, **others: object) -> CheckedDevice:
@@ -98,6 +103,51 @@ def _checked(path: str, **others: object) -> CheckedDevice:
 
 DEVICE = "H100"
 """Device whose memory is assumed if none is named."""
+
+
+PER_MACHINE = 8
+"""GPUs of a machine that are assumed if there are as many workers."""
+
+
+def _reference(
+    config: Config,
+    sets: PairSets,
+    cost: ModelCost,
+    rates: Rates,
+    device: str,
+    memory: float | None,
+    workers: int | None,
+) -> Choice | str:
+    """How the reference is put on the devices that score, or why it fits in no way."""
+    wish = config.score if workers is None else config.score.model_copy(update={"workers": workers})
+    if wish.gpus_per_worker == 0:
+        return "reference: scored on CPUs, whole in the memory of each worker"
+    kind, gather, host = link_of(DEVICE if device == "device" else device)
+    longest = max(
+        int((prompts + np.max(answers, axis=0)).max())
+        for prompts, *answers in (lengths_of(table) for table in (sets.train, sets.eval) if table is not None)
+    )
+    adapter = config.reference_adapter and resolve_model(config.reference_adapter)
+    dtype = config.model.dtype if wish.dtype is None else wish.dtype
+    width = "bfloat16" if dtype == "auto" else dtype
+    room = ScoringRoom(
+        name=device,
+        device_bytes=(MEMORY[device] if memory is None else memory) * 2**30 * min(1.0, wish.gpus_per_worker or 1.0),
+        per_machine=min(PER_MACHINE, wish.workers),
+        links=Links(name=kind, gather=gather, host=host, seconds=cost.position_flops / rates.score),
+    )
+    try:
+        return choose_partition(
+            Anatomy.of(resolve_model(config.reference_path), config.model.trust_remote_code),
+            wish,
+            room,
+            dtype=width,
+            longest=longest,
+            quantization=config.reference_quantization,
+            adapter_bytes=adapter_bytes(adapter, width),
+        )
+    except ConfigError as error:
+        return f"reference: {error}"
 
 
 def _modes(config: Config, sets: PairSets, plan: Plan, device: str, memory: float | None) -> Modes:
@@ -183,6 +233,8 @@ def print_plan(plan: Plan, console: Console) -> None:
         _stage(f"{plan.runs:,} with an online reference, packed", plan.train_workers, plan.online_packed),
     ]
     console.table("estimate", ("part", "GPUs", "PFLOP", "time", "GPU hours", "dollars"), stages)
+    if plan.reference is not None:
+        console.say(plan.reference.line if isinstance(plan.reference, Choice) else plan.reference)
     if plan.memory is not None:
         _print_memory(plan.memory, console)
     console.say(

@@ -13,15 +13,10 @@ from raydpo.errors import ConfigError
 from raydpo.model.budget import MOST_TRAINED, STEP
 from raydpo.model.memory.activations import Batch
 from raydpo.model.memory.anatomy import Anatomy
-from raydpo.model.memory.ledger import BASE_BYTES, MemoryEstimate, estimate_memory, trained_numbers
+from raydpo.model.memory.ledger import BASE_BYTES, ENOUGH, USABLE, MemoryEstimate, estimate_memory, trained_numbers
 
-__all__ = ["USABLE", "Fit", "Modes", "Question", "compare_modes"]
+__all__ = ["Fit", "Modes", "Question", "compare_modes"]
 
-USABLE = 0.9
-"""Share of a device's memory (data sheet) that a plan may use. Error correction takes up to 1/16 (L40S, A10G, L4, T4), the
-driver a little, and torch's allocator loses a few percent to fragmentation."""
-ENOUGH = 2048
-"""Positions of a micro-batch that ``tokens_per_batch: auto`` should reach. With fewer, a GPU's matrix units idle."""
 MOST = MOST_TRAINED["cuda"]
 MOST_WORKERS = 4096
 """Most GPUs that are tried when asking how many are needed."""

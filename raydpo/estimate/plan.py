@@ -26,6 +26,7 @@ from raydpo.estimate.modes import Modes
 from raydpo.estimate.tokenising import Tokenising
 from raydpo.estimate.work import by_scale, evaluation_pass, lengths_of, reference_pass, shapes_of_steps
 from raydpo.model.cost import ModelCost
+from raydpo.model.memory.scoring import Choice
 
 __all__ = [
     "ADAPTERS",
@@ -113,6 +114,7 @@ class Plan:
         imbalance: imbalance of this configuration. fixed: by world size, at its pairs per step. scaled: by world size, at
             ``PAIRS_PER_RANK``.
         memory: in which modes the training fits; None if that was not asked.
+        reference: how the reference is put on the devices, or why it fits in no way; None if that was not asked.
         tokenising: of all sources; None if that was not asked.
         first: ``data.first.FirstPairs.to_dict``: how much of each source was read, if not all.
     """
@@ -136,6 +138,7 @@ class Plan:
     fixed: tuple[Simulation, ...]
     scaled: tuple[Simulation, ...]
     memory: Modes | None = None
+    reference: Choice | str | None = None
     tokenising: Tokenising | None = None
     first: dict[str, dict[str, int]] | None = None
 
@@ -172,6 +175,7 @@ def make_plan(
     price: float | None = None,
     runs: int = 1,
     scales: Mapping[str, float] | None = None,
+    choice: Choice | None = None,
 ) -> Plan:
     """Estimate ``runs`` runs of ``config`` on its pairs.
 
@@ -181,6 +185,7 @@ def make_plan(
         model, reference: sizes of the policy and of the reference.
         workers: devices of both stages; None = as configured for each.
         price: dollars per GPU hour.
+        choice: how the reference is put on the devices; None = whole on each.
 
     Raises:
         ConfigError: if a number is out of range.
@@ -244,13 +249,19 @@ def make_plan(
     dealt = of_a_run([batch for step in sampled for rank in deal(step, train_workers) for batch in rank], "padded")
     imbalance = simulated(train_workers, train.pairs_per_step)
     planned, completions, scored = {"completions": 0, "held_out_pairs": 0}, 0.0, np.zeros(3)
+    waited = 0.0
     if train.needs_reference:
-        positions = _budget(config.score.tokens_per_batch) * config.score.sequence_parallel
+        wish = config.score
+        positions = _budget(wish.tokens_per_batch) * wish.sequence_parallel
+        replicas = 1 if choice is None else max(1, choice.partition // wish.sequence_parallel)
+        if choice is not None and not choice.simple and wish.tokens_per_batch == "auto":  # gathers want large micro-batches
+            positions = choice.positions * wish.sequence_parallel
         tables = [table for table in (sets.train, sets.eval) if table is not None]
         for times, group in by_scale(tables, scales):
-            distinct, looked_at, amount = reference_pass(group, positions, config.score.tokens_per_part, layout)
+            distinct, looked_at, amount, waiting = reference_pass(group, positions, wish.tokens_per_part, layout, replicas)
             planned["completions"] += looked_at
             completions, scored = completions + times * distinct, scored + times * amount
+            waited += times * amount[0] * waiting
     factors = training_factors(train, config.model.adapts)
     held_out_pairs, held_out = 0.0, np.zeros(3)
     if sets.eval is not None:
@@ -263,7 +274,10 @@ def make_plan(
     def of_training(flops: float, rate: float, lost: float) -> Stage:
         return Stage.of(flops, train_workers, rate, price, lost)
 
-    score = Stage.of(operations(scored, reference), score_workers, rates.score, price)
+    # Of a team, all devices wait for the slowest one, and for gathers that take longer than products.
+    idle = waited / scored[0] if scored[0] else 0.0
+    lost = 1 - (1 - idle) / (1.0 if choice is None else choice.slower)
+    score = Stage.of(operations(scored, reference), score_workers, rates.score, price, lost)
     evaluation = of_training(operations(held_out, model), rates.score, 0.0)
     # ZeRO 2 and 3 reduce gradients after every micro-batch.
     waiting = imbalance.lockstep if train.zero >= 2 else imbalance.imbalance

@@ -135,7 +135,7 @@ def _policy(config: Config, dtype: str, device: torch.device) -> tuple[LogpModel
     if config.model.fused:
         fuse_layers(policy, device)
     if config.train.gradient_checkpointing:
-        policy.causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        policy.recompute_layers()
     policy.train()
 
     def probe(tokens: int) -> object:

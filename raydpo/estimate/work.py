@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raydpo.data.lists import starts_of_table
-from raydpo.data.plan import fill_batches
+from raydpo.data.plan import fill_batches, split_over_ranks
 from raydpo.data.ragged import Ragged, tokens_in_use
 from raydpo.data.shapes import LayoutName, PositionCost, Shapes
 from raydpo.data.simulate import amounts
@@ -89,23 +89,35 @@ def by_scale(tables: Sequence[pa.Table], scales: Mapping[str, float]) -> Iterato
 
 
 def reference_pass(
-    tables: Sequence[pa.Table], budget: int, tokens_per_part: int, layout: LayoutName
-) -> tuple[int, int, np.ndarray]:
-    """Number of distinct completions, how many of them were planned, and the amounts [3] of scoring all in the shards of a
-    build."""
+    tables: Sequence[pa.Table], budget: int, tokens_per_part: int, layout: LayoutName, replicas: int = 1
+) -> tuple[int, int, np.ndarray, float]:
+    """Number of distinct completions, how many of them were planned, the amounts [3] of scoring all in the shards of a
+    build, and the share of the time that the processes of a team wait for each other.
+
+    Args:
+        replicas: processes that hold the weights together, each with micro-batches of its own of every shard.
+    """
     wanted = planned = Wanted(tables)
     if len(wanted) > MOST_PLANNED:
         pairs = sum(table.num_rows for table in tables)
         planned = Wanted([_part(table, MOST_PLANNED // 2 * table.num_rows // pairs) for table in tables])
-        shards: Iterable[Shard] = Plan(planned, tokens_per_part)  # of a large set nearly all pairs are planned together
+        # Of a large set nearly all pairs are planned together.
+        shards: Iterable[Shard] = Plan(planned, tokens_per_part * replicas)
     else:
-        shards = plan_shards(wanted, tokens_per_part)
-    total = np.zeros(3)
+        shards = plan_shards(wanted, tokens_per_part * replicas)
+    total, busy, taken = np.zeros(3), 0.0, 0.0
     for shard in shards:
         shapes = shapes_of(prompt_groups(read_groups(shard, planned.source)))
-        total += amounts(fill_batches(range(len(shapes)), shapes, budget, layout), shapes, layout)
+        items = range(len(shapes))
+        total += amounts(fill_batches(items, shapes, budget, layout), shapes, layout)
+        if replicas > 1:
+            found = split_over_ranks(items, shapes.take, world_size=replicas, tokens_per_batch=budget, layout=layout)
+            alone = shapes.positions(layout)
+            sizes = [[batch.counts * alone[list(batch.pairs)].sum() for batch in rank] for rank in found]
+            busy, taken = busy + np.sum(sizes), taken + replicas * np.max(sizes, axis=0).sum()
     of_all, of_planned = ([each.prompt_tokens, each.tokens] for each in (wanted, planned))
-    return len(wanted), len(planned), total * _stands_for(of_all, of_planned, layout)
+    waiting = 1 - busy / taken if taken else 0.0
+    return len(wanted), len(planned), total * _stands_for(of_all, of_planned, layout), float(waiting)
 
 
 def evaluation_pass(table: pa.Table, budget: int, layout: LayoutName) -> tuple[int, np.ndarray]:

@@ -21,9 +21,10 @@ from raydpo.gpu.figures import Skip
 from raydpo.gpu.world import World
 from raydpo.losses import Objective, ObjectiveState
 from raydpo.model.layout import PromptGroup
+from raydpo.model.partition import join_process_group
 from raydpo.training.clock import StepClock
 from raydpo.training.pairs import TrainingPairs
-from raydpo.training.policy.deepspeed_engine import PolicyEngine, join_process_group
+from raydpo.training.policy.deepspeed_engine import PolicyEngine
 from raydpo.training.policy.engine import PolicySpec
 from raydpo.training.step import Stepper
 

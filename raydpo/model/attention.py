@@ -24,7 +24,17 @@ from raydpo.model import by_node, flex, varlen
 from raydpo.model.segments import Body, Segments, Terms
 from raydpo.model.ulysses import head_shares
 
-__all__ = ["ATTENTION", "Demand", "attend", "available_bodies", "lacking_kernels", "register", "watch_demands", "why_not"]
+__all__ = [
+    "ATTENTION",
+    "Demand",
+    "attend",
+    "available_bodies",
+    "lacking_kernels",
+    "register",
+    "watch_callers",
+    "watch_demands",
+    "why_not",
+]
 
 ATTENTION = "raydpo_tree"
 """Name in transformers' attention interface. No mask function is registered under this name, so no mask is built."""
@@ -65,6 +75,20 @@ def watch_demands() -> Iterator[set[Demand]]:
         yield found
     finally:
         _watching.reset(token)
+
+
+_called: ContextVar[set[nn.Module] | None] = ContextVar("called", default=None)
+
+
+@contextlib.contextmanager
+def watch_callers() -> Iterator[set[nn.Module]]:
+    """Context that collects the modules that compute attention in it."""
+    found: set[nn.Module] = set()
+    token = _called.set(found)
+    try:
+        yield found
+    finally:
+        _called.reset(token)
 
 
 def why_not(body: Body, demand: Demand) -> str | None:
@@ -164,6 +188,8 @@ def tree_attention(
     Raises:
         ValueError: if the architecture does not pass the layout on, or uses a mask or dropout.
     """
+    if (callers := _called.get()) is not None:
+        callers.add(module)
     if segments is None:
         raise ValueError(f"{type(module).__name__} was called without the layout of the prefix tree")
     if attention_mask is not None or dropout:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from raydpo.data.shapes import PositionCost
 from raydpo.errors import FilesError
 from raydpo.model.files import model_files, read_header
+from raydpo.model.limits import OTHER_TOWERS
 
 __all__ = ["ModelCost", "first"]
 
@@ -21,7 +22,8 @@ class ModelCost:
 
     Attributes:
         parameters: all parameters.
-        active: parameters that multiply each token: without embedding and head, and in a mixture only the active experts.
+        active: parameters that multiply each token: without embedding and head, without parts of a package beside its text
+            model, and in a mixture only the active experts.
         hidden, vocabulary, layers: hidden width, vocabulary size, number of layers.
         attention_width: query heads times head size.
     """
@@ -44,25 +46,30 @@ class ModelCost:
         tensors: dict[str, Any] = {}
         for file in files.weights:
             tensors |= read_header(file)[1]
-        return cls.of_sizes(
-            {name: math.prod(tensor["shape"]) for name, tensor in tensors.items()},
-            files.config.get("text_config", files.config),
-        )
+        sizes = {name: math.prod(tensor["shape"]) for name, tensor in tensors.items()}
+        text = files.config.get("text_config")
+        if not text:
+            return cls.of_sizes(sizes, files.config)
+        return cls.of_sizes(sizes, text, [name for name in sizes if OTHER_TOWERS.search(name)])
 
     @classmethod
-    def of_sizes(cls, sizes: dict[str, int], config: dict[str, Any]) -> ModelCost:
-        """Make it from the number of values of each tensor and the entries of config.json."""
+    def of_sizes(cls, sizes: dict[str, int], config: dict[str, Any], others: Collection[str] = ()) -> ModelCost:
+        """Make it from the number of values of each tensor and the entries of config.json.
+
+        Args:
+            others: names of tensors of a package that are not of its text model, whose entries ``config`` has.
+        """
         hidden = first(config.get, "hidden_size", "n_embd", "d_model")
         vocabulary = first(config.get, "vocab_size")
         heads = first(config.get, "num_attention_heads", "n_head", "n_heads")
-        tables = sum(size for name, size in sizes.items() if any(part in name for part in _TABLES))
-        experts = sum(size for name, size in sizes.items() if ".experts." in name)
+        text = {name: size for name, size in sizes.items() if name not in others}
+        tables = sum(size for name, size in text.items() if any(part in name for part in _TABLES))
+        experts = sum(size for name, size in text.items() if ".experts." in name)
         count = config.get("num_local_experts") or config.get("num_experts") or config.get("n_routed_experts") or 1
         idle = experts * (1 - min(config.get("num_experts_per_tok") or count, count) / count)
-        total = sum(sizes.values())
         return cls(
-            parameters=total,
-            active=int(total - tables - idle),
+            parameters=sum(sizes.values()),
+            active=int(sum(text.values()) - tables - idle),
             hidden=hidden,
             vocabulary=vocabulary,
             layers=first(config.get, "num_hidden_layers", "n_layer", "n_layers"),

@@ -30,6 +30,9 @@ weight's gradient takes longer than the product."""
 FLOAT32_BLOCK = 4096
 """Rows of a bfloat16 head that a CPU converts to float32 at a time."""
 
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+"""Names of the soft cap in configurations."""
+
 
 @dataclass(frozen=True)
 class LogitTransform:
@@ -40,10 +43,12 @@ class LogitTransform:
 
     @classmethod
     def of(cls, config: Any) -> LogitTransform:
-        """Read a transformers configuration: Cohere's logit_scale, Granite's logits_scaling, Gemma's soft caps."""
+        """Read a transformers configuration: Cohere's logit_scale, Granite's logits_scaling, the soft caps of Gemma and
+        xLSTM."""
         scale = float(getattr(config, "logit_scale", None) or 1.0)
         scale /= float(getattr(config, "logits_scaling", None) or 1.0)
-        return cls(scale, getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None))
+        caps = (getattr(config, name, None) for name in SOFTCAPS)
+        return cls(scale, next((cap for cap in caps if cap), None))
 
     def __call__(self, logits: Tensor) -> Tensor:
         """Transform float32 logits [C, V]; may work in place."""

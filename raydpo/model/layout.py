@@ -71,6 +71,8 @@ class Layout:
         lengths: tokens of each completion, in the order of groups and completions; they sum to N.
         segments: the tree for attention; None for padded rows.
         places: [n], for a part (see ``part``) the index of each of its predictions among all N; else None.
+        tokens: positions of the whole micro-batch without padding.
+        filled: [R], number of positions at the start of each row that are no padding; None = all are.
     """
 
     input_ids: Tensor
@@ -79,7 +81,17 @@ class Layout:
     targets: Tensor
     lengths: tuple[int, ...]
     segments: Segments | None
+    tokens: int
     places: Tensor | None = None
+    filled: Tensor | None = None
+
+    @property
+    def real(self) -> Tensor | None:
+        """Which positions are no padding, bool [R * T]; None = all."""
+        if self.filled is None:
+            return None
+        width = self.input_ids.shape[1]
+        return (torch.arange(width, device=self.filled.device) < self.filled[:, None]).flatten()
 
     def part(self, group: SequenceGroup) -> Layout:
         """This rank's part in ``group``: t = ceil(T / S) positions, and the n of N predictions made at them.
@@ -106,6 +118,7 @@ class Layout:
             targets=targets,
             segments=replace(self.segments, group=group),
             places=places,
+            filled=torch.tensor([self.input_ids[:, start : start + width].shape[1]]),
         )
 
     def to(self, device: torch.device) -> Layout:
@@ -135,12 +148,15 @@ def lay_out(groups: Sequence[PromptGroup], method: Method = PADDED) -> Layout:
         input_ids = _padded(sequences)
         positions = [row * input_ids.shape[1] + np.arange(start, stop) for row, start, stop in spans]
         position_ids = segments = None
+        filled = torch.tensor([stop + 1 for stop in stops])
     else:
         tree = PrefixTree.build(sequences, MIN_SAVED if method.layout == "tree" else None)
         input_ids, position_ids = torch.from_numpy(tree.token_ids)[None], torch.from_numpy(tree.depths)[None]
         positions = [tree.positions(*span) for span in spans]
-        segments = Segments.of(tree, method.body)
-    return Layout(input_ids, position_ids, torch.from_numpy(np.concatenate(positions)), targets, lengths, segments)
+        segments, filled = Segments.of(tree, method.body), None
+    tokens = input_ids.numel() if filled is None else int(filled.sum())
+    places = torch.from_numpy(np.concatenate(positions))
+    return Layout(input_ids, position_ids, places, targets, lengths, segments, tokens, filled=filled)
 
 
 def _padded(sequences: list[np.ndarray]) -> Tensor:

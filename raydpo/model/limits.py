@@ -30,8 +30,8 @@ _TOKENS = re.compile(
     r"(?:^|\.)(?:embed_tokens|wte|word_embeddings|embed_in|tok_embeddings|tokens_embed|embeddings|lm_head|embed_out)\.weight$"
 )
 _LEARNED = re.compile(r"(?:^|\.)(?:wpe|embed_positions|position_embeddings|positions_embed)\.weight$")
-OTHER_TOWERS = re.compile(r"vision|visual|image|audio|speech|encoder\.")
-"""Part of the names of weights that are not of the language model."""
+OTHER_TOWERS = re.compile(r"vision|visual|image|audio|speech|projector|connector|aligner|encoder\.")
+"""Part of the names of weights that are not of the language model of a package (``model.package``)."""
 _TABLED = ("gptj", "codegen", "ctrl", "mpt")
 """Architectures that compute a table of positions once, of the size that config.json gives."""
 _PADDED_TABLES = (

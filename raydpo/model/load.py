@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,9 @@ from torch import nn
 
 from raydpo.errors import ModelError, reason
 from raydpo.model.files import model_files
+from raydpo.model.package import auto_class, other_parameters
 from raydpo.model.rotary import fix_rotary
+from raydpo.model.sliced import Progress, load_parts
 from raydpo.model.weights import load_adapter, refuse_foreign_head, refuse_gaps
 
 if TYPE_CHECKING:
@@ -38,6 +41,8 @@ def load_causal_lm(
     train_adapter: bool = False,
     trust_remote_code: bool = False,
     device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> nn.Module:
     """Load a causal LM in evaluation mode, without dropout. An adapter is not merged: the result is then a PEFT model.
 
@@ -47,17 +52,20 @@ def load_causal_lm(
         rope_length: see ``model.rotary.rope_length``. None is refused if the model's rotary frequencies depend on a length.
         quantization: ``4bit``, ``8bit`` or None, see ``config.ModelConfig.quantization``.
         train_adapter: leave the adapter's weights trainable.
+        progress: see ``model.sliced.Progress``.
+        note: called with a line for the user if weights for ZeRO-3 are not read in parts, see ``model.sliced``.
 
     Raises:
         ModelError: if the directory is missing, holds pickled weights or no causal LM, or if weights of the model or the
             adapter are missing.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
     from transformers.integrations import is_deepspeed_zero3_enabled
 
     path, device = str(path), torch.device(device)
     # Refuses a directory from which other files would be loaded than were hashed.
-    refuse_foreign_head(model_files(path, trust_remote_code))
+    files = model_files(path, trust_remote_code)
+    refuse_foreign_head(files)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         if getattr(config, "is_encoder_decoder", False):
@@ -71,7 +79,8 @@ def load_causal_lm(
         # a whole model for each worker of a machine. Under ZeRO-3, DeepSpeed partitions them instead.
         if quantization is not None or (device.type != "cpu" and not is_deepspeed_zero3_enabled()):
             how["device_map"] = {"": device}
-        model, found = AutoModelForCausalLM.from_pretrained(
+        from_pretrained = functools.partial(
+            auto_class(config).from_pretrained,
             path,
             config=config,
             dtype=torch_dtype(dtype),
@@ -81,8 +90,15 @@ def load_causal_lm(
             ignore_mismatched_sizes=True,
             **how,
         )
-        refuse_gaps(path, found)
+        check = functools.partial(refuse_gaps, path)
+        if is_deepspeed_zero3_enabled() and quantization is None:
+            model = load_parts(from_pretrained, check=check, progress=progress, note=note)
+        else:
+            with _counted(files.weights, progress):
+                model, found = from_pretrained()
+            check(found)
         fix_rotary(model, rope_length)
+        plain = model
         if adapter is not None:
             own = {id(parameter) for parameter in model.parameters()}
             with _whole_biases(model):
@@ -96,11 +112,43 @@ def load_causal_lm(
             raise
         what = f"{path!r} with adapter {adapter!r}" if adapter else repr(path)
         raise ModelError(f"cannot load the model {what}: {reason(error)}") from error
+    for parameter in other_parameters(plain):
+        parameter.requires_grad_(False)
     for module in model.modules():  # modules may have a probability that is not in the configuration
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     model.eval()
     return model if quantization is not None else model.to(device)  # bitsandbytes loads to the device itself
+
+
+@contextlib.contextmanager
+def _counted(weights: Sequence[Path], progress: Progress | None) -> Iterator[None]:
+    """Call ``progress`` while transformers loads whole weights, by their number."""
+    if progress is None:
+        yield
+        return
+    from transformers.utils import logging
+
+    total = sum(file.stat().st_size for file in weights)
+
+    def hook(make: Callable[..., Any], args: tuple[Any, ...], how: dict[str, Any]) -> Any:
+        if how.get("desc") != "Loading weights" or not args:
+            return make(*args, **how)
+        every = list(args[0])
+
+        def counted() -> Iterator[Any]:
+            for number, each in enumerate(every):
+                progress(total * number // len(every), total)
+                yield each
+            progress(total, total)
+
+        return make(counted(), *args[1:], **how | {"total": len(every)})
+
+    before = logging.set_tqdm_hook(hook)
+    try:
+        yield
+    finally:
+        logging.set_tqdm_hook(before)
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ Shapes: N = predicted tokens of all completions of a micro-batch, H = hidden siz
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,10 @@ from torch import Tensor, nn
 from raydpo.model import attention
 from raydpo.model.head import attach_logp_head
 from raydpo.model.layout import PADDED, Layout, Method, PromptGroup, lay_out
+from raydpo.model.package import backbone_of, per_layer_inputs
 from raydpo.model.quantized import compute_under_autocast
+from raydpo.model.recurrent import Mixers
+from raydpo.model.router import balance_loss, chosen_experts
 from raydpo.model.ulysses import SequenceGroup
 
 __all__ = ["LogpModel"]
@@ -32,6 +35,7 @@ class LogpModel(nn.Module):
         method: the layout in use; padded rows until ``use`` is called (see ``model.selfcheck``).
         float32_stream: whether bfloat16 layers work on a float32 residual stream.
         group: ranks that share the positions of each micro-batch, or None. All of them call ``forward`` together.
+        mixers: layers that carry a state from token to token, see ``model.recurrent``.
     """
 
     def __init__(self, policy: nn.Module) -> None:
@@ -39,13 +43,13 @@ class LogpModel(nn.Module):
         self.policy = policy
         # In a tuple, so that torch does not register these parts of ``policy`` a second time.
         causal_lm = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
-        backbone = getattr(causal_lm, causal_lm.base_model_prefix, None)
-        self._parts = (causal_lm, causal_lm.get_decoder() if backbone is None else backbone, attach_logp_head(causal_lm))
+        self._parts = (causal_lm, backbone_of(causal_lm), attach_logp_head(causal_lm))
         compute_under_autocast(policy)
         self._own_attention = causal_lm.config._attn_implementation
         self.method = PADDED
         self.float32_stream = True
         self.group: SequenceGroup | None = None
+        self.mixers = Mixers()
         self.train(policy.training)
 
     def train(self, mode: bool = True) -> LogpModel:
@@ -68,7 +72,7 @@ class LogpModel(nn.Module):
 
     @property
     def backbone(self) -> nn.Module:
-        """The model without its head."""
+        """The model without its head; of a package (``model.package``), its text model."""
         return self._parts[1]
 
     @property
@@ -92,6 +96,15 @@ class LogpModel(nn.Module):
             attention.register()
         self._set_attention(self._own_attention if method.body is None else attention.ATTENTION)
 
+    def wrap_mixers(self, kinds: Collection[str]) -> None:
+        """Let the modules whose class is named in ``kinds``, and no others, compute packs in rows."""
+        self.mixers.wrap(self.causal_lm, kinds)
+
+    def recompute_layers(self) -> None:
+        """Compute each layer a second time in the backward pass instead of keeping its activations."""
+        how = {"use_reentrant": False, "context_fn": self.mixers.recomputing}
+        self.causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
+
     @contextlib.contextmanager
     def own_attention(self) -> Iterator[None]:
         """Restore transformers' attention for generation. Do not run a forward pass here that needs a backward pass."""
@@ -106,7 +119,7 @@ class LogpModel(nn.Module):
         layout = lay_out(groups, self.method)
         return layout if self.group is None else layout.part(self.group)
 
-    def forward(self, layout: Layout, log_sum_sq: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, layout: Layout, log_sum_sq: bool = False, router_loss: bool = False) -> Tensor | tuple[Tensor, ...]:
         """Log-probs (natural logarithm) of the layout's targets, float32 [N].
 
         With bfloat16 weights the products of the layers are bfloat16. The residual stream, norms, rotary embeddings and
@@ -115,26 +128,46 @@ class LogpModel(nn.Module):
 
         Args:
             log_sum_sq: also return log sum_v p_v^2 over the vocabulary, [N], without gradient.
+            router_loss: also return the load-balancing loss of a mixture of experts, [], with gradient; last.
+
+        Raises:
+            ModelError: if ``router_loss`` is asked of a model that returns no router logits.
         """
-        head, hidden = self.head, self.hidden(layout)  # [N, H]
+        routed: list[Tensor] | None = [] if router_loss else None
+        head, hidden = self.head, self.hidden(layout, routed)  # [N, H]
         found = head(hidden, layout.targets, log_sum_sq=True) if log_sum_sq else (head(hidden, layout.targets),)
         if layout.places is not None:
             found = tuple(layout.segments.group.join(each, layout.places, sum(layout.lengths)) for each in found)
-        return found if log_sum_sq else found[0]
+        if routed is not None:
+            group = None if layout.segments is None else layout.segments.group
+            found += (balance_loss(routed, chosen_experts(self.causal_lm, routed), layout.real, group),)
+        return found if len(found) > 1 else found[0]
 
-    def hidden(self, layout: Layout) -> Tensor:
-        """Hidden states of the positions that predict the layout's targets, [N, H]."""
-        causal_lm, backbone = self.causal_lm, self.backbone
+    def hidden(self, layout: Layout, routed: list[Tensor] | None = None) -> Tensor:
+        """Hidden states of the positions that predict the layout's targets, [N, H].
+
+        Args:
+            routed: receives the router logits of each layer of a mixture of experts.
+        """
         arguments: dict[str, Any] = {"use_cache": False}
+        if routed is not None:
+            arguments["output_router_logits"] = True
         if layout.segments is not None:
             arguments |= {"position_ids": layout.position_ids, "segments": layout.segments}
+        with self.mixers.over(layout.segments):
+            found = self._backbone_output(layout, arguments)
+        if routed is not None:
+            routed.extend(getattr(found, "router_logits", None) or ())
+        return found.last_hidden_state.flatten(0, 1)[layout.positions]
+
+    def _backbone_output(self, layout: Layout, arguments: dict[str, Any]) -> Any:
+        causal_lm, backbone = self.causal_lm, self.backbone
         if self.has_float32_stream:
             stream = causal_lm.get_input_embeddings()(layout.input_ids).float()
+            arguments |= per_layer_inputs(backbone, layout.input_ids)
             with torch.autocast(stream.device.type, dtype=torch.bfloat16, cache_enabled=False):
-                hidden = backbone(inputs_embeds=stream, **arguments).last_hidden_state
-        else:
-            hidden = backbone(input_ids=layout.input_ids, **arguments).last_hidden_state
-        return hidden.flatten(0, 1)[layout.positions]
+                return backbone(inputs_embeds=stream, **arguments)
+        return backbone(input_ids=layout.input_ids, **arguments)
 
     @torch.no_grad()
     def log_distribution(self, hidden: Tensor) -> Tensor:

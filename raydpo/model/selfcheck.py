@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from raydpo.data.shapes import LayoutName
 from raydpo.errors import ModelError, one_line
 from raydpo.model.attention import Demand, available_bodies, lacking_kernels, watch_demands
 from raydpo.model.bodycheck import why_wrong
@@ -26,7 +27,9 @@ from raydpo.model.budget import is_out_of_memory
 from raydpo.model.layout import PADDED, Method, PromptGroup
 from raydpo.model.limits import longest_sequence
 from raydpo.model.logps import LogpModel
+from raydpo.model.package import placeholder_ids, shrink_others
 from raydpo.model.recall import Recall
+from raydpo.model.recurrent import find_mixers
 from raydpo.model.rotary import fix_rotary
 from raydpo.model.segments import Body
 from raydpo.model.ulysses import SequenceGroup
@@ -92,9 +95,11 @@ def choose_layout(
     known = recall.known(f"layout {wish}")
     if known is None:
         report = _try_layouts(model, device, wish, rows)
-        recall.keep(f"layout {wish}", [*dataclasses.astuple(report.method), report.line, model.float32_stream])
+        found = [report.line, model.float32_stream, model.mixers.kinds]
+        recall.keep(f"layout {wish}", [*dataclasses.astuple(report.method), *found])
         return report
-    layout, body, line, model.float32_stream = known
+    layout, body, line, model.float32_stream, mixers = known
+    model.wrap_mixers(mixers)
     model.use(method := Method(layout, body))
     return CheckReport(method, f"{line} (checked earlier on this machine)")
 
@@ -103,37 +108,48 @@ def _try_layouts(model: LogpModel, device: torch.device, wish: Wish, rows: Seque
     dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
     tolerance = TOLERANCES[dtype]
     twin = None if dtype == torch.float32 else _twin(model.causal_lm)
-    config = model.causal_lm.config.get_text_config()
-    gaps: dict[str, float | str] = {}
+    model.wrap_mixers(())
     oracle = _Oracle(model, _cases(model, rows), device)
     if dtype == torch.bfloat16:
         # Some norms fail on a float32 stream with bfloat16 weights.
         model.float32_stream = True
         model.float32_stream = not isinstance(oracle.worst_gap(PADDED), str)
-    bodies, demands = _bodies(model, device) if hasattr(config, "num_attention_heads") else ((), set())
-    methods = {
-        "tree": [Method("tree", body) for body in bodies],
-        "packed": [Method("packed", body) for body in bodies],
-        "padded": [PADDED],
-    }
-    order = [method for kind in methods.values() for method in kind] if wish == "auto" else methods[wish]
-    wrong: dict[Body, str | None] = {}
-    for method in order:
-        if demands and method.body is not None:
-            if method.body not in wrong:
+    gaps: dict[str, float | str] = {}
+
+    def first_exact(layouts: Sequence[LayoutName]) -> CheckReport | None:
+        bodies, demands = _bodies(model, device)
+        wrong: dict[Body, str | None] = {}
+        for method in [Method(layout, body) for layout in layouts for body in bodies]:
+            if demands and method.body not in wrong:
                 wrong[method.body] = why_wrong(method.body, demands, device)
-            if wrong[method.body] is not None:
-                gaps[str(method)] = wrong[method.body]
-                continue
-        gap = oracle.worst_gap(method)
-        if dtype != torch.float32 and method.body is not None and not isinstance(gap, str):
-            in_twin = twin if isinstance(twin, str) else twin.worst_gap(Method(method.layout, "sdpa"))
-            if isinstance(in_twin, str) or in_twin > TOLERANCES[torch.float32]:
-                gap = f"a small float32 copy with random weights: {_say(in_twin)}"
-        gaps[str(method)] = gap
-        if isinstance(gap, float) and gap <= tolerance:
-            model.use(method)
-            return CheckReport(method, _line(method, gaps, tolerance, demands))
+            gap = wrong.get(method.body) or oracle.worst_gap(method)
+            if dtype != torch.float32 and not isinstance(gap, str):
+                in_twin = twin if isinstance(twin, str) else twin.worst_gap(Method(method.layout, "sdpa"))
+                if isinstance(in_twin, str) or in_twin > TOLERANCES[torch.float32]:
+                    gap = f"a small float32 copy with random weights: {_say(in_twin)}"
+            gaps[str(method)] = gap
+            if isinstance(gap, float) and gap <= tolerance:
+                return found(method, demands)
+        return None
+
+    def found(method: Method, demands: set[Demand]) -> CheckReport:
+        model.use(method)
+        return CheckReport(method, _line(model, method, gaps, tolerance, demands))
+
+    report = None
+    if wish != "padded":
+        # Before any layout is tried: with weights as small as those of a new model, the check hardly sees what the state of
+        # one completion does to the next.
+        mixers = _mixers(model, twin)
+        for each in [model, *([twin.model] if isinstance(twin, _Oracle) else [])]:
+            each.wrap_mixers(mixers)
+        report = first_exact(["tree", "packed"] if wish == "auto" else [wish])
+    if report is None and wish in ("auto", "padded"):
+        model.wrap_mixers(())
+        gaps[str(PADDED)] = gap = oracle.worst_gap(PADDED)
+        report = found(PADDED, set()) if isinstance(gap, float) and gap <= tolerance else None
+    if report is not None:
+        return report
     model.use(PADDED)
     told = "; ".join(f"{name}: {_say(gap)}" for name, gap in gaps.items())
     if wish in ("auto", "padded"):
@@ -159,6 +175,11 @@ def share_positions(model: LogpModel, device: torch.device, group: SequenceGroup
     Raises:
         ModelError: if the layout cannot be divided, or the log-probs differ from those of one device.
     """
+    if model.mixers.kinds:
+        raise ModelError(
+            f"sequence_parallel {group.size} divides the positions of a sequence among devices, but "
+            f"{', '.join(model.mixers.kinds)} of this model carries a state along the whole sequence; set sequence_parallel to 1"
+        )
     if model.method.layout == "padded":
         raise ModelError(
             f"sequence_parallel {group.size} divides the positions of a prefix tree or a pack, but this model "
@@ -239,9 +260,10 @@ def flat(scored: Sequence[tuple[np.ndarray, ...]]) -> np.ndarray:
 
 
 def _bodies(model: LogpModel, device: torch.device) -> tuple[tuple[Body, ...], set[Demand]]:
-    """Bodies of attention to try, and what the layers ask of them. On a CPU there is one, so they are not asked."""
-    if device.type != "cuda":
-        return available_bodies(device, ()), set()
+    """Bodies of attention to try, and what the layers ask of them. On a CPU there is one, so they are not asked; nor are
+    models without attention."""
+    if device.type != "cuda" or not hasattr(model.causal_lm.config.get_text_config(), "num_attention_heads"):
+        return available_bodies(torch.device("cpu"), ()), set()
     demands = _demands(model, device)
     return available_bodies(device, demands), demands
 
@@ -259,10 +281,23 @@ def _demands(model: LogpModel, device: torch.device) -> set[Demand]:
     return found
 
 
-def _line(method: Method, gaps: dict[str, float | str], tolerance: float, demands: set[Demand]) -> str:
+def _mixers(model: LogpModel, twin: _Oracle | str | None) -> set[str]:
+    """Names of the classes of layers that mix positions outside attention; none if they cannot be found."""
+    try:
+        small = twin.model if isinstance(twin, _Oracle) else small_copy(model.causal_lm, TWIN_LAYERS)
+        small.use(Method("tree", "sdpa"))
+        return find_mixers(small.backbone)
+    except Exception as error:  # a model's own code may fail in any way; the model is then computed as if it had none
+        if is_out_of_memory(error):
+            raise
+        return set()
+
+
+def _line(model: LogpModel, method: Method, gaps: dict[str, float | str], tolerance: float, demands: set[Demand]) -> str:
     refused = [f"{name} refused, {_say(gap)}" for name, gap in gaps.items() if name != str(method)]
     others = f"; {'; '.join(refused)} (tolerance {tolerance:g})" if refused else ""
-    line = f"layout: {method}, {_say(gaps[str(method)])} from one completion at a time{others}"
+    rows = f", {', '.join(model.mixers.kinds)} in rows" if model.mixers.kinds else ""
+    line = f"layout: {method}{rows}, {_say(gaps[str(method)])} from one completion at a time{others}"
     lacking = lacking_kernels(demands) if demands and method.body in ("flex", "sdpa") else []
     if lacking:
         return f"warning: {line}; attention would be faster in one variable-length call: {'; or '.join(lacking)}"
@@ -326,22 +361,43 @@ def small_copy(causal_lm: nn.Module, layers: int) -> LogpModel:
             setattr(text, name, min(value, TWIN_WIDTH))
         elif name.endswith("_token_id") and value is not None:
             setattr(text, name, 0)
-    layers = min(layers, text.num_hidden_layers)
-    if getattr(text, "layer_types", None):
+    whole = text.num_hidden_layers
+    layers = min(layers, whole)
+    if kinds := getattr(text, "layer_types", None):
         # Enough layers to have one of each kind.
-        kinds = text.layer_types
         layers = max(layers, max(kinds.index(kind) + 1 for kind in set(kinds)))
-        text.layer_types = kinds[:layers]
-    text.num_hidden_layers, text.vocab_size = layers, TWIN_VOCABULARY
+    text.vocab_size = TWIN_VOCABULARY
+    if getattr(text, "vocab_size_per_layer_input", None):  # Gemma 3n and 4 have a second table of embeddings
+        text.vocab_size_per_layer_input = TWIN_VOCABULARY
+    shrink_others(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        small = type(causal_lm)(config).float().eval()
+        while True:
+            try:
+                small = type(causal_lm)(_shortened(config, layers)).float().eval()
+                break
+            except (ValueError, IndexError):  # such as a layer that is shared by several, of which one is left
+                if layers == whole:
+                    raise
+                layers = min(2 * layers, whole)
         fix_rotary(small, getattr(causal_lm, "rope_length", None))
         model = LogpModel(small)
     for parameter in model.parameters():
         if parameter.dim() > 1:
             parameter.mul_(TWIN_GAIN)
     return model
+
+
+def _shortened(config: Any, layers: int) -> Any:
+    """A copy of ``config`` with its first ``layers`` layers."""
+    config = copy.deepcopy(config)
+    text = config.get_text_config()
+    whole = text.num_hidden_layers
+    for name, value in vars(text).copy().items():
+        if isinstance(value, list) and len(value) == whole and "token_id" not in name:
+            setattr(text, name, value[:layers])
+    text.num_hidden_layers = layers
+    return config
 
 
 def logps_by_definition(causal_lm: nn.Module, group: PromptGroup, device: torch.device) -> np.ndarray:
@@ -357,9 +413,13 @@ def logps_by_definition(causal_lm: nn.Module, group: PromptGroup, device: torch.
 def _cases(model: LogpModel, rows: Sequence[PromptGroup]) -> dict[str, list[PromptGroup]]:
     rng, vocabulary, longest = np.random.default_rng(0), model.vocabulary, longest_sequence(model.causal_lm)
 
-    def tokens(count: int) -> np.ndarray:
-        return rng.integers(0, vocabulary, count).astype(np.int32)
+    placeholders = placeholder_ids(model.causal_lm)
 
+    def tokens(count: int) -> np.ndarray:
+        drawn = rng.integers(0, vocabulary, count).astype(np.int32)
+        return np.where(np.isin(drawn, placeholders), plain, drawn)
+
+    plain = next(number for number in range(vocabulary) if number not in placeholders)
     system = tokens(17)
     cases = {
         "a long prompt": [PromptGroup(tokens(64), (tokens(9), tokens(5)))],

@@ -18,6 +18,7 @@ from torch import nn
 
 from raydpo.errors import ModelError, reason
 from raydpo.model.mixture import Block, expert_blocks, shape_of
+from raydpo.model.package import other_modules
 
 if TYPE_CHECKING:
     from raydpo.config import LoraSettings
@@ -80,7 +81,10 @@ def _targets(model: nn.Module, lora: LoraSettings, quantized: bool) -> dict[str,
     settings: dict[str, Any] = {"target_modules": chosen if isinstance(chosen, str) else list(chosen)}
     if lora.target_parameters:
         settings["target_parameters"] = list(lora.target_parameters)
-    if lora.exclude_modules:
+    others = other_modules(model)
+    if others:  # an adapter on a part that never sees an input would not train
+        settings["exclude_modules"] = "|".join(filter(None, (_below(others), _as_pattern(lora.exclude_modules))))
+    elif lora.exclude_modules:
         excluded = lora.exclude_modules
         settings["exclude_modules"] = excluded if isinstance(excluded, str) else list(excluded)
     blocks = expert_blocks(model) if chosen == "all-linear" else []
@@ -88,7 +92,12 @@ def _targets(model: nn.Module, lora: LoraSettings, quantized: bool) -> dict[str,
     if not blocks:
         return settings
     modules = dict(model.named_modules())
-    linear = [name for name in _linear_layers(model) if name not in routers and not _is_excluded(name, lora)]
+    beside = re.compile(_below(others)) if others else None
+    linear = [
+        name
+        for name in _linear_layers(model)
+        if name not in routers and not _is_excluded(name, lora) and not (beside and beside.fullmatch(name))
+    ]
     tensors = [
         f"{home}.{short}"
         for block in blocks
@@ -216,6 +225,18 @@ def _is_excluded(name: str, lora: LoraSettings) -> bool:
     if isinstance(wishes, str):
         return _matches(name, wishes, True)
     return any(_matches(name, wish, False) for wish in wishes)
+
+
+def _below(modules: Sequence[str]) -> str:
+    """A regular expression for the names of ``modules`` and of all inside them."""
+    return rf"({'|'.join(map(re.escape, modules))})(\..*)?"
+
+
+def _as_pattern(wishes: str | Sequence[str]) -> str:
+    """``exclude_modules`` as one regular expression for whole names; empty if there is nothing to exclude."""
+    if isinstance(wishes, str) or not wishes:
+        return f"({wishes})" if wishes else ""
+    return rf"(.*\.)?({'|'.join(map(re.escape, wishes))})"
 
 
 def _matches(name: str, wish: str, pattern: bool) -> bool:

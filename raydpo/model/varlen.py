@@ -20,7 +20,7 @@ from torch import Tensor
 from raydpo.errors import ModelError, one_line
 from raydpo.model.segments import Segments, Terms
 
-__all__ = ["Kernel", "attend", "flash_kernel", "torch_kernel"]
+__all__ = ["Kernel", "attend", "flash_kernel", "gather", "torch_kernel"]
 
 Kernel = Callable[..., Tensor]
 """From terms, queries [T, A, D], keys and values [K, G, D], their ends, and the longest of both, to [T, A, D]."""
@@ -36,7 +36,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, segments: Segments, terms:
         [1, T, A, D].
     """
     rows = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
-    keys, values = (_Gather.apply(tensor, segments.index) for tensor in rows[1:])
+    keys, values = (gather(tensor, segments.index) for tensor in rows[1:])
     ends = segments.query_ends, segments.key_ends, segments.longest_query, segments.longest_key
     kernel = flash_kernel() if segments.body == "flash" else torch_kernel()
     if isinstance(kernel, str):
@@ -44,9 +44,12 @@ def attend(query: Tensor, key: Tensor, value: Tensor, segments: Segments, terms:
     return kernel(terms, rows[0].contiguous(), keys, values, *ends)[None]
 
 
-class _Gather(torch.autograd.Function):
+def gather(rows: Tensor, index: Tensor) -> Tensor:
     """rows[index]. The gradients of a shared prefix, one per branch, are summed in float32."""
+    return _Gather.apply(rows, index)
 
+
+class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, index: Tensor) -> Tensor:
         ctx.save_for_backward(index)

@@ -19,6 +19,7 @@ from torch import nn
 
 from raydpo.errors import FilesError, one_line, some_of
 from raydpo.model.files import ModelFiles, adapter_files, model_files, read_header
+from raydpo.model.package import auto_class
 from raydpo.model.quantized import (
     certain_gaps,
     is_known,
@@ -39,7 +40,7 @@ ADAPTER_NAME = "default"
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 _FOREIGN_HEAD = re.compile(r"For(SequenceClassification|TokenClassification|QuestionAnswering|MultipleChoice|MaskedLM)")
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
     "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool, "C64": torch.complex64,
@@ -93,16 +94,13 @@ def compare_headers(
         ModelError: if config.json describes no such model, if weights are missing, have another shape, or are no real
             numbers, or if layers of the model have weights that it does not use.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-
     files = model_files(path, trust_remote_code)
     if adapter is not None:
         adapter_files(adapter)
     headers: dict[str, dict[str, Any]] = {}
     for file in files.weights:
         headers |= read_header(file)[1]
-    auto = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
-    empty = _empty_model(files, auto, trust_remote_code)
+    empty = _empty_model(files, classifier, trust_remote_code)
     if empty is None:
         return None
     quantization = take_quantization(empty.config, files.config)
@@ -113,11 +111,11 @@ def compare_headers(
         stored = plain_tensors(empty, headers, quantization)
     else:
         stored = {
-            name: torch.empty(tensor["shape"], dtype=_DTYPES.get(tensor["dtype"], torch.float32), device="meta")
+            name: torch.empty(tensor["shape"], dtype=DTYPES.get(tensor["dtype"], torch.float32), device="meta")
             for name, tensor in headers.items()
         }
     try:
-        with _without_report():  # transformers' loader, for its renamed, converted and tied weights
+        with without_report():  # transformers' loader, for its renamed, converted and tied weights
             model, found = type(empty).from_pretrained(
                 None,
                 config=empty.config,
@@ -138,7 +136,7 @@ def compare_headers(
     packed = sorted(name for name in numbers & stored.keys() if not stored[name].is_floating_point())
     if packed and quantization is None:
         dtype = headers[packed[0]]["dtype"]
-        if _DTYPES[dtype].is_complex:
+        if DTYPES[dtype].is_complex:
             raise FilesError(
                 f"{path}: {some_of(packed)} in its files are complex numbers ({dtype}), and loading would drop their "
                 "imaginary parts; save the model again with real weights"
@@ -232,24 +230,23 @@ def _zero_biases(files: ModelFiles, names: list[str]) -> set[str]:
     return zero
 
 
-def _empty_model(files: ModelFiles, auto: Any, trust_remote_code: bool) -> nn.Module | None:
+def _empty_model(files: ModelFiles, classifier: bool, trust_remote_code: bool) -> nn.Module | None:
     """The model that config.json describes, without weights; None if only the workers can make it.
 
     Raises:
-        ModelError: if it describes no model of the kind ``auto``.
+        ModelError: if it describes no model of that kind.
     """
     import transformers
-    from transformers import AutoConfig
+    from transformers import AutoConfig, AutoModelForSequenceClassification
 
-    path, wanted = files.directory, "a causal language model"
-    if auto is transformers.AutoModelForSequenceClassification:
-        wanted = "a sequence classifier"
-    if auto is transformers.AutoModelForCausalLM:
+    path, wanted = files.directory, "a sequence classifier" if classifier else "a causal language model"
+    if not classifier:
         refuse_foreign_head(files)
     try:
         config = AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code)
-        if getattr(config, "is_encoder_decoder", False) and auto is transformers.AutoModelForCausalLM:
+        if getattr(config, "is_encoder_decoder", False) and not classifier:
             raise FilesError(f"{path} is an encoder-decoder model; raydpo trains decoder-only (causal) language models")
+        auto = AutoModelForSequenceClassification if classifier else auto_class(config)
         with torch.device("meta"):  # only to learn its class, which may be the directory's own code
             return auto.from_config(config, trust_remote_code=trust_remote_code)
     except (FilesError, ImportError) as error:
@@ -378,7 +375,7 @@ def load_adapter(model: nn.Module, adapter: str, *, train: bool = False, low_cpu
 
 
 @contextlib.contextmanager
-def _without_report() -> Iterator[None]:
+def without_report() -> Iterator[None]:
     """Turn off transformers' progress bar and its report of missing weights; raydpo prints its own."""
     from transformers.utils import logging
 

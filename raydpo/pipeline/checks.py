@@ -28,6 +28,7 @@ from raydpo.evaluation.prompts import reading
 from raydpo.losses import Objective
 from raydpo.model.files import adapter_files, model_files
 from raydpo.model.rotary import rope_length
+from raydpo.model.router import router_loss_coef
 from raydpo.model.weights import check_weights
 from raydpo.reference.doubts import doubts
 from raydpo.reference.identity import identify, resolve_model
@@ -83,7 +84,7 @@ def check_models(config: Config, verb: Verb, console: Console, trials: Sequence[
         console, trials: as for ``check``.
 
     Raises:
-        ConfigError: if ``train.optimizer`` cannot train so many parameters.
+        ConfigError: if ``train.optimizer`` cannot train so many parameters, or the model has no router loss to weigh.
         ModelError: naming the weights that are missing or have another shape.
     """
     wanted: dict[tuple[str, str | None, bool], None] = {}
@@ -98,6 +99,7 @@ def check_models(config: Config, verb: Verb, console: Console, trials: Sequence[
         wanted[each.reference_path, each.reference_adapter, trusted] = None
         if verb in _TRAINING:
             _check_optimizer(each)
+            router_loss_coef(resolve_model(each.model.path), each.train.router_aux_loss_coef, trusted)
         if each.evaluate.reward_model is not None and _evaluates(config, verb):
             rewards[each.evaluate.reward_model, trusted] = None
     lines = [line for path, adapter, trusted in wanted for line in _complete(path, adapter, trusted)]

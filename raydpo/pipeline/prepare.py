@@ -28,6 +28,7 @@ from raydpo.data.select import LABEL, LIST_COLUMNS, PairSets
 from raydpo.data.tokenise import Tokeniser
 from raydpo.losses import own_sources
 from raydpo.model.rotary import ROTARY, rope_line
+from raydpo.model.router import router_loss_coef
 from raydpo.pipeline.checks import check, check_labels, check_models
 from raydpo.pipeline.tokenised import Tokenised
 from raydpo.reference.identity import ReferenceIdentity, earlier_identity, identify, resolve_model
@@ -163,6 +164,12 @@ class Prepared:
         return self.config.model.adapter and resolve_model(self.config.model.adapter)
 
     @property
+    def router_loss_coef(self) -> float:
+        """Weight of the router loss: the configuration's, or the model's own."""
+        config = self.config
+        return router_loss_coef(self.policy_dir, config.train.router_aux_loss_coef, config.model.trust_remote_code)
+
+    @property
     def base_name(self) -> str:
         """Name of the base model in an exported adapter: its hub name, else its directory."""
         path = self.config.model.path
@@ -172,6 +179,8 @@ class Prepared:
         """Everything that the trained policy depends on, by the name of the setting."""
         config, policy = self.config, self.policy_identity()
         train = config.train.model_dump(mode="json", include=_DECIDING) | config.train.shaped()
+        router = {"router_aux_loss_coef": coef} if (coef := self.router_loss_coef) else {}
+        train = {key: value for key, value in train.items() if key != "router_aux_loss_coef"} | router
         lora = config.model.lora.model_dump(mode="json") if config.model.lora else None
         return (
             {

@@ -9,11 +9,11 @@ from typing import Any
 import pyarrow as pa
 
 from raydpo.cluster.preflight import check_cluster
-from raydpo.cluster.resources import resources_for
 from raydpo.cluster.session import session
 from raydpo.config import Config
 from raydpo.data.rows import TokenSource
 from raydpo.pipeline.audit import audit_prepared
+from raydpo.pipeline.partition import place_reference
 from raydpo.pipeline.prepare import (
     Prepared,
     checked,
@@ -108,7 +108,8 @@ def fill_cache(
         tables, tokens, light: as the pairs, tokens and light rows of ``reference.build.build``.
         beside: says what goes on beside it, for the progress line.
     """
-    resources = resources_for("score", config)
+    placed = place_reference(config, spec)
+    resources = placed.resources
     line: ProgressLine | None = None
     with contextlib.ExitStack() as stack:  # the progress line begins once build knows what is missing
 
@@ -117,9 +118,13 @@ def fill_cache(
             if done:
                 console.begin("scoring")
             if line is None:
+                placed.tell(console)
                 console.begin("scoring: workers")
                 first = "the first " if beside() else ""
-                console.say(f"scoring {first}{to_do:,} completions on {resources.workers} {resources.device} worker(s)")
+                teams = f", {resources.partition} in a team" if resources.partition > 1 else ""
+                console.say(
+                    f"scoring {first}{to_do:,} completions on {resources.workers} {resources.device} worker(s){teams}"
+                )
                 wait_for_workers("score", config, resources, console)
                 line = stack.enter_context(console.progress("scoring", to_do, "completions"))
             line.total = to_do

@@ -161,7 +161,7 @@ def _training_job(prepared: Prepared, resources: Resources, fused: frozenset[boo
     config = prepared.config
     policy, reference = prepared.policy_identity(), prepared.reference.identity
     return TrainJob(
-        train=config.train,
+        train=config.train.model_copy(update={"router_aux_loss_coef": prepared.router_loss_coef}),
         shuffle=config.data.shuffle,
         fingerprint=prepared.fingerprint(),
         policy=PolicySpec(

@@ -17,20 +17,22 @@ import pyarrow as pa
 
 from raydpo.cluster.actors import over_actors
 from raydpo.cluster.resources import Resources
+from raydpo.cluster.watch import loading
 from raydpo.data.index import KeyIndex
 from raydpo.data.mismatch import MismatchedTokens
 from raydpo.data.rows import TokenSource
 from raydpo.data.select import TokenTables
 from raydpo.errors import CacheError, ModelError
 from raydpo.model.layout import PromptGroup
+from raydpo.model.partition import Partition
 from raydpo.model.selfcheck import CHECK_ROWS
 from raydpo.reference.claims import Claims
 from raydpo.reference.identity import on_this_machine
 from raydpo.reference.part import builder_of
-from raydpo.reference.score import ReferenceSpec, Scorer, refuse_difference
+from raydpo.reference.score import ReferenceSpec, refuse_difference
 from raydpo.reference.shards import Plan, Shard, Wanted, prompt_groups, read_groups, still_missing
 from raydpo.reference.store import ReferenceCache
-from raydpo.reference.team import TeamScorer
+from raydpo.reference.team import open_scorer
 
 __all__ = ["BuildReport", "build"]
 
@@ -140,7 +142,8 @@ def build(
         while waiting is not None:
             left, longest, first = 0, 0.0, None  # first: the sample of the first worker that answers
             known = _parts(cache) | {*Claims.names(cache)}
-            shards = work.shards(waiting, tokens_per_part, resources.teams)
+            # Each replica of a team needs some micro-batches of every shard.
+            shards = work.shards(waiting, tokens_per_part * resources.replicas, resources.teams)
             source = work.source
             for row in _score_on_ray(shards, source, spec, cache, known, resources, tokens_per_batch, note):
                 sample = np.array(row["sample"], np.float32)
@@ -367,11 +370,12 @@ class _ScoreShard:
         check_rows: Sequence[PromptGroup],
         alone: bool = False,
     ) -> None:
+        import ray
         import torch
 
+        # Whether another process was this actor before, which may have died between committing a shard and saying so.
+        self.again = ray.is_initialized() and ray.get_runtime_context().was_current_actor_reconstructed
         if not hasattr(tokens, "rows"):  # a reference to an object in Ray's store
-            import ray
-
             tokens = ray.get(tokens)
         self.tokens: TokenSource = tokens
         if resources.threads is not None:
@@ -383,11 +387,10 @@ class _ScoreShard:
         self.claims = Claims(self.cache, known)
         spec = on_this_machine(spec)
         settings = {"tokens_per_batch": tokens_per_batch, "memory_share": resources.memory_share, "check_rows": check_rows}
-        settings["alone"] = alone
-        if resources.together > 1:
-            settings |= {"size": resources.together, "threads": resources.threads}
-        scorer = Scorer if resources.together == 1 else TeamScorer
-        self.scorer = scorer(spec, device=resources.device, **settings)
+        settings |= {"alone": alone, "progress": loading}
+        settings |= {"threads": resources.threads, "sequence": resources.sequence}
+        partition = Partition(resources.partition, resources.offload)
+        self.scorer = open_scorer(spec, device=resources.device, partition=partition, **settings)
         self.planning, self.computing = threading.Lock(), threading.Lock()
 
     def __call__(self, block: pa.Table) -> pa.Table:
@@ -395,9 +398,11 @@ class _ScoreShard:
 
         planned: Shard = pickle.loads(block["shard"][0].as_buffer())
         with self.planning:  # asks the storage, while the other call computes
-            # Another build may have scored it meanwhile. Parts of this build cannot contain it, so they are skipped.
-            known, builder = self.known, self.cache.builder
+            # Another build may have scored it meanwhile. Parts of this build can contain it only if this call is repeated;
+            # otherwise they are skipped.
+            known, builder = self.known, "" if self.again else self.cache.builder
             open_ = still_missing(planned, self.cache, skip=lambda name: name in known or builder_of(name) == builder)
+            earlier = self._committed(planned) if self.again else []
             shard, claim = self.claims.take(open_)
             groups = read_groups(shard, self.tokens)
         with self.computing:
@@ -408,14 +413,14 @@ class _ScoreShard:
             seconds = time.perf_counter() - started
         logps = [values for group in scored for values in group]
         keys = [one.key for group in groups for one in group]
-        name = self.cache.commit(keys, logps, self.scorer.provenance) if logps else None
+        name = self.cache.commit(keys, logps, self.scorer.provenance) if logps else next(iter(earlier), None)
         if claim is not None:
             self.claims.release(claim)
         return pa.table(
             {
                 "part": pa.array([name], pa.string()),
-                "completions": [len(logps)],
-                "by_others": [len(planned) - len(open_)],
+                "completions": [len(logps) + len(earlier)],
+                "by_others": [len(planned) - len(open_) - len(earlier)],
                 "left": [len(open_) - len(logps)],
                 "tokens": [shard.tokens],
                 "seconds": [seconds],
@@ -423,3 +428,14 @@ class _ScoreShard:
                 "notes": pa.array([self.scorer.notes], pa.list_(pa.string())),
             }
         )
+
+    def __del__(self) -> None:
+        """End a team when Ray Data is done with the actor, so that its GPUs are free when Ray says they are."""
+        if hasattr(self, "scorer"):
+            self.scorer.close()
+
+    def _committed(self, shard: Shard) -> list[str]:
+        """Names of the parts of this build, as of the last refresh, one for each completion of ``shard`` that one has."""
+        paths, (parts, _) = self.cache.paths(), self.cache.locate(shard.keys, shard.needed)
+        names = [paths[number].rsplit("/", 1)[-1] for number in parts[parts >= 0]]
+        return [name for name in names if builder_of(name) == self.cache.builder]

@@ -250,16 +250,23 @@ def directory_here(directory: str) -> str:
 
 
 @contextlib.contextmanager
-def proved_here(spec: Any) -> Iterator[None]:
+def proved_here(spec: Any, *, prove: bool = True) -> Iterator[None]:
     """Context for loading a model: proves that the files on this machine match ``spec.identity``.
 
     Everything that is stored under an identity loads its model this way: a node may have other files under the same path,
     and files may be replaced during a run. Hashing reads the same pages as loading and needs other resources, so they
-    overlap.
+    overlap. Processes of one machine that load the same model at once hash each file once: one does, the others wait and
+    read what it found (``storage.memory.remembered``).
+
+    Args:
+        prove: False = another process proves it of the same files, and ends this one if they are another model.
 
     Raises:
         ModelError: if they are another model, naming the node and the differences.
     """
+    if not prove:
+        yield
+        return
     with ThreadPoolExecutor(max_workers=1) as pool:
         hashing = pool.submit(_identity_here, spec)
         yield

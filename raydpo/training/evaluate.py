@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from raydpo.model.layout import Layout
 from raydpo.training.metrics import PairSums
 from raydpo.training.pairs import TrainingPairs, send
 from raydpo.training.policy.engine import StepEngine
+from raydpo.training.router import RouterLoss
 
 __all__ = ["AllPairLogps", "Comparison", "Gaps", "compare", "evaluate", "pair_logps", "reference_logps"]
 
@@ -81,6 +83,7 @@ def pair_logps(
     config: ObjectiveConfig,
     mean_chosen_tokens: float | None = None,
     seen: Callable[[Tensor], None] | None = None,
+    routed: Callable[[Tensor], None] | None = None,
 ) -> PairLogps:
     """Log-probs of ``rows`` under the policy, with gradient in training mode. ``layout`` is the micro-batch of these rows.
 
@@ -89,8 +92,13 @@ def pair_logps(
     Args:
         mean_chosen_tokens: mean over the step; None = mean over ``rows``.
         seen: called with the log-probs of the tokens [N].
+        routed: called with the router loss of a mixture of experts [], which is computed only for it.
     """
-    logps_N, *more = engine.logps(layout, log_sum_sq=True) if config.use_weighting else (engine.logps(layout),)
+    asked = {"log_sum_sq": config.use_weighting, "router_loss": routed is not None}
+    found = engine.logps(layout, **{name: True for name, wish in asked.items() if wish})
+    logps_N, *more = found if any(asked.values()) else (found,)
+    if routed is not None:
+        routed(more.pop())
     if seen is not None:
         seen(logps_N)
     device, index = logps_N.device, np.asarray(rows)
@@ -148,11 +156,12 @@ class AllPairLogps:
         self._distinct, self._places = np.unique(rows, return_inverse=True)
         self._found = torch.zeros(len(_OF_THE_POLICY) + 1, len(self._distinct), dtype=torch.float64, device=engine.device)
 
-    def compute(self, batches: Iterable[tuple[MicroBatch, Layout]]) -> None:
-        """Compute this rank's micro-batches."""
+    def compute(self, batches: Iterable[tuple[MicroBatch, Layout]], router: RouterLoss | None = None) -> None:
+        """Compute this rank's micro-batches. Adds their router losses to ``router``."""
         with self._engine.evaluating():
             for batch, layout in batches:
-                logps = pair_logps(self._engine, layout, self._pairs, batch.pairs, self._config)
+                routed = None if router is None else partial(router.add, batch, layout)
+                logps = pair_logps(self._engine, layout, self._pairs, batch.pairs, self._config, routed=routed)
                 if batch.counts and self._engine.is_leader:
                     one = torch.ones_like(logps.chosen)
                     columns = [one if (value := getattr(logps, name)) is None else value for name in _OF_THE_POLICY]
@@ -185,7 +194,7 @@ def evaluate(
     step.
 
     Of completions with labels also ``rewards/auc``, and ``effective_labels``: how many independent completions would measure
-    it as precisely.
+    it as precisely. With a router loss also ``aux_loss``, where something is computed.
 
     Args:
         as_reference: the policy is the reference, so its log-probs are the stored ones, and nothing is computed. WPO, which
@@ -211,20 +220,25 @@ def evaluate(
         add(logps, rows)
         apart.update(_labels_apart(pairs, logps))
 
+    router = None if as_reference and not config.use_weighting else RouterLoss.asked(engine, config)
     if as_reference and not config.use_weighting:
         add_all(reference_logps(pairs, rows, config, engine.device))
     elif objective.whole_step or pairs.labels is not None:
         everything = AllPairLogps(engine, pairs, rows, config)
-        everything.compute(batches)
+        everything.compute(batches, router)
         add_all(everything.join())
     else:
         mean_chosen_tokens = pairs.mean_chosen_tokens(rows)
         with engine.evaluating():
             for batch, layout in batches:
-                logps = pair_logps(engine, layout, pairs, batch.pairs, config, mean_chosen_tokens)
+                routed = None if router is None else partial(router.add, batch, layout)
+                logps = pair_logps(engine, layout, pairs, batch.pairs, config, mean_chosen_tokens, routed=routed)
                 if batch.counts and engine.is_leader:
                     add(logps, batch.pairs)
         engine.sum_over_ranks(sums.values)
+    if router is not None:
+        engine.sum_over_ranks(router.values)
+        apart |= router.metrics()
     return {f"eval_{name}": value for name, value in (sums.metrics() | apart).items()}
 
 

@@ -25,6 +25,7 @@ from raydpo.training.gate import StepGate
 from raydpo.training.metrics import PairSums
 from raydpo.training.pairs import TrainingPairs
 from raydpo.training.policy.engine import StepEngine
+from raydpo.training.router import RouterLoss
 from raydpo.training.schedule import learning_rate, warmup_steps
 from raydpo.training.whole_step import WholeStep
 
@@ -118,10 +119,11 @@ class Stepper:
         train, plan, engine, clock, number = self.train, self.plan, self.engine, self.clock, step.number
         beta = train.beta_at(number, plan.total_steps)
         whole = self._first_pass(step, beta)
-        sums, losses = self._forward_and_backward(step, beta, whole, gate)
+        router = RouterLoss.asked(engine, train)
+        sums, losses = self._forward_and_backward(step, beta, whole, gate, router)
         if gate is not None:
             gate.close()
-        metrics, (stop, checkpoint, uploading), busy = _add_up(sums, requests, clock.busy, engine)
+        metrics, (stop, checkpoint, uploading), busy = _add_up(sums, router, requests, clock.busy, engine)
         warmup = warmup_steps(train.warmup, plan.total_steps)
         rate = learning_rate(number, peak=train.lr, schedule=train.schedule, warmup=warmup, total_steps=plan.total_steps)
         with clock.phase("optimizer"):
@@ -149,7 +151,7 @@ class Stepper:
             return WholeStep(self.objective, step.rows, everything.join(), beta, self.memory)
 
     def _forward_and_backward(
-        self, step: Step, beta: float, whole: WholeStep | None, gate: StepGate | None
+        self, step: Step, beta: float, whole: WholeStep | None, gate: StepGate | None, router: RouterLoss | None
     ) -> tuple[PairSums, list[tuple[MicroBatch, Tensor]]]:
         """Add the gradients of this rank's micro-batches. Returns the sums of the metrics, and by micro-batch a value of
         each pair that is not finite if the pair spoils the step."""
@@ -158,11 +160,15 @@ class Stepper:
         sums = PairSums(pairs.source_names, engine.device, reference=pairs.has_reference, drift=drift)
         losses: list[tuple[MicroBatch, Tensor]] = []
         mean_chosen_tokens = pairs.mean_chosen_tokens(step.rows)
+        if router is not None:
+            with clock.phase("wait"):
+                router.begin(step.batches)
         for index, (batch, layout) in enumerate(step.batches):
             last = index == len(step.batches) - 1
             with clock.phase("forward"):
                 seen = None if gate is None else partial(gate.gaps.add, batch, layout)
-                logps = pair_logps(engine, layout, pairs, batch.pairs, self.train, mean_chosen_tokens, seen)
+                routed = None if router is None else partial(router.add, batch, layout)
+                logps = pair_logps(engine, layout, pairs, batch.pairs, self.train, mean_chosen_tokens, seen, routed)
                 if whole is None:
                     loss = self.objective(logps, beta)
                     total = loss.losses.sum()
@@ -170,6 +176,8 @@ class Stepper:
                     loss, total = whole.part(batch.pairs, logps)
                 # The mean over the step's pairs, whichever rank and micro-batch they are in; a stand-in weighs nothing.
                 share = (total / step.count * batch.counts).float()
+                if router is not None:
+                    share = share + router.share(batch, layout)
                 # The factor is 1, or NaN if a loss is not finite. Then every gradient is NaN, and no rank takes the
                 # step.
                 share = share * (1 + 0 * (share + loss.losses.sum().float()).detach())
@@ -242,17 +250,21 @@ def explained_memory(positions: int, what: str) -> Iterator[None]:
 
 
 def _add_up(
-    sums: PairSums, requests: StepRequests, busy: float, engine: StepEngine
+    sums: PairSums, router: RouterLoss | None, requests: StepRequests, busy: float, engine: StepEngine
 ) -> tuple[dict[str, float], list[float], list[float]]:
     """Sum metrics and requests over all ranks and collect their busy seconds of the step before, in one all-reduce."""
     ranks, size = engine.world_size, sums.values.numel()
     rest = torch.zeros(3 + ranks, dtype=torch.float64)
     rest[:3] = torch.tensor([requests.stop, requests.checkpoint, requests.uploading], dtype=torch.float64)
     rest[3 + engine.rank] = busy
-    everything = engine.sum_over_ranks(torch.cat((sums.values, rest.to(engine.device))))
-    sums.values = everything[:size]
-    rest = everything[size:].tolist()
-    return sums.metrics(), rest[:3], rest[3:]
+    routed = [] if router is None else [router.values]
+    everything = engine.sum_over_ranks(torch.cat((sums.values, rest.to(engine.device), *routed)))
+    sums.values, end = everything[:size], size + len(rest)
+    rest, metrics = everything[size:end].tolist(), sums.metrics()
+    if router is not None:
+        router.values = everything[end:]
+        metrics |= router.metrics()
+    return metrics, rest[:3], rest[3:]
 
 
 def _slowest(busy: Sequence[float]) -> dict[str, float]:

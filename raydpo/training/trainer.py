@@ -64,6 +64,8 @@ def train_policy(
     for each in (pairs, held_out):
         _check_tokens(each, train)
     hooks.note(engine.layout_line)
+    if train.router_aux_loss_coef:
+        hooks.note(f"router loss: {train.router_aux_loss_coef:g} times aux_loss is added to the loss")
     if engine.adapters_line is not None:
         hooks.note(engine.adapters_line)
     fused = bool(engine.module.head.fused)

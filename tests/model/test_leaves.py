@@ -53,8 +53,9 @@ def work_of(directory, lora, zero):
 
     On two ranks, the second has a stand-in; on one rank, both are its micro-batches.
     """
+    from raydpo.model.partition import join_process_group
     from raydpo.training.policy import deepspeed_engine
-    from raydpo.training.policy.deepspeed_engine import PolicyEngine, join_process_group
+    from raydpo.training.policy.deepspeed_engine import PolicyEngine
     from raydpo.training.policy.engine import PolicySpec
 
     def without_persistent(train, dtype, settings=deepspeed_engine._deepspeed_config):
@@ -91,14 +92,29 @@ def cases(listed, folder):
     }
 
 
+def scored_in_parts(directory):
+    """Log-probs of this rank's groups, by a team that holds the weights together."""
+    from raydpo.model.partition import Partition, join_process_group, partitioned, partitioned_loading
+
+    join_process_group(CPU)
+    partition = Partition(2)
+    with partitioned_loading(partition, "float32"):
+        model = LogpModel(load_causal_lm(directory, "float32", rope_length=None, trust_remote_code=True))
+    model = partitioned(model, partition, "float32")
+    work = groups() if torch.distributed.get_rank() == 0 else STAND_IN
+    return np.concatenate([part for group in model.score(work, CPU) for part in group])
+
+
 def runs(made, zero):
-    return {name: work_of(directory, lora, zero) for name, (directory, lora) in made.items()}
+    parts = scored_in_parts(made["list"][0]) if zero == 3 else None
+    return parts, {name: work_of(directory, lora, zero) for name, (directory, lora) in made.items()}
 
 
 def test_ranks_of_unequal_work_compute_what_one_rank_does(listed, tmp_path):
     made = cases(listed, tmp_path / "models")
-    (alone,) = run_distributed(runs, 1, tmp_path / "one", made, 0)
-    first, second = run_distributed(runs, 2, tmp_path / "two", made, 3)
+    ((_, alone),) = run_distributed(runs, 1, tmp_path / "one", made, 0)
+    (parts, first), (stand_in, second) = run_distributed(runs, 2, tmp_path / "two", made, 3)
+    assert np.allclose(parts, alone["list"][0][0], atol=1e-6) and np.allclose(stand_in, alone["list"][0][1], atol=1e-6)
     for name in made:
         (wanted, nothing), norm, weights = alone[name]
         assert np.allclose(first[name][0][0], wanted, atol=1e-6) and np.allclose(second[name][0][0], nothing, atol=1e-6)

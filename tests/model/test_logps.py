@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from architectures import ARCHITECTURES, NO_TREE, make_random
+from architectures import ARCHITECTURES, HYBRIDS, NO_TREE, make_random
 from definition import VOCAB, by_definition, groups
 
 from raydpo.config import LoraSettings
@@ -26,7 +26,7 @@ def gradients_of(model):
     return {key: value.grad.clone() for key, value in model.named_parameters() if value.grad is not None}
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", [*ARCHITECTURES, *HYBRIDS])
 def test_every_layout_is_exact_or_refused(name):
     """Tree = packed = padded = one completion at a time, in values and gradients; layouts that are not exact are refused."""
     model = make(name)
@@ -55,7 +55,7 @@ def test_every_layout_is_exact_or_refused(name):
             assert (found[key] - gradient).norm() / size < 1e-4, (method, key)
 
 
-@pytest.mark.parametrize("name", ["bloom", "mamba", "qwen3_next", "gptj"])
+@pytest.mark.parametrize("name", ["bloom", "gptj"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_layout_that_is_wrong_cannot_be_forced(name, dtype):
     with pytest.raises(ModelError, match=r"model.layout=tree is wrong .*tree \(sdpa attention\): .*Use model.layout=auto"):

@@ -81,7 +81,8 @@ def storages():
 
 def wrapped(directory):
     """For each of ``STANDING``, bytes that are there when DeepSpeed has wrapped the policy, and what the ledger says."""
-    from raydpo.training.policy.deepspeed_engine import PolicyEngine, join_process_group
+    from raydpo.model.partition import join_process_group
+    from raydpo.training.policy.deepspeed_engine import PolicyEngine
     from raydpo.training.policy.engine import PolicySpec
 
     join_process_group(torch.device("cpu"))

@@ -17,7 +17,7 @@ from raydpo.model.mixture import expert_blocks
 from raydpo.model.targets import adapted_layers, told_adapters
 from raydpo.model.weights import load_adapter
 
-FUSED = ["mixtral", "phimoe", "ernie4_5_moe", "qwen3_moe", "gpt_oss", "qwen3_next", *MORE_MIXTURES]
+FUSED = ["mixtral", "phimoe", "ernie4_5_moe", "qwen3_moe", "gpt_oss", "qwen3_next", "lfm2_moe", *MORE_MIXTURES]
 PARTS = {
     "ernie4_5_moe": "attention, experts, shared experts",
     "qwen3_next": "attention, experts, shared experts",

@@ -370,7 +370,7 @@ def in_shares(directories):
     """Result of loading each directory under ZeRO-3: ``whole`` or the error."""
     from transformers.integrations import HfDeepSpeedConfig
 
-    from raydpo.training.policy.deepspeed_engine import join_process_group
+    from raydpo.model.partition import join_process_group
 
     join_process_group(torch.device("cpu"))
     partitioned = HfDeepSpeedConfig(

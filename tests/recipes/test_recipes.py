@@ -12,13 +12,13 @@ from raydpo.config import load_config
 from raydpo.data.pairs import load_pairs
 from raydpo.data.tokenise import Tokeniser
 from raydpo.estimate.cards import DEVICES, MEMORY
-from raydpo.estimate.modes import ENOUGH, USABLE, Question, compare_modes
+from raydpo.estimate.modes import Question, compare_modes
 from raydpo.estimate.plan import make_plan
 from raydpo.estimate.rate import stated_rates
 from raydpo.model import budget
 from raydpo.model.memory.activations import Batch, head_forward, layer_memory
 from raydpo.model.memory.anatomy import Anatomy, model_cost
-from raydpo.model.memory.ledger import BASE_BYTES, estimate_memory
+from raydpo.model.memory.ledger import BASE_BYTES, ENOUGH, USABLE, estimate_memory
 from raydpo.model.memory.needs import PROPORTIONS, needs_of
 
 ROOT = Path(__file__).parents[2]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tiny import preferences, write_preferences
 
-from raydpo.errors import ModelError, RaydpoError
+from raydpo.errors import ModelError, ProcessLostError
 from raydpo.model.layout import PromptGroup
 from raydpo.reference.identity import identify
 from raydpo.reference.score import ReferenceSpec, Scorer
@@ -31,7 +31,7 @@ def groups(vocabulary=250):
 def test_a_team_scores_what_one_process_does_and_names_what_ended_it(tiny_llama, tiny_qwen3):
     spec = ReferenceSpec(path=str(tiny_llama), adapter=None, identity=identify(tiny_llama, "float32"))
     alone = Scorer(spec, device="cpu", tokens_per_batch=64).score(groups())
-    team = TeamScorer(spec, size=2, device="cpu", threads=1, tokens_per_batch=64)  # every group is longer than 2 x 64
+    team = TeamScorer(spec, sequence=2, device="cpu", threads=1, tokens_per_batch=64)  # every group is longer than 2 x 64
     try:
         assert "sequence parallel: 2 devices" in team.notes[-1] and team.provenance["sequence_parallel"] == 2
         for _ in range(2):
@@ -39,14 +39,14 @@ def test_a_team_scores_what_one_process_does_and_names_what_ended_it(tiny_llama,
                 for ours, logps in zip(mine, theirs, strict=True):
                     assert ours.dtype == np.float32 and np.abs(ours - logps).max() < 1e-5
         os.kill(team.members.processes[0].pid, signal.SIGKILL)
-        with pytest.raises(RaydpoError, match=r"a process of the scoring team failed: .*status -9"):
+        with pytest.raises(ProcessLostError, match=r"team of 2 processes broke: process 1 was ended by SIGKILL"):
             team.score(groups())
         assert team.members.processes[0].poll() == -9
     finally:
         team.close()
     wrong = ReferenceSpec(path=str(tiny_qwen3), adapter=None, identity=spec.identity)
     with pytest.raises(ModelError, match="another model than where the run was started"):
-        TeamScorer(wrong, size=2, device="cpu", threads=1, tokens_per_batch=64)
+        TeamScorer(wrong, sequence=2, device="cpu", threads=1, tokens_per_batch=64)
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from distributed import run_distributed
 from kernel import engine_here
 
-from raydpo.training.policy.deepspeed_engine import join_process_group
+from raydpo.model.partition import join_process_group
 
 
 def set_in_a_process(model):

@@ -76,7 +76,7 @@ def loaded(model, zero):
     from transformers.integrations import HfDeepSpeedConfig
 
     from raydpo.model.load import load_causal_lm
-    from raydpo.training.policy.deepspeed_engine import join_process_group
+    from raydpo.model.partition import join_process_group
 
     # What is freed goes back at once: what is measured is what loading holds, not what the allocator keeps for later.
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)

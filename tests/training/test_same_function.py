@@ -49,7 +49,8 @@ def models(tmp_path_factory):
 
 def differences(models, dtype, zero, adapts):
     """Differences of policy and scorer for each model, or the error that was raised."""
-    from raydpo.training.policy.deepspeed_engine import PolicyEngine, join_process_group
+    from raydpo.model.partition import join_process_group
+    from raydpo.training.policy.deepspeed_engine import PolicyEngine
     from raydpo.training.policy.engine import PolicySpec
 
     join_process_group(CPU)
@@ -98,7 +99,8 @@ def test_every_tensor_of_the_policy_is_the_scorers(zero, dtype, adapts, models, 
 
 
 def refused(directory):
-    from raydpo.training.policy.deepspeed_engine import PolicyEngine, join_process_group
+    from raydpo.model.partition import join_process_group
+    from raydpo.training.policy.deepspeed_engine import PolicyEngine
     from raydpo.training.policy.engine import PolicySpec
 
     join_process_group(CPU)

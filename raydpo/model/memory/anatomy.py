@@ -20,11 +20,13 @@ from torch import nn
 from raydpo.errors import FilesError, reason
 from raydpo.model.cost import ModelCost, first
 from raydpo.model.mixture import expert_blocks
+from raydpo.model.package import auto_class, other_parameters
 
 __all__ = ["Anatomy", "Weight", "model_cost"]
 
-EMBEDDING, HEAD, REST = -1, -2, -3
-"""Places of weights outside the layers. REST: the last norm and anything else."""
+EMBEDDING, HEAD, REST, OTHER = -1, -2, -3, -4
+"""Places of weights outside the layers. REST: the last norm and anything else. OTHER: parts of a package beside its text
+model (``model.package``), such as a vision tower: they are loaded, and compute nothing."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Weight:
     """One parameter tensor.
 
     Attributes:
-        place: number of its decoder layer, or EMBEDDING, HEAD, REST.
+        place: number of its decoder layer, or EMBEDDING, HEAD, REST, OTHER.
         linear: whether it is the matrix of a linear layer other than the head. These are quantized.
     """
 
@@ -60,10 +62,10 @@ class Anatomy:
         layers, hidden, vocabulary: number of layers, hidden width, vocabulary size.
         query_width, key_width: heads times head size, of queries and of keys.
         inner: width of the feed-forward part for one token; in a mixture, of its active experts together.
+        experts_used: experts of a mixture that compute a token; 0 without a mixture.
         gated: whether that part multiplies two projections (such as SwiGLU).
         tied: whether head and embedding share one weight.
         softcap: whether logits are capped, which needs a second chunk of them.
-        choices: experts that compute one token; 0 without experts.
     """
 
     REST: ClassVar[int] = REST
@@ -78,7 +80,7 @@ class Anatomy:
     gated: bool
     tied: bool
     softcap: bool = False
-    choices: int = 0
+    experts_used: int = 0
     source: tuple[type, Any] | None = field(default=None, repr=False, compare=False)
 
     def empty(self) -> nn.Module:
@@ -99,12 +101,12 @@ class Anatomy:
         Raises:
             FilesError: if there is no config.json, or it does not describe a causal language model.
         """
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoConfig
 
         try:
             config = AutoConfig.from_pretrained(str(directory), trust_remote_code=trust_remote_code)
             with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+                model = auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
         except (OSError, ValueError, KeyError) as error:
             raise FilesError(f"cannot tell the sizes of the model in {directory}: {reason(error)}") from None
         return cls.of_model(model)
@@ -124,25 +126,29 @@ class Anatomy:
 
         config = model.config.get_text_config()
         head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-        tied = head is not None and (head.weight is embedding.weight or bool(getattr(config, "tie_word_embeddings", False)))
+        tied = head is not None and (
+            head.weight is embedding.weight or bool(getattr(model.config, "tie_word_embeddings", False))
+        )
         modules = {name: module for name, module in model.named_modules() if module is not head}
         linear = {f"{name}.weight" for name, module in modules.items() if isinstance(module, nn.Linear)}
+        beside = {id(parameter) for parameter in other_parameters(model)}
         weights = []
         for name, parameter in model.named_parameters():
             owner = model.get_submodule(name.rpartition(".")[0])
             if owner is head and tied:
                 continue
             place = EMBEDDING if owner is embedding else HEAD if owner is head else _layer(name)
+            place = OTHER if id(parameter) in beside else place
             weights.append(Weight(name, tuple(parameter.shape), place, name in linear))
         heads = read("num_attention_heads", "n_head", "n_heads")
         hidden = read("hidden_size", "n_embd", "d_model")
-        size = getattr(config, "head_dim", None) or hidden // heads
+        size = _head_size(config) or hidden // heads
         inners = "moe_intermediate_size", "intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size"
         inner = read(*inners, default=4 * hidden)
-        choices = 0
+        experts_used = 0
         if expert_blocks(model):
-            choices = read("num_experts_per_tok", "top_k", "moe_k", default=1)
-            inner *= choices
+            experts_used = read("num_experts_per_tok", "top_k", "moe_k", default=1)
+            inner *= experts_used
         return cls(
             weights=tuple(weights),
             layers=1 + max((weight.place for weight in weights), default=-1),
@@ -154,7 +160,7 @@ class Anatomy:
             gated=any(re.search(r"gate_proj|gate_up|\.w3\.", weight.name) for weight in weights),
             tied=tied,
             softcap=bool(getattr(config, "final_logit_softcapping", None)),
-            choices=choices,
+            experts_used=experts_used,
             source=(type(model), model.config),
         )
 
@@ -167,9 +173,16 @@ def model_cost(directory: str | Path, trust_remote_code: bool = False) -> ModelC
     """
     if any(Path(directory).glob("*.safetensors")):
         return ModelCost.of(directory)
-    sizes = {weight.name: weight.numel for weight in Anatomy.of(directory, trust_remote_code).weights}
+    weights = Anatomy.of(directory, trust_remote_code).weights
     config = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))
-    return ModelCost.of_sizes(sizes, config.get("text_config", config))
+    sizes, others = {weight.name: weight.numel for weight in weights}, [each.name for each in weights if each.place == OTHER]
+    return ModelCost.of_sizes(sizes, config.get("text_config", config), others)
+
+
+def _head_size(config: Any) -> int | None:
+    """The head size of a text model's configuration; the largest, where layers differ (Gemma 4)."""
+    layers = getattr(config, "per_layer_config", None)
+    return max((getattr(layer, "head_dim", None) or 0 for layer in layers or [config]), default=0) or None
 
 
 def _layer(name: str) -> int:

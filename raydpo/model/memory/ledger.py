@@ -18,15 +18,31 @@ from raydpo.config import LoraSettings, TrainConfig
 from raydpo.config.train import REDUCE_BUCKET, ROUNDED_PIECE
 from raydpo.model.memory.activations import Batch, Layer, head_backward, head_forward, layer_memory
 from raydpo.model.memory.adapters import Adapter, Adapters, adapters_of
-from raydpo.model.memory.anatomy import EMBEDDING, HEAD, Anatomy, Weight
+from raydpo.model.memory.anatomy import EMBEDDING, HEAD, OTHER, Anatomy, Weight
 
-__all__ = ["BASE_BYTES", "MemoryEstimate", "Moment", "Trained", "estimate_memory", "trained_numbers"]
+__all__ = [
+    "BASE_BYTES",
+    "ENOUGH",
+    "PERSISTENT",
+    "USABLE",
+    "MemoryEstimate",
+    "Moment",
+    "Trained",
+    "estimate_memory",
+    "stored_bytes",
+    "trained_numbers",
+]
 
 Device = Literal["cuda", "cpu"]
 
 BASE_BYTES = 1.5 * 2**30
 """Bytes of a GPU in use before torch allocates: CUDA context and kernels (about 0.5 GiB), NCCL's channels (0.3 to 0.8 GiB,
 more with more ranks), cuBLAS workspaces. Not part of ``MemoryEstimate.device``."""
+USABLE = 0.9
+"""Share of a device's memory (data sheet) that a plan may use. Error correction takes up to 1/16 (L40S, A10G, L4, T4), the
+driver a little, and torch's allocator loses a few percent to fragmentation."""
+ENOUGH = 2048
+"""Positions of a micro-batch that ``tokens_per_batch: auto`` should reach. With fewer, a GPU's matrix units idle."""
 PREFETCH = 50_000_000
 """Most numbers that ZeRO-3 gathers before they are used."""
 REUSE = 1_000_000_000
@@ -175,24 +191,29 @@ def trained_numbers(anatomy: Anatomy, model: Trained) -> list[int]:
     return [numel for _, numel in _policy(anatomy, model, 4).trained]
 
 
+def stored_bytes(weight: Weight, width: int, quantization: str | None) -> float:
+    """Bytes of a frozen weight."""
+    if quantization == "4bit" and weight.linear:  # one byte of scale per 64 numbers, a float32 per 256 such bytes
+        return weight.numel * (1 / 2 + 1 / 64 + 4 / (64 * 256))
+    if quantization == "8bit" and weight.linear:  # a float32 scale per row
+        return weight.numel + 4 * weight.shape[0]
+    return weight.numel * width
+
+
 @lru_cache(maxsize=8)
 def _policy(anatomy: Anatomy, model: Trained, width: int) -> _Policy:
-    def stored(weight: Weight) -> float:
-        """Bytes of a frozen weight."""
-        if model.quantization == "4bit" and weight.linear:  # one byte of scale per 64 numbers, a float32 per 256 such bytes
-            return weight.numel * (1 / 2 + 1 / 64 + 4 / (64 * 256))
-        if model.quantization == "8bit" and weight.linear:  # a float32 scale per row
-            return weight.numel + 4 * weight.shape[0]
-        return weight.numel * width
-
     adapters = adapters_of(anatomy, model) if model.adapts else Adapters((), ())
     if model.adapts:
         frozen: Sequence[Weight] = anatomy.weights
         trained: Sequence[tuple[int, int]] = adapters.trained
     else:
-        frozen = [weight for weight in anatomy.weights if any(re.search(one, weight.name) for one in model.freeze)]
+        frozen = [
+            weight
+            for weight in anatomy.weights
+            if weight.place == OTHER or any(re.search(one, weight.name) for one in model.freeze)
+        ]
         trained = [(weight.place, weight.numel) for weight in anatomy.weights if weight not in frozen]
-    kept = tuple((weight.place, stored(weight), weight.numel) for weight in frozen)
+    kept = tuple((weight.place, stored_bytes(weight, width, model.quantization), weight.numel) for weight in frozen)
     return _Policy(trained=tuple(trained), frozen=kept, adapters=adapters)
 
 

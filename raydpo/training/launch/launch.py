@@ -166,9 +166,10 @@ def _train(payload: WorkerInput, tokens_per_batch: int | None) -> None:
     import torch
     from ray.train.torch import get_device
 
+    from raydpo.model.partition import join_process_group
     from raydpo.model.selfcheck import CHECK_ROWS
     from raydpo.training.checkpoint.saver import full_disk_told
-    from raydpo.training.policy.deepspeed_engine import PolicyEngine, join_process_group
+    from raydpo.training.policy.deepspeed_engine import PolicyEngine
     from raydpo.training.policy.export import export_policy
     from raydpo.training.trainer import train_policy
 
@@ -182,7 +183,7 @@ def _train(payload: WorkerInput, tokens_per_batch: int | None) -> None:
     hooks.phase("loading and checking the policy")
     pairs = payload.pairs.open()
     check_rows = pairs.groups(range(min(CHECK_ROWS, len(pairs))))
-    engine = PolicyEngine(job.policy, job.train, device, check_rows=check_rows)
+    engine = PolicyEngine(job.policy, job.train, device, check_rows=check_rows, note=hooks.note)
     held_out = None if payload.held_out is None else payload.held_out.open()
     checkpoint = ray.train.get_checkpoint()
     with (

@@ -11,8 +11,7 @@ import dataclasses
 import math
 import os
 import re
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import Any
@@ -34,11 +33,13 @@ from raydpo.model.load import add_lora, freeze_matching, load_causal_lm
 from raydpo.model.logps import LogpModel
 from raydpo.model.memory.anatomy import Anatomy
 from raydpo.model.memory.needs import needs_of
+from raydpo.model.partition import float32_names
 from raydpo.model.recall import Recall
 from raydpo.model.selfcheck import check_training_mode, choose_layout, share_positions
 from raydpo.model.targets import told_adapters
 from raydpo.model.ulysses import SequenceGroup
 from raydpo.model.weights import ADAPTER_NAME
+from raydpo.terminal.phases import Seldom
 from raydpo.training.policy.engine import PolicySpec
 from raydpo.training.policy.host_memory import HostPeak
 from raydpo.training.policy.offload import disk_folder
@@ -46,40 +47,7 @@ from raydpo.training.policy.optimizer import make_optimizer, no_steps
 from raydpo.training.policy.ranks import RankGroup, group_timeout
 from raydpo.training.policy.state import TrainedState
 
-__all__ = ["PolicyEngine", "join_process_group"]
-
-
-def join_process_group(device: torch.device) -> None:
-    """Set up DeepSpeed's communication: nccl on GPUs, gloo on CPUs.
-
-    DeepSpeed 0.19 computes on the GPU with the number LOCAL_RANK (``runtime/engine.py``, ``zero/partition_parameters.py``).
-    This is set to that of ``device``: Ray sorts the GPUs of a machine as text, so rank 2 of 11 may have the GPU with id 10.
-    """
-    if device.index is not None:
-        os.environ["LOCAL_RANK"] = str(device.index)
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if device.type == "cuda" else "cpu")
-    with _without("mlflow"):  # only DeepSpeed's autotuner needs it, and importing it takes as long as DeepSpeed
-        import deepspeed
-
-    if device.type == "cpu":
-        # Otherwise DeepSpeed compiles a C++ op at start, which takes a minute, fails without a compiler, and is used only by
-        # its inference engine. Filling its table of compatible ops would also call compilers, so the table is set here.
-        vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
-    # Before any model is loaded: transformers partitions weights for ZeRO-3 while loading, over DeepSpeed's group.
-    deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo")
-
-
-@contextlib.contextmanager
-def _without(package: str) -> Iterator[None]:
-    """Make imports of ``package`` fail within the block, unless it is already imported."""
-    if package in sys.modules:
-        yield
-        return
-    sys.modules[package] = None  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        del sys.modules[package]
+__all__ = ["PolicyEngine"]
 
 
 def _described(spec: PolicySpec, train: TrainConfig) -> list[Any] | None:
@@ -97,6 +65,7 @@ class PolicyEngine(RankGroup):
 
     Args:
         check_rows: a few pairs of the data, for the self-check of the layout.
+        note: called with lines for the user, from any thread: how far the loading of a large model is.
 
     Attributes:
         trainable: the parameters that train.
@@ -107,7 +76,12 @@ class PolicyEngine(RankGroup):
     """
 
     def __init__(
-        self, spec: PolicySpec, train: TrainConfig, device: torch.device, check_rows: Sequence[PromptGroup] = ()
+        self,
+        spec: PolicySpec,
+        train: TrainConfig,
+        device: torch.device,
+        check_rows: Sequence[PromptGroup] = (),
+        note: Callable[[str], None] = lambda line: None,
     ) -> None:
         import deepspeed
         from transformers.integrations import HfDeepSpeedConfig
@@ -123,7 +97,7 @@ class PolicyEngine(RankGroup):
         # Kept alive while the model is loaded: transformers looks it up and partitions weights as it reads them.
         self._partitioned_loading = HfDeepSpeedConfig(settings) if train.zero == 3 else None
         with HostPeak() as loading:
-            model = self._load(spec)
+            model = self._load(spec, note)
         most = torch.tensor([loading.seconds, loading.bytes], dtype=torch.float64, device=device)
         dist.all_reduce(most, op=dist.ReduceOp.MAX)
         self.load_seconds, self.load_bytes = most.tolist()
@@ -135,7 +109,7 @@ class PolicyEngine(RankGroup):
         freeze_matching(model, spec.freeze)
         module = LogpModel(model)
         if train.gradient_checkpointing:
-            module.causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            module.recompute_layers()
         trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
         optimizer = make_optimizer(trainable, train, device)
         exact = _float32_parameters(module, spec.dtype, train.zero)
@@ -161,7 +135,7 @@ class PolicyEngine(RankGroup):
                 self.layout_line += f"; {share_positions(module, device, group, check_rows)}"
             check_training_mode(module, device, self._recall)
 
-    def _load(self, spec: PolicySpec) -> nn.Module:
+    def _load(self, spec: PolicySpec, note: Callable[[str], None]) -> nn.Module:
         return load_causal_lm(
             spec.path,
             spec.dtype,
@@ -171,6 +145,10 @@ class PolicyEngine(RankGroup):
             rope_length=spec.rope_length,
             trust_remote_code=spec.trust_remote_code,
             device="cpu" if self.zero == 3 else self.device,
+            progress=Seldom(
+                lambda done, total: note(f"loading the policy: {done / 1e9:,.0f} of {total / 1e9:,.0f} GB read")
+            ),
+            note=note,
         )
 
     def _all_ranks(self, value: bool) -> bool:
@@ -182,8 +160,9 @@ class PolicyEngine(RankGroup):
         layout = self.module.lay_out(groups)
         return layout.pin() if self.device.type == "cuda" else layout
 
-    def logps(self, layout: Layout, *, log_sum_sq: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        asked = {"log_sum_sq": True} if log_sum_sq else {}
+    def logps(self, layout: Layout, *, log_sum_sq: bool = False, router_loss: bool = False) -> Tensor | tuple[Tensor, ...]:
+        wishes = {"log_sum_sq": log_sum_sq, "router_loss": router_loss}
+        asked = {name: True for name, wish in wishes.items() if wish}
         with self._computing():
             return self.engine(layout.to(self.device), **asked)
 
@@ -195,11 +174,12 @@ class PolicyEngine(RankGroup):
 
     def find_budget(self, share: float = 1.0) -> Budget:
         # A forward pass keeps what training keeps; a backward pass here would leave gradients in DeepSpeed.
-        def run(tokens: int) -> Tensor:
+        def run(tokens: int) -> Any:
             longest = longest_sequence(self.module.causal_lm)
             groups = probe_groups(tokens * self.sequence_parallel, self.module.vocabulary, longest)
+            asked = {"router_loss": True} if self._given[1].router_aux_loss_coef else {}
             with self._computing():
-                return self.module(self.lay_out(groups).to(self.device))
+                return self.module(self.lay_out(groups).to(self.device), **asked)
 
         known = self._recall.known("training")
         room = {"most": MOST_TRAINED, "share": share, "needs": self._needs()}
@@ -330,7 +310,7 @@ def _float32_parameters(module: LogpModel, dtype: str, zero: int) -> list[tuple[
     """
     if dtype == "float32":
         return []
-    rounded = _float32_names(module.causal_lm) if zero == 3 else ()
+    rounded = float32_names(module.causal_lm) if zero == 3 else ()
     # New adapters start in float32. Rounding them changes nothing, since their output is zero.
     found = {
         name: parameter
@@ -350,18 +330,3 @@ def _float32_parameters(module: LogpModel, dtype: str, zero: int) -> list[tuple[
         "policy would not be what the reference was scored with. "
         f"Set {' and '.join(fixes)}, or model.dtype=float32"
     )
-
-
-def _float32_names(causal_lm: nn.Module) -> set[str]:
-    """Names of the parameters that stay in float32 when the model is loaded in bfloat16 without ZeRO-3: those that its class
-    lists, and those that it creates in float32."""
-    listed = getattr(causal_lm, "_keep_in_fp32_modules_strict", None) or ()
-    pattern = re.compile("|".join(rf"(^|\.){re.escape(name)}($|\.)" for name in listed) or "(?!)")
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with torch.device("meta"):
-            empty = type(causal_lm)(causal_lm.config)
-    finally:
-        torch.set_default_dtype(before)
-    return {name for name, parameter in empty.named_parameters() if parameter.dtype == torch.float32 or pattern.search(name)}
