@@ -114,8 +114,8 @@ class PolicyEngine(RankGroup):
         optimizer = make_optimizer(trainable, train, device)
         exact = _float32_parameters(module, spec.dtype, train.zero)
         if train.zero == 3 and set_leaf_modules(module):
-            # DeepSpeed sums gradients of a leaf module when its input has one (stage3.py, reduce_leaf_module_grads). Below the
-            # first adapters no input has, and torch would call this before there are gradients to sum.
+            # DeepSpeed sums gradients of a leaf module when its input has one (stage3.py, reduce_leaf_module_grads). Below
+            # the first adapters no input has, and torch would call this before there are gradients to sum.
             module.causal_lm.enable_input_require_grads()
         timeout = timedelta(seconds=train.collective_timeout)
         with no_steps(optimizer), group_timeout(timeout):
