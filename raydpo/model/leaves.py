@@ -1,8 +1,8 @@
 """Modules that ZeRO-3 must gather as a whole, on every rank alike.
 
-DeepSpeed gathers the weights of a module when it is called, and sums gradients when each is computed: all ranks must call the
-same modules in the same order. A list of experts is not called so, since the tokens of each rank choose among them. A *leaf
-module* (DeepSpeed's name) is gathered and reduced as one, and its experts without tokens get gradients of zero.
+DeepSpeed gathers the weights of a module when it is called, and sums gradients when each is computed: all ranks must call
+the same modules in the same order. A list of experts is not called so, since the tokens of each rank choose among them. A
+*leaf module* (DeepSpeed's name) is gathered and reduced as one, and its experts without tokens get gradients of zero.
 """
 
 from __future__ import annotations
