@@ -24,7 +24,8 @@ class ModelCost:
         parameters: all parameters.
         active: parameters that multiply each token: without embedding and head, without parts of a package beside its text
             model, and in a mixture only the active experts.
-        hidden, vocabulary, layers: hidden width, vocabulary size, number of layers.
+        hidden, vocabulary: hidden width, vocabulary size.
+        layers: number of layers with attention.
         attention_width: query heads times head size.
     """
 
@@ -61,7 +62,8 @@ class ModelCost:
         """
         hidden = first(config.get, "hidden_size", "n_embd", "d_model")
         vocabulary = first(config.get, "vocab_size")
-        heads = first(config.get, "num_attention_heads", "n_head", "n_heads")
+        layers = attention_layers(config)
+        heads = first(config.get, "num_attention_heads", "n_head", "n_heads", default=None if layers else 0)
         text = {name: size for name, size in sizes.items() if name not in others}
         tables = sum(size for name, size in text.items() if any(part in name for part in _TABLES))
         experts = sum(size for name, size in text.items() if ".experts." in name)
@@ -72,8 +74,8 @@ class ModelCost:
             active=int(sum(text.values()) - tables - idle),
             hidden=hidden,
             vocabulary=vocabulary,
-            layers=first(config.get, "num_hidden_layers", "n_layer", "n_layers"),
-            attention_width=heads * (config.get("head_dim") or hidden // heads),
+            layers=layers,
+            attention_width=heads * (config.get("head_dim") or hidden // max(1, heads)),
         )
 
     @property
@@ -99,9 +101,29 @@ class ModelCost:
 
 
 _TABLES = (
-    "embed_tokens.", "wte.", "wpe.", "word_embeddings.", "embed_in.", "embed_positions.", "lm_head.", "embed_out.",
-    "output_embeddings.",
+    "embed_tokens.", "wte.", "wpe.", "embeddings.", "embed_in.", "embed_positions.", "lm_head.", "embed_out.",
 )  # fmt: skip
+
+
+def attention_layers(config: dict[str, Any]) -> int:
+    """Number of layers with attention, from the entries of config.json. All layers, unless an entry tells their kinds.
+
+    Raises:
+        FilesError: if there is no number of layers.
+    """
+    kinds = config.get("layer_types") or config.get("layers_block_type")
+    if kinds:
+        return sum("linear" not in kind and ("attention" in kind or kind == "hybrid") for kind in kinds)
+    layers = first(config.get, "num_hidden_layers", "n_layer", "n_layers", "num_blocks")
+    if not any(isinstance(config.get(name), int) for name in ("num_attention_heads", "n_head", "n_heads")):
+        return 0
+    if pattern := config.get("block_types"):  # RecurrentGemma's, repeated over the layers
+        return sum("attention" in pattern[layer % len(pattern)] for layer in range(layers))
+    if (indices := config.get("attn_layer_indices")) is not None:
+        return len(indices)
+    if period := config.get("attn_layer_period"):
+        return len(range(config.get("attn_layer_offset", 0), layers, period))
+    return layers
 
 
 def first(read: Callable[[str], Any], *names: str, default: int | None = None) -> int:

@@ -140,9 +140,9 @@ class Anatomy:
             place = EMBEDDING if owner is embedding else HEAD if owner is head else _layer(name)
             place = OTHER if id(parameter) in beside else place
             weights.append(Weight(name, tuple(parameter.shape), place, name in linear))
-        heads = read("num_attention_heads", "n_head", "n_heads")
+        heads = read("num_attention_heads", "n_head", "n_heads", default=0)
         hidden = read("hidden_size", "n_embd", "d_model")
-        size = _head_size(config) or hidden // heads
+        size = _head_size(config) or hidden // max(1, heads)
         inners = "moe_intermediate_size", "intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size"
         inner = read(*inners, default=4 * hidden)
         experts_used = 0
@@ -182,7 +182,8 @@ def model_cost(directory: str | Path, trust_remote_code: bool = False) -> ModelC
 def _head_size(config: Any) -> int | None:
     """The head size of a text model's configuration; the largest, where layers differ (Gemma 4)."""
     layers = getattr(config, "per_layer_config", None)
-    return max(layer.head_dim for layer in layers) if layers else getattr(config, "head_dim", None)
+    sizes = [getattr(layer, "head_dim", None) for layer in layers or ()]
+    return max(filter(None, sizes), default=getattr(config, "head_dim", None))
 
 
 def _layer(name: str) -> int:
