@@ -57,6 +57,11 @@ class Resources:
         return self.workers // self.together
 
     @property
+    def replicas(self) -> int:
+        """Workers of a team, or groups of ``sequence`` of them, that score micro-batches of their own."""
+        return self.together // self.sequence
+
+    @property
     def _size(self) -> int:
         """Number of workers whose resources Ray allocates together."""
         return self.together if self.on_one_machine else 1

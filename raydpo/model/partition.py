@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import torch
 
+from raydpo.model.leaves import set_leaf_modules
 from raydpo.model.logps import LogpModel
 
 __all__ = ["Partition", "float32_names", "join_process_group", "partitioned", "partitioned_loading"]
@@ -155,12 +156,13 @@ def partitioned(model: LogpModel, partition: Partition, dtype: str) -> LogpModel
     """Make a model that was loaded within ``partitioned_loading`` ready to compute: without gradients, by all processes.
 
     Returns:
-        The model itself.
+        The model itself. Its ``gathered_bytes`` are the most that a pass takes for weights of other processes.
     """
     import deepspeed
     from deepspeed.utils import set_z3_leaf_module
 
     model.eval().requires_grad_(False)  # before DeepSpeed, whose hooks for the backward pass are then not used
+    set_leaf_modules(model)
     layers = _layers(model)
     for layer in layers:
         set_z3_leaf_module(layer, True)
@@ -180,7 +182,8 @@ def partitioned(model: LogpModel, partition: Partition, dtype: str) -> LogpModel
     settings["zero_optimization"] |= limits
     engine, *_ = deepspeed.initialize(model=model, config=settings)
     # Kept, since its end would take the hooks away; not as a module, of which the model is a part.
-    model.__dict__["partition_engine"] = engine
+    model.__dict__["engine"] = engine
+    model.__dict__["gathered_bytes"] = limits["stage3_max_live_parameters"] * (2 if dtype == "bfloat16" else 4)
     return model
 
 
@@ -206,9 +209,11 @@ def _layers(module: torch.nn.Module) -> list[torch.nn.Module]:
     A layer's weights are gathered together. So a layer may use any of them in any order: the weight of a child that it does
     not call, as recurrent layers do, or the experts that its tokens choose, which are others on each process.
     """
-    if isinstance(module, torch.nn.ModuleList):
-        return list(module)
-    return [layer for child in module.children() for layer in _layers(child)]
+    found: list[torch.nn.Module] = []
+    for child in module.children():
+        is_layer = isinstance(module, torch.nn.ModuleList) and type(child).forward is not torch.nn.Module.forward
+        found += [child] if is_layer else _layers(child)
+    return found
 
 
 def _count(parameters: Iterable[torch.nn.Parameter]) -> int:

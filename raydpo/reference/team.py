@@ -20,11 +20,12 @@ import torch
 import torch.distributed as dist
 
 from raydpo.cluster.ending import end_process
-from raydpo.errors import ProcessLostError, RaydpoError, one_line
+from raydpo.errors import ModelError, ProcessLostError, RaydpoError, one_line
 from raydpo.model.budget import is_out_of_memory
 from raydpo.model.files import model_files
 from raydpo.model.layout import PromptGroup
 from raydpo.model.partition import Partition, join_process_group
+from raydpo.model.sliced import Progress
 from raydpo.model.ulysses import SequenceGroup
 from raydpo.reference.members import Members, WithoutWordsError
 from raydpo.reference.score import ReferenceSpec, Scorer
@@ -38,7 +39,9 @@ LEAVE_S = 10.0
 SLOW_BYTES = 100 << 20
 """Bytes of the weights that are read and hashed a second, at the least. While the model is loaded, a process waits that much
 longer for the others."""
-_OF_ANOTHER = re.compile(r"gloo|NCCL|CUDA error|ProcessGroup|Connection (closed|reset)|Broken pipe|timed? ?out", re.IGNORECASE)
+_OF_ANOTHER = re.compile(
+    r"gloo|NCCL|CUDA error|ProcessGroup|Connection (closed|reset)|Broken pipe|timed? ?out", re.IGNORECASE
+)
 """What a process says whose collective fails since another process has ended or does not answer, or whose GPU fails."""
 
 
@@ -64,6 +67,12 @@ def open_scorer(
     """
     if sequence == 1 and not partition.active:
         return Scorer(spec, device=device, **settings)
+    stored = {"quantization_config", "compression_config"} & model_files(spec.path, spec.trust_remote_code).config.keys()
+    if partition.active and (spec.quantization is not None or stored):
+        raise ModelError(
+            f"{spec.path} is quantized ({spec.quantization or 'as stored'}), and score.partition and score.offload are for "
+            "whole weights only; set score.partition=1 and score.offload=null, or score the model in bfloat16"
+        )
     return TeamScorer(spec, device=device, sequence=sequence, partition=partition, threads=threads, **settings)
 
 
@@ -81,7 +90,7 @@ class _Setup:
     loading: timedelta
     scorer: dict[str, Any]
 
-    def join(self, store: dist.TCPStore | None = None) -> Scorer:
+    def join(self, store: dist.TCPStore | None = None, progress: Progress | None = None) -> Scorer:
         """Join the process group and load the model."""
         device = self.device if self.device == "cpu" else f"{self.device}:{self.rank}"
         if self.threads is not None:
@@ -102,7 +111,7 @@ class _Setup:
             groups._get_data_parallel_group()  # made now, for the timeout; later DeepSpeed would make it while loading
             _wait_at_most(self.loading)
         group = SequenceGroup.of_world(self.sequence, self.loading)
-        scorer = Scorer(device=device, group=group, partition=self.partition, **self.scorer)
+        scorer = Scorer(device=device, group=group, partition=self.partition, progress=progress, **self.scorer)
         _wait_at_most(PATIENCE)
         return scorer
 
@@ -142,6 +151,7 @@ class TeamScorer:
         memory_share: float = 1.0,
         check_rows: Sequence[PromptGroup] = (),
         alone: bool = False,
+        progress: Progress | None = None,
     ) -> None:
         self._partition, self._size = partition, max(sequence, partition.size)
         store = dist.TCPStore("127.0.0.1", 0, self._size, is_master=True, wait_for_workers=False)
@@ -161,7 +171,7 @@ class TeamScorer:
             self.members.tell(setups[1:], PATIENCE.total_seconds())
             self.members.wait_until_ready(PATIENCE.total_seconds())
             with self.members.working():
-                self._scorer = setups[0].join(store)
+                self._scorer = setups[0].join(store, progress)
 
     def score(self, groups: Sequence[PromptGroup]) -> list[tuple[np.ndarray, ...]]:
         """As ``Scorer.score``, but a batch that does not fit in memory is not retried.

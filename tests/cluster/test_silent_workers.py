@@ -54,4 +54,5 @@ def test_a_sign_that_is_lost_does_not_end_the_work(monkeypatch):
     monkeypatch.setattr(internal_kv, "_internal_kv_put", fail)
     watched = object.__new__(Watched)
     vars(watched).update(_key="k", _host="h", _lock=threading.Lock(), _running=0, _done=0, _actor=len)
+    vars(watched).update(_deaths=0, _last=None, _words={})
     assert watched([1, 2]) == 2

@@ -54,7 +54,8 @@ def work_of(directory, lora, zero):
 
     On two ranks, the second has a stand-in; on one rank, both are its micro-batches.
     """
-    from raydpo.training.policy.deepspeed_engine import PolicyEngine, join_process_group
+    from raydpo.model.partition import join_process_group
+    from raydpo.training.policy.deepspeed_engine import PolicyEngine
     from raydpo.training.policy.engine import PolicySpec
 
     join_process_group(CPU)

@@ -182,8 +182,7 @@ def model_cost(directory: str | Path, trust_remote_code: bool = False) -> ModelC
 def _head_size(config: Any) -> int | None:
     """The head size of a text model's configuration; the largest, where layers differ (Gemma 4)."""
     layers = getattr(config, "per_layer_config", None)
-    sizes = [getattr(layer, "head_dim", None) for layer in layers or ()]
-    return max(filter(None, sizes), default=getattr(config, "head_dim", None))
+    return max((getattr(layer, "head_dim", None) or 0 for layer in layers or [config]), default=0) or None
 
 
 def _layer(name: str) -> int:
