@@ -143,9 +143,9 @@ class Anatomy:
             place = EMBEDDING if owner is embedding else HEAD if owner is head else _layer(name)
             place = OTHER if id(parameter) in beside else place
             weights.append(Weight(name, tuple(parameter.shape), place, name in linear))
-        heads = read("num_attention_heads", "n_head", "n_heads")
+        heads = read("num_attention_heads", "n_head", "n_heads", default=0)
         hidden = read("hidden_size", "n_embd", "d_model")
-        size = _head_size(config) or hidden // heads
+        size = _head_size(config) or hidden // max(1, heads)
         inners = "moe_intermediate_size", "intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size"
         inner = read(*inners, default=4 * hidden)
         experts_used = routed = 0
