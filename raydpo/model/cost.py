@@ -25,7 +25,8 @@ class ModelCost:
         parameters: all parameters.
         active: parameters that multiply each token: without embedding and head, without parts of a package beside its text
             model, and in a mixture only the active experts.
-        hidden, vocabulary, layers: hidden width, vocabulary size, number of layers.
+        hidden, vocabulary: hidden width, vocabulary size.
+        layers: number of layers with attention.
         attention_width: query heads times head size.
     """
 
@@ -62,20 +63,21 @@ class ModelCost:
         """
         hidden = first(config.get, "hidden_size", "n_embd", "d_model")
         vocabulary = first(config.get, "vocab_size")
-        heads = first(config.get, "num_attention_heads", "n_head", "n_heads")
+        attending = attention_layers(config)
+        heads = first(config.get, "num_attention_heads", "n_head", "n_heads", default=None if attending else 0)
         text = {name: size for name, size in sizes.items() if name not in others}
-        tables = sum(size for name, size in text.items() if any(part in name for part in _TABLES))
-        layers = first(config.get, "num_hidden_layers", "n_layer", "n_layers")
+        layers = first(config.get, "num_hidden_layers", "n_layer", "n_layers", "num_blocks")
         # Layers behind the last one predict further tokens (DeepSeek-V3, Qwen3-Next), and transformers leaves them out.
         numbers = {name: re.search(r"^mtp\.|\.layers\.(\d+)\.", name) for name in text}
         beyond = {name for name, found in numbers.items() if found and (found[1] is None or int(found[1]) >= layers)}
         text = {name: size for name, size in text.items() if name not in beyond}
+        tables = sum(size for name, size in text.items() if any(part in name for part in _TABLES))
         experts = sum(size for name, size in text.items() if _EXPERTS.search(name))
         mixture = config | (config.get("ffn_config") or {})
         count = first(mixture.get, "num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", default=1)
         used = first(mixture.get, "num_experts_per_tok", "moe_k", "moe_top_k", "top_k_experts", default=count)
         idle = experts * (1 - min(used, count) / count) if count else 0
-        size = config.get("head_dim") or hidden // heads
+        size = config.get("head_dim") or hidden // max(1, heads)
         if config.get("v_head_dim") and config.get("qk_nope_head_dim"):  # latent attention, whose values are narrower
             size = (config["qk_nope_head_dim"] + config["qk_rope_head_dim"] + config["v_head_dim"]) // 2
         return cls(
@@ -83,7 +85,7 @@ class ModelCost:
             active=int(sum(text.values()) - tables - idle),
             hidden=hidden,
             vocabulary=vocabulary,
-            layers=layers,
+            layers=attending,
             attention_width=heads * size,
         )
 
@@ -110,8 +112,7 @@ class ModelCost:
 
 
 _TABLES = (
-    "embed_tokens.", "wte.", "wpe.", "word_embeddings.", "embed_in.", "embed_positions.", "lm_head.", "embed_out.",
-    "output_embeddings.",
+    "embed_tokens.", "wte.", "wpe.", "embeddings.", "embed_in.", "embed_positions.", "lm_head.", "embed_out.",
 )  # fmt: skip
 
 
@@ -124,6 +125,27 @@ def _numbers(name: str, tensor: dict[str, Any]) -> int:
     if tensor["dtype"] == "U8" and name.endswith(("_blocks", "_scales")):
         return 2 * math.prod(tensor["shape"]) if name.endswith("_blocks") else 0
     return math.prod(tensor["shape"])
+
+
+def attention_layers(config: dict[str, Any]) -> int:
+    """Number of layers with attention, from the entries of config.json. All layers, unless an entry tells their kinds.
+
+    Raises:
+        FilesError: if there is no number of layers.
+    """
+    kinds = config.get("layer_types") or config.get("layers_block_type")
+    if kinds:
+        return sum("linear" not in kind and ("attention" in kind or kind == "hybrid") for kind in kinds)
+    layers = first(config.get, "num_hidden_layers", "n_layer", "n_layers", "num_blocks")
+    if not any(isinstance(config.get(name), int) for name in ("num_attention_heads", "n_head", "n_heads")):
+        return 0
+    if pattern := config.get("block_types"):  # RecurrentGemma's, repeated over the layers
+        return sum("attention" in pattern[layer % len(pattern)] for layer in range(layers))
+    if (indices := config.get("attn_layer_indices")) is not None:
+        return len(indices)
+    if period := config.get("attn_layer_period"):
+        return len(range(config.get("attn_layer_offset", 0), layers, period))
+    return layers
 
 
 def first(read: Callable[[str], Any], *names: str, default: int | None = None) -> int:

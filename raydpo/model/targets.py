@@ -28,6 +28,9 @@ __all__ = ["adapted_layers", "adapted_model", "told_adapters", "without_false_wa
 _TAKEN = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 """Names of modules that PEFT takes for parts of experts in mixtures that it knows. Their weights are named as parameters."""
 
+_MAMBA = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
+_OUTPUT = r"(?:.*\.)?out_proj"
+
 
 def adapted_model(model: nn.Module, lora: LoraSettings, *, quantized: bool, low_cpu_mem_usage: bool = False) -> nn.Module:
     """Put new adapters on ``model``.
@@ -78,6 +81,8 @@ def without_false_warnings() -> Iterator[None]:
 def _targets(model: nn.Module, lora: LoraSettings, quantized: bool) -> dict[str, Any]:
     """Settings of PEFT's ``LoraConfig`` that name the weights of ``model`` which get adapters."""
     chosen = lora.target_modules
+    if chosen == "all-linear":
+        lora = _without_refused(model, lora)
     settings: dict[str, Any] = {"target_modules": chosen if isinstance(chosen, str) else list(chosen)}
     if lora.target_parameters:
         settings["target_parameters"] = list(lora.target_parameters)
@@ -121,6 +126,16 @@ def _targets(model: nn.Module, lora: LoraSettings, quantized: bool) -> dict[str,
         settings["rank_pattern"] = {r".*\.gate_up_proj": 2 * lora.r}
         settings["alpha_pattern"] = {r".*\.gate_up_proj": 2 * lora.alpha}
     return settings
+
+
+def _without_refused(model: nn.Module, lora: LoraSettings) -> LoraSettings:
+    """``lora`` without the output projections of Mamba's layers in architectures where PEFT refuses them by name, since a
+    kernel may take their weight without calling them (peft 0.21, ``tuners/tuners_utils.py``)."""
+    if getattr(model.config, "model_type", None) not in _MAMBA:
+        return lora
+    excluded = lora.exclude_modules
+    both = rf"(?:{excluded})|{_OUTPUT}" if isinstance(excluded, str) else [*(excluded or ()), "out_proj"]
+    return lora.model_copy(update={"exclude_modules": both})
 
 
 def _refuse_unmet(adapted: nn.Module, base_names: Sequence[str], lora: LoraSettings) -> None:
