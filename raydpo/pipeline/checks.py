@@ -84,7 +84,8 @@ def check_models(config: Config, verb: Verb, console: Console, trials: Sequence[
         console, trials: as for ``check``.
 
     Raises:
-        ConfigError: if ``train.optimizer`` cannot train so many parameters, adapters do not fit the model, or the model has no router loss to weigh.
+        ConfigError: if ``train.optimizer`` cannot train so many parameters, adapters do not fit the model, or the model has
+            no router loss to weigh.
         ModelError: naming the weights that are missing or have another shape.
     """
     wanted: dict[tuple[str, str | None, bool], None] = {}
