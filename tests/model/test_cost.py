@@ -87,7 +87,10 @@ def test_active_parameters_are_those_that_authors_publish(kind):
     assert cost.parameters / 1e9 == pytest.approx(total, rel=0.01)
     counted = (cost.active + tables * cost.hidden * cost.vocabulary) / 1e9
     assert counted == pytest.approx(active, abs=0.5 if float(active).is_integer() else 0.1)
-    further = {f"model.layers.{cost.layers}.mlp.experts.0.up_proj.weight": 10**9, "mtp.layers.0.mlp.gate_proj.weight": 10**9}
+    further = {
+        f"model.layers.{config.num_hidden_layers}.mlp.experts.0.up_proj.weight": 10**9,
+        "mtp.layers.0.mlp.gate_proj.weight": 10**9,
+    }
     assert ModelCost.of_sizes(sizes | further, config.to_dict()) == cost, "layers that predict further tokens are left out"
 
 
