@@ -247,7 +247,9 @@ def find_mixers(backbone: nn.Module) -> set[str]:
     hooks = [one.register_forward_pre_hook(note, with_kwargs=True) for one in backbone.modules() if one is not backbone]
     try:
         with watch_callers() as attending:
-            backbone(input_ids=tokens[None], position_ids=torch.arange(PROBE_TOKENS)[None], segments=segments, use_cache=False)
+            backbone(
+                input_ids=tokens[None], position_ids=torch.arange(PROBE_TOKENS)[None], segments=segments, use_cache=False
+            )
     finally:
         for hook in hooks:
             hook.remove()

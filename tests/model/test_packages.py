@@ -75,7 +75,9 @@ def test_no_other_part_than_the_text_model_trains_or_gets_adapters(family, packa
     parts = other_modules(model)
     assert any("vis" in name for name in parts) and not any("language_model" in name for name in parts)
     for targets in ("all-linear", ("q_proj", "v_proj", "o_proj", "q_b_proj", "qkv", "fc1")):
-        policy = add_lora(load_causal_lm(package(family), "float32", rope_length=None), LoraSettings(r=2, target_modules=targets), 0)
+        policy = add_lora(
+            load_causal_lm(package(family), "float32", rope_length=None), LoraSettings(r=2, target_modules=targets), 0
+        )
         trained = [name.removeprefix("base_model.model.") for name, each in policy.named_parameters() if each.requires_grad]
         assert trained and not [name for name in trained if name.startswith(tuple(f"{part}." for part in parts))]
 

@@ -158,9 +158,7 @@ class PolicyEngine(RankGroup):
         layout = self.module.lay_out(groups)
         return layout.pin() if self.device.type == "cuda" else layout
 
-    def logps(
-        self, layout: Layout, *, log_sum_sq: bool = False, router_loss: bool = False
-    ) -> Tensor | tuple[Tensor, ...]:
+    def logps(self, layout: Layout, *, log_sum_sq: bool = False, router_loss: bool = False) -> Tensor | tuple[Tensor, ...]:
         wishes = {"log_sum_sq": log_sum_sq, "router_loss": router_loss}
         asked = {name: True for name, wish in wishes.items() if wish}
         with self._computing():
