@@ -1,8 +1,8 @@
 """Modules that ZeRO-3 must gather as a whole, on every rank alike.
 
-DeepSpeed gathers the weights of a module when it is called, and sums gradients when each is computed: all ranks must call the
-same modules in the same order. A list of experts is not called so, since the tokens of each rank choose among them. A *leaf
-module* (DeepSpeed's name) is gathered and reduced as one, and its experts without tokens get gradients of zero.
+DeepSpeed gathers the weights of a module when it is called, and sums gradients when each is computed: all ranks must call
+the same modules in the same order. A list of experts is not called so, since the tokens of each rank choose among them. A
+*leaf module* (DeepSpeed's name) is gathered and reduced as one, and its experts without tokens get gradients of zero.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ def set_leaf_modules(model: nn.Module) -> list[str]:
 
     These are blocks with a list of experts, and layers that read weights of their children without calling them: PEFT's on
     parameters, such as the tensors of fused experts (peft 0.21, ``tuners/lora/layer.py``, ParamWrapper), and those with a
-    convolution, whose kernels take its weight, such as Mamba's (transformers 5.23, ``models/jamba/modeling_jamba.py``). Other
-    mixtures compute all experts in one module and need none.
+    convolution, such as Mamba's, whose kernels take its weight (transformers 5.23, ``models/jamba/modeling_jamba.py``).
+    Other mixtures compute all experts in one module and need none.
     """
     homes = [block.name for block in expert_blocks(model) if block.listed and _is_called(block.module)]
     wrappers = [

@@ -134,7 +134,7 @@ def test_a_layer_that_sees_later_tokens_is_refused(monkeypatch):
 
     plain = Lfm2ShortConv.forward
     monkeypatch.setattr(Lfm2ShortConv, "forward", lambda self, *args, **kwargs: _spread(plain(self, *args, **kwargs)))
-    with pytest.raises(ModelError, match="Lfm2ForCausalLM cannot be scored exactly: .*tree .*packed .*padded: "):
+    with pytest.raises(ModelError, match=r"Lfm2ForCausalLM cannot be scored exactly: .*tree .*packed .*padded: "):
         choose_layout(LogpModel(loud("lfm2")), CPU)
 
 

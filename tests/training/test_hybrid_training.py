@@ -17,12 +17,6 @@ FEW = [("falcon_h1", "lora"), ("jamba", "zero3")]
 MANY = [("lfm2", "lora"), ("granitemoehybrid", "recomputed"), ("qwen3_5_text", "zero3"), ("minimax", "zero3")]
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("hybrids")
-    return {name: make_model(folder / name, name, hidden=32, layers=3, **sizes(name)) for name, _ in FEW + MANY}
-
-
 def sizes(name):
     return {key: value for key, value in HYBRIDS[name][1].items() if key not in ("num_hidden_layers", "head_dim")}
 
@@ -37,8 +31,9 @@ def trained(cases, table, models, scratch, layout):
 
 
 @pytest.mark.parametrize("cases", [FEW, pytest.param(MANY, marks=pytest.mark.slow)], ids=["few", "many"])
-def test_training_in_the_tree_equals_training_in_padded_rows(cases, models, tmp_path):
+def test_training_in_the_tree_equals_training_in_padded_rows(cases, tmp_path):
     """On two ranks in the tree, and on one in padded rows. Under ZeRO-3 the ranks have batches of unequal rows."""
+    models = {name: make_model(tmp_path / name, name, hidden=32, layers=3, **sizes(name)) for name, _ in cases}
     tables = {name: with_reference(tiny_pairs(11), models[name]) for name, _ in cases}
     (padded,) = run_distributed(trained, 1, tmp_path / "padded", cases, tables, models, tmp_path / "s1", "padded")
     tree = run_distributed(trained, 2, tmp_path / "tree", cases, tables, models, tmp_path / "s2", "auto")[0]
