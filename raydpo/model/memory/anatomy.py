@@ -157,7 +157,7 @@ class Anatomy:
             query_width=heads * size,
             key_width=read("num_key_value_heads", default=heads) * size,
             inner=inner,
-            gated=any(re.search(r"gate_proj|gate_up|\.w3\.", weight.name) for weight in weights),
+            gated=any(re.search(r"gate_proj|gate_up|\.w3\.", each.name) for each in weights if each.place != OTHER),
             tied=tied,
             softcap=bool(getattr(config, "final_logit_softcapping", None)),
             experts_used=experts_used,
@@ -181,8 +181,8 @@ def model_cost(directory: str | Path, trust_remote_code: bool = False) -> ModelC
 
 def _head_size(config: Any) -> int | None:
     """The head size of a text model's configuration; the largest, where layers differ (Gemma 4)."""
-    layers = getattr(config, "per_layer_config", None)
-    return max(layer.head_dim for layer in layers) if layers else getattr(config, "head_dim", None)
+    layers = getattr(config, "per_layer_config", None) or [config]
+    return max(getattr(layer, "head_dim", None) or 0 for layer in layers) or None
 
 
 def _layer(name: str) -> int:
