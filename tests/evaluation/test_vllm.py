@@ -18,8 +18,8 @@ import time
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from test_policy_found import make_adapter
 from packages import make_package
+from test_policy_found import make_adapter
 from tiny import make_model, preferences, write_preferences
 
 import raydpo
