@@ -57,6 +57,11 @@ class Resources:
         return self.workers // self.together
 
     @property
+    def replicas(self) -> int:
+        """Workers of a team, or groups of ``sequence`` of them, that score micro-batches of their own."""
+        return self.together // self.sequence
+
+    @property
     def _size(self) -> int:
         """Number of workers whose resources Ray allocates together."""
         return self.together if self.on_one_machine else 1
@@ -123,9 +128,16 @@ def resources_for(stage: Literal["score", "train"], config: Config, at_once: int
     largest = max((node["Resources"].get("GPU", 0) for node in nodes), default=0)
     if stage == "score" and together > 1 and gpus * together > largest and not config.ray.autoscaling:
         field = "partition" if parts > 1 else "sequence_parallel"
+        instead = (
+            "; a reference that then does not fit is scored with score.offload=cpu, its weights in the memory of the host, or "
+            "with reference.quantization=4bit"
+            if parts > 1
+            else ""
+        )
         raise ConfigError(
             f"score.{field} {together} needs one machine with {gpus * together:g} GPUs, but the largest of the Ray cluster "
-            f"has {largest:g}; lower it, or set ray.autoscaling=true if the cluster starts nodes on demand"
+            f"has {largest:g}, and a team does not span machines; set it to {largest // gpus:g} or lower{instead}; or set "
+            "ray.autoscaling=true if the cluster starts larger nodes on demand"
         )
     needed = fewest + (2 if stage == "score" else 1)
     needs = f"{stage}.workers {fewest} needs {needed} CPUs of Ray (one each, and some more for Ray Data)"

@@ -1,4 +1,7 @@
-"""Tell which actors have been silent for long, and why actors died. Ray Data itself says neither."""
+"""Tell which actors have been silent for long, why actors died, and how far those are that load a large model.
+
+Ray Data itself says none of it.
+"""
 
 from __future__ import annotations
 
@@ -7,27 +10,36 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from raydpo import errors
 from raydpo.cluster.ending import end_process, say_last_words_by
 from raydpo.errors import ProcessLostError, RaydpoError
+from raydpo.terminal.phases import Seldom
 
-__all__ = ["QUIET_SECONDS", "Watched", "duration", "watching"]
+__all__ = ["QUIET_SECONDS", "Watched", "deaths", "duration", "loading", "watching"]
 
 QUIET_SECONDS = 600.0
 """Seconds without a sign of an actor until it is named, and until it is named again."""
 LOOK_SECONDS = 10.0
 """Seconds from one look at the actors' signs to the next."""
 _NAMESPACE = b"raydpo"
+_here: list[Watched] = []
+"""The actor of this process, once it is being made."""
+
+
+def loading(done: int, total: int) -> None:
+    """Note how far this process is with loading a model, in bytes, if it is a watched actor. May be called often."""
+    if _here:
+        _here[0].loading(done, total)
 
 
 class Watched:
     """An actor that notes in Ray's key-value store when it begins and ends its constructor and each call, and why it dies.
 
-    An actor that raises ``ProcessLostError`` ends its process. Ray then starts the actor anew and repeats its calls, which it
-    does not after other exceptions.
+    An actor that raises ``ProcessLostError`` ends its process. Ray then starts the actor anew and repeats its calls. It does
+    neither after other exceptions.
 
     Args:
         run: name that the actors of one execution share.
@@ -53,6 +65,8 @@ class Watched:
         self._last = said.get("text")
         self._note(1, 0)
         say_last_words_by(self._say)
+        self.loading = Seldom(lambda done, total: self._note(0, 0, [done, total] if done < total else None))
+        _here[:] = [self]
         with self._ending():
             self._actor = actor(*arguments)
         self._note(-1, 0)
@@ -77,7 +91,7 @@ class Watched:
             self._words = {"kind": type(error).__name__, "text": str(error)}
         self._note(0, 0)
 
-    def _note(self, began: int, ended: int) -> None:
+    def _note(self, began: int, ended: int, loading: list[int] | None = None) -> None:
         from ray.experimental.internal_kv import _internal_kv_put
 
         with self._lock:
@@ -85,13 +99,14 @@ class Watched:
             self._done += ended
             state = {"host": self._host, "process": os.getpid(), "running": self._running, "done": self._done}
             state |= {"deaths": self._deaths, "last": self._last} | ({"words": self._words} if self._words else {})
+            state |= {} if loading is None else {"loading": loading}
         with contextlib.suppress(Exception):  # a sign that is lost must not end the work
             _internal_kv_put(self._key, json.dumps(state), namespace=_NAMESPACE)
 
 
 @contextlib.contextmanager
 def watching(run: str, doing: str, tell: Callable[[str], None]) -> Iterator[None]:
-    """Within the block, tell from time to time which actors are silent.
+    """Within the block, tell from time to time which actors are silent, and how far those are that load a large model.
 
     Args:
         run: name that the actors were given.
@@ -135,6 +150,7 @@ def _watch(run: str, doing: str, tell: Callable[[str], None], over: threading.Ev
     signs: dict[bytes, bytes] = {}
     since = dict.fromkeys([b""], time.monotonic())  # of each actor's last sign; b"": of the first actor's start
     told: dict[bytes, float] = {}
+    loaded = None
     died: dict[bytes, int] = {}  # deaths that were told
     while not over.wait(min(LOOK_SECONDS, QUIET_SECONDS / 10)):
         now = time.monotonic()
@@ -147,6 +163,9 @@ def _watch(run: str, doing: str, tell: Callable[[str], None], over: threading.Ev
                         died[key] = state["deaths"]
                         again = f"the worker on {state['host']} died and is started again, death {state['deaths']}"
                         tell(f"warning: {doing}: {again}, {_why(state['last']).removesuffix('; run it again')}")
+        if (line := _loaded(signs.values())) not in {None, loaded}:
+            loaded = line
+            tell(f"{doing}: {line}")
         for key, start in since.items():
             if now - max(start, told.get(key, start)) < QUIET_SECONDS or (not key and signs):
                 continue
@@ -161,6 +180,16 @@ def _signs(run: str) -> dict[bytes, bytes]:
 
     found = {key: _internal_kv_get(key, namespace=_NAMESPACE) for key in _internal_kv_list(run, namespace=_NAMESPACE)}
     return {key: sign for key, sign in found.items() if sign is not None}
+
+
+def _loaded(signs: Iterable[bytes]) -> str | None:
+    """How far the actors are that load a large model."""
+    parts = [state["loading"] for state in map(json.loads, signs) if "loading" in state]
+    if not parts:
+        return None
+    done, total = map(sum, zip(*parts, strict=True))
+    by = f" by {len(parts)} workers" if len(parts) > 1 else ""
+    return f"loading the model: {done / 1e9:,.0f} of {total / 1e9:,.0f} GB read{by}"
 
 
 def _sign(key: str) -> dict[str, Any]:

@@ -87,6 +87,14 @@ class Config(Section):
                 "on, by the error of quantization. Set reference.quantization=model, or "
                 "reference.allow_other_quantization=true to train nevertheless"
             )
+        divided = self.score.partition not in ("auto", 1)
+        if self.reference_quantization is not None and (divided or self.score.offload == "cpu"):
+            field = f"partition ({self.score.partition})" if divided else "offload (cpu)"
+            raise ValueError(
+                f"score.{field} is for whole weights, not for quantized ones (reference.quantization "
+                f"{self.reference_quantization}); set reference.quantization=none to score a large model in bfloat16, or "
+                "leave score.partition and score.offload at auto"
+            )
         if self.train.merge_adapter and self.model.lora is None and self.model.adapter is None:
             raise ValueError(
                 "train.merge_adapter has no effect: model.lora and model.adapter are null, so all weights are "

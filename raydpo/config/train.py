@@ -40,7 +40,8 @@ class ScoreConfig(Section):
     tokens_per_batch: Literal["auto"] | Annotated[Int, Field(ge=1)] = "auto"
     """Token positions of one forward pass, shared prefixes counted once; auto = as many as fit, measured at start."""
     tokens_per_part: Int = Field(default=262144, ge=1)
-    """Tokens scored between two commits: the most that an actor can lose if it is killed."""
+    """Tokens scored between two commits: the most that an actor can lose if it is killed. With score.partition, for
+    each worker of the actor that scores by itself."""
     dtype: Dtype | None = None
     """Precision of the reference; null = model.dtype."""
     sequence_parallel: Int = Field(default=1, ge=1)

@@ -60,10 +60,8 @@ class _Fused(nn.Module):
         down, up = self.lora_A[name].weight, self.lora_B[name].weight
         # Under autocast the stream is float32 and the weights are bfloat16.
         x = x.to(down.dtype)
-        rows = x.reshape(-1, x.shape[-1])
-        found = _LoraProduct.apply(rows, self.base_layer.weight, self.base_layer.bias, down, up, self.scaling[name])
-        # Not within the function: a layer may add to its output in place (Llama 4), which autograd refuses for its views.
-        return found.view(*x.shape[:-1], -1)
+        out = _LoraProduct.apply(x, self.base_layer.weight, self.base_layer.bias, down, up, self.scaling[name])
+        return out.view(*x.shape[:-1], -1)  # outside the function, whose output models may change in place
 
     def _plain_adapter(self) -> str | None:
         """Name of the one active adapter if the layer is two products and a sum, else None."""
@@ -81,17 +79,18 @@ class _Fused(nn.Module):
 
 
 class _LoraProduct(torch.autograd.Function):
-    """rows @ weight.T + bias + (rows @ down.T) @ up.T * scaling, with a frozen weight; [T, I] -> [T, O]."""
+    """x @ weight.T + bias + (x @ down.T) @ up.T * scaling, with a frozen weight; [..., I] -> [T, O]."""
 
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scaling: float
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scaling: float
     ) -> Tensor:
-        with torch.autocast(rows.device.type, enabled=False):
+        rows = x.reshape(-1, x.shape[-1])
+        with torch.autocast(x.device.type, enabled=False):
             low = F.linear(rows, down)  # [T, r]
             out = F.linear(rows, weight, bias).addmm_(low, up.T, alpha=scaling)
         ctx.save_for_backward(rows, low, weight, down, up)
-        ctx.scaling = scaling
+        ctx.scaling, ctx.shape = scaling, x.shape
         return out
 
     @staticmethod
@@ -99,6 +98,8 @@ class _LoraProduct(torch.autograd.Function):
         rows, low, weight, down, up = ctx.saved_tensors
         grad = grad.to(weight.dtype)
         grad_low = (grad @ up).mul_(ctx.scaling)  # [T, r]
-        grad_rows = (grad @ weight).addmm_(grad_low, down) if ctx.needs_input_grad[0] else None
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = (grad @ weight).addmm_(grad_low, down).view(ctx.shape)
         grad_bias = grad.sum(0) if ctx.needs_input_grad[2] else None  # an adapter may train biases
-        return grad_rows, None, grad_bias, grad_low.T @ rows, (grad.T @ low).mul_(ctx.scaling), None
+        return grad_x, None, grad_bias, grad_low.T @ rows, (grad.T @ low).mul_(ctx.scaling), None

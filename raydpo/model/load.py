@@ -52,7 +52,7 @@ def load_causal_lm(
         rope_length: see ``model.rotary.rope_length``. None is refused if the model's rotary frequencies depend on a length.
         quantization: ``4bit``, ``8bit`` or None, see ``config.ModelConfig.quantization``.
         train_adapter: leave the adapter's weights trainable.
-        progress: called with the bytes of weights that this process has read, and all that it reads.
+        progress: see ``model.sliced.Progress``.
         note: called with a line for the user if weights for ZeRO-3 are not read in parts, see ``model.sliced``.
 
     Raises:
@@ -64,7 +64,8 @@ def load_causal_lm(
 
     path, device = str(path), torch.device(device)
     # Refuses a directory from which other files would be loaded than were hashed.
-    refuse_foreign_head(model_files(path, trust_remote_code))
+    files = model_files(path, trust_remote_code)
+    refuse_foreign_head(files)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         if getattr(config, "is_encoder_decoder", False):
@@ -93,7 +94,8 @@ def load_causal_lm(
         if is_deepspeed_zero3_enabled() and quantization is None:
             model = load_parts(from_pretrained, check=check, progress=progress, note=note)
         else:
-            model, found = from_pretrained()
+            with _counted(files.weights, progress):
+                model, found = from_pretrained()
             check(found)
         fix_rotary(model, rope_length)
         plain = model
@@ -117,6 +119,36 @@ def load_causal_lm(
             module.p = 0.0
     model.eval()
     return model if quantization is not None else model.to(device)  # bitsandbytes loads to the device itself
+
+
+@contextlib.contextmanager
+def _counted(weights: Sequence[Path], progress: Progress | None) -> Iterator[None]:
+    """Call ``progress`` while transformers loads whole weights, by their number."""
+    if progress is None:
+        yield
+        return
+    from transformers.utils import logging
+
+    total = sum(file.stat().st_size for file in weights)
+
+    def hook(make: Callable[..., Any], args: tuple[Any, ...], how: dict[str, Any]) -> Any:
+        if how.get("desc") != "Loading weights" or not args:
+            return make(*args, **how)
+        every = list(args[0])
+
+        def counted() -> Iterator[Any]:
+            for number, each in enumerate(every):
+                progress(total * number // len(every), total)
+                yield each
+            progress(total, total)
+
+        return make(counted(), *args[1:], **how | {"total": len(every)})
+
+    before = logging.set_tqdm_hook(hook)
+    try:
+        yield
+    finally:
+        logging.set_tqdm_hook(before)
 
 
 @contextlib.contextmanager

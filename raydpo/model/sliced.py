@@ -32,7 +32,8 @@ from raydpo.model.weights import DTYPES, without_report
 __all__ = ["Progress", "load_parts"]
 
 Progress = Callable[[int, int], None]
-"""Called with the bytes that this process has read, and all that it reads."""
+"""Called with the bytes of a model's files that are read, and of all of them; from any thread, one at a time. Under ZeRO-3
+every process tells how far all are, by its own part."""
 
 READERS = 4
 """Threads that read. More do not help one process, and several processes of a machine read at once."""
@@ -56,6 +57,10 @@ class _Stored:
     begin: int
     shape: tuple[int, ...]
     dtype: torch.dtype
+
+    @property
+    def bytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
 
     def __getitem__(self, index: Any) -> _Stored:
         return self
@@ -145,7 +150,7 @@ def load_parts(
         model, found = from_pretrained()
         check(found)
         return model
-    _read(_replace(model, init, origins), progress)
+    _read(_replace(model, init, origins), progress, sum(one.bytes for one in files.stored.values()))
     _all_ranks(True)  # who returns knows that nobody reads the files any more
     return model
 
@@ -223,6 +228,8 @@ def _partitioner() -> Any:
 
 
 def _all_ranks(value: bool) -> bool:
+    if not dist.is_initialized():  # DeepSpeed will say so
+        return value
     from deepspeed.accelerator import get_accelerator
 
     flag = torch.tensor(int(value), device=get_accelerator().current_device_name())
@@ -339,7 +346,7 @@ class _Part:
                 (count * source.dtype.itemsize, lambda at=at, count=count: self._plain(source, at, count))
                 for at, count in _spans(self.target.numel(), BLOCK // source.dtype.itemsize)
             ]
-        size = sum(prod(one.shape) * one.dtype.itemsize for one in origin.stored)
+        size = sum(one.bytes for one in origin.stored)
         rows, row = self.shape[0], prod(self.shape[1:])
         if not _keeps_rows(origin, rows):
             return [(size, self._whole)]
@@ -432,7 +439,7 @@ def _partitioned(empty: nn.Parameter, init: Any) -> tuple[nn.Parameter, Tensor, 
     return parameter, part.data[:count], start
 
 
-def _read(parts: Sequence[_Part], progress: Progress | None) -> None:
+def _read(parts: Sequence[_Part], progress: Progress | None, whole: int) -> None:
     # In the order of the files: who hashes them at the same time needs the same pages.
     in_order = sorted(parts, key=lambda part: min((str(one.file), one.begin) for one in part.origin.stored))
     steps = [step for part in in_order for step in part.steps()]
@@ -445,7 +452,7 @@ def _read(parts: Sequence[_Part], progress: Progress | None) -> None:
         with lock:
             done += step[0]
             if progress is not None:
-                progress(done, total)
+                progress(done * whole // total, whole)
 
     with ThreadPoolExecutor(max_workers=min(READERS, os.cpu_count() or 1)) as pool:
         futures = [pool.submit(read, step) for step in steps]

@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from raydpo.cluster.actors import over_actors
 from raydpo.cluster.resources import Resources
+from raydpo.cluster.watch import loading
 from raydpo.data.index import KeyIndex
 from raydpo.data.mismatch import MismatchedTokens
 from raydpo.data.rows import TokenSource
@@ -141,7 +142,8 @@ def build(
         while waiting is not None:
             left, longest, first = 0, 0.0, None  # first: the sample of the first worker that answers
             known = _parts(cache) | {*Claims.names(cache)}
-            shards = work.shards(waiting, tokens_per_part, resources.teams)
+            # Each replica of a team needs some micro-batches of every shard.
+            shards = work.shards(waiting, tokens_per_part * resources.replicas, resources.teams)
             source = work.source
             for row in _score_on_ray(shards, source, spec, cache, known, resources, tokens_per_batch, note):
                 sample = np.array(row["sample"], np.float32)
@@ -385,7 +387,7 @@ class _ScoreShard:
         self.claims = Claims(self.cache, known)
         spec = on_this_machine(spec)
         settings = {"tokens_per_batch": tokens_per_batch, "memory_share": resources.memory_share, "check_rows": check_rows}
-        settings["alone"] = alone
+        settings |= {"alone": alone, "progress": loading}
         settings |= {"threads": resources.threads, "sequence": resources.sequence}
         partition = Partition(resources.partition, resources.offload)
         self.scorer = open_scorer(spec, device=resources.device, partition=partition, **settings)

@@ -79,7 +79,9 @@ class Members:
         started: queue.SimpleQueue[tuple[int, subprocess.Popen[bytes] | OSError]] = queue.SimpleQueue()
         for index in range(count):
             # The kernel kills a member when the thread that started it ends, so that thread stays until the member ends.
-            threading.Thread(target=self._keep, args=(index, started), name=f"raydpo-member-{index + 1}", daemon=True).start()
+            threading.Thread(
+                target=self._keep, args=(index, started), name=f"raydpo-member-{index + 1}", daemon=True
+            ).start()
         found = dict(started.get() for _ in range(count))
         self.processes = [one for _, one in sorted(found.items()) if isinstance(one, subprocess.Popen)]
         if len(self.processes) < count:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import platform
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,9 +16,9 @@ import transformers
 
 from raydpo.data.plan import MicroBatch, fill_batches, split_over_ranks
 from raydpo.data.prefetch import prefetch
-from raydpo.data.shapes import cut_group
+from raydpo.data.shapes import LayoutName, cut_group
 from raydpo.errors import ModelError
-from raydpo.model.budget import MOST_SCORED, find_budget, is_out_of_memory, probe_groups
+from raydpo.model.budget import MOST_SCORED, Needs, find_budget, is_out_of_memory, probe_groups
 from raydpo.model.files import model_files
 from raydpo.model.fused import fuse_layers
 from raydpo.model.layout import Layout, PromptGroup, shapes_of
@@ -27,6 +28,7 @@ from raydpo.model.logps import LogpModel
 from raydpo.model.partition import Partition, partitioned, partitioned_loading
 from raydpo.model.recall import Recall
 from raydpo.model.selfcheck import CHECK_ROWS, Wish, choose_layout, logps_by_definition, share_positions
+from raydpo.model.sliced import Progress
 from raydpo.model.ulysses import SequenceGroup
 from raydpo.reference.identity import ReferenceIdentity, proved_here
 from raydpo.storage.local_copy import RemoteDirectory
@@ -73,6 +75,7 @@ class Scorer:
             the same groups: each ``group`` of processes computes some of them.
         alone: no other worker loads the model, so load it twice here to see whether both loads give the same log-probs. That
             is done for models of up to ``LOADED_TWICE_BYTES``, and for larger ones that bring their own code.
+        progress: told how far loading is.
 
     Attributes:
         notes: messages for the user: the layout and why it was chosen, the measured budget, a batch that did not fit.
@@ -94,12 +97,17 @@ class Scorer:
         group: SequenceGroup | None = None,
         partition: Partition = _WHOLE,
         alone: bool = False,
+        progress: Progress | None = None,
     ) -> None:
+        self._progress = progress
         self.device, self.partition = torch.device(device), partition
         self._size = 1 if group is None else group.size
         self._team = group is not None or partition.active
+        self.notes: list[str] = []
         recall = self._recall(spec)
-        with proved_here(spec), partitioned_loading(partition, spec.identity.dtype):
+        # Who reads a part of the weights returns when all have read theirs, and the first proves the files after that.
+        prove = not partition.active or dist.get_rank() == 0
+        with proved_here(spec, prove=prove), partitioned_loading(partition, spec.identity.dtype):
             twice = alone and check_rows and not recall.known("loaded twice") and _loaded_twice(spec)
             earlier = self._sample(self._load(spec), check_rows) if twice else None
             if partition.active:
@@ -109,19 +117,12 @@ class Scorer:
         if earlier is not None:
             refuse_difference(spec, earlier, self.sample, "loaded twice by one worker")
             recall.keep("loaded twice", True)
-        self.notes = [choose_layout(self.model, self.device, spec.layout, check_rows, recall).line]
+        self.notes.append(choose_layout(self.model, self.device, spec.layout, check_rows, recall).line)
         if spec.fused:
             self.notes.append(fuse_layers(self.model, self.device, recall))
         if group is not None:
             self.notes.append(share_positions(self.model, self.device, group, check_rows))
-        if tokens_per_batch == "auto":
-            known = recall.known("scoring")
-            room = {"most": MOST_SCORED, "share": memory_share}
-            budget = find_budget(self._probe, self.device, **room, known=known, agree=lambda value: bool(self._least(value)))
-            recall.keep("scoring", budget.bytes_per_token)
-            self.notes.append(budget.line())
-            tokens_per_batch = self._least(budget.tokens)
-        self.tokens_per_batch = tokens_per_batch
+        self.tokens_per_batch = self._budget(recall, memory_share) if tokens_per_batch == "auto" else tokens_per_batch
         self._backed_off = False
 
     def _recall(self, spec: ReferenceSpec) -> Recall:
@@ -140,6 +141,21 @@ class Scorer:
         dist.all_reduce(agreed, op=dist.ReduceOp.MIN)
         return int(agreed)
 
+    def _budget(self, recall: Recall, share: float) -> int:
+        """Positions of a pass that fit on this device, and on those of the other processes of a team."""
+        gathered = self.model.gathered_bytes if self.partition.active else None
+        needs = None if gathered is None else Needs(step=lambda _: gathered, probe=lambda _: 0.0)
+        room = {"most": MOST_SCORED, "share": share, "needs": needs, "known": recall.known("scoring")}
+        budget = find_budget(self._probe, self.device, **room, agree=lambda value: bool(self._least(value)))
+        recall.keep("scoring", budget.bytes_per_token)
+        line = dataclasses.replace(budget, step_bytes=None).line()
+        if gathered is not None:
+            line = f"{line[:-1]}, {gathered / 2**30:.1f} of it for gathered weights)"
+            if budget.step_bytes > budget.free_bytes:
+                line = f"warning: {line}; that does not fit. Set score.partition higher, or score.offload=cpu"
+        self.notes.append(line)
+        return self._least(budget.tokens)
+
     def _load(self, spec: ReferenceSpec) -> LogpModel:
         torch.seed()  # every process begins with the same seed, with which random weights would agree
         model = LogpModel(
@@ -151,6 +167,8 @@ class Scorer:
                 quantization=spec.quantization,
                 rope_length=spec.identity.rope_length,
                 trust_remote_code=spec.trust_remote_code,
+                progress=self._progress,
+                note=self.notes.append,
             )
         )
         if self.partition.active:
@@ -262,6 +280,11 @@ class Scorer:
     def _probe(self, tokens: int) -> object:
         longest = longest_sequence(self.model.causal_lm)
         return self.model.score(probe_groups(tokens * self._size, self.model.vocabulary, longest), self.device)
+
+    @property
+    def layout(self) -> LayoutName:
+        """The layout in use."""
+        return self.model.method.layout
 
     @property
     def provenance(self) -> dict[str, object]:

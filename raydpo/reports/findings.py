@@ -11,7 +11,7 @@ import polars as pl
 from raydpo.data.interval import share
 from raydpo.pages.finding import Finding
 from raydpo.rundir.read import RunRecord
-from raydpo.rundir.watch import COLLAPSE, LAG, SPIKE_DEVIATIONS, WINDOW
+from raydpo.rundir.watch import COLLAPSE, LAG, SPIKE_DEVIATIONS, UNBALANCED, WINDOW
 
 __all__ = ["findings"]
 
@@ -223,6 +223,14 @@ def _steps(run: RunRecord) -> Iterator[Finding]:
             f"The loss of step {spike['step']:,} is {spike['loss']:.4f}, the {WINDOW} steps before it had "
             f"{spike['usual']:.4f} on average.",
             "If it stayed high, lower train.lr or train.clip, or look for outliers in the data with 'raydpo audit'.",
+        )
+    routed = _recent(steps, "aux_loss")
+    before = None if routed is None else steps["aux_loss"].head(WINDOW).mean()
+    if before is not None and routed >= UNBALANCED * before:
+        yield Finding(
+            "The routers send more tokens to fewer experts",
+            f"The router loss (aux_loss) is {routed:.2f} over the last {WINDOW} steps, and was {before:.2f} at first.",
+            "Raise train.router_aux_loss_coef, or lower train.lr.",
         )
     if "slowest_rank" in steps.columns and steps.height >= WINDOW:
         last = steps.tail(WINDOW).drop_nulls(["slowest_rank"])

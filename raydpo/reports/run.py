@@ -43,6 +43,7 @@ CURVES: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
     ("Chosen fell", "logps/chosen_fell", "share of pairs", {"ylim": (-0.02, 1.02)}),
     ("Margin and length", "length/margin_correlation", "correlation", {"level": 0.0}),
     ("Lengths", "length/{}", "tokens", {}),
+    ("Router loss", "aux_loss", "aux_loss", {}),
     ("Learning rate", "learning_rate", "learning rate", {}),
     ("Speed", "tokens_per_second", "tokens a second", {}),
 )
@@ -64,6 +65,8 @@ CAPTIONS = {
     "Margin and length": "Correlation of the margin with the difference in length. Near 1 the policy prefers the longer "
     "answer, near -1 the shorter one.",
     "Lengths": "Lengths of the answers in the data.",
+    "Router loss": "The load-balancing loss of a mixture of experts, without its coefficient; no part of the loss above. It "
+    "is the number of experts of a token if all are used alike, and grows as fewer experts do the work.",
     "Learning rate": "As scheduled, by step.",
     "Speed": "Prompts count once a pair; checkpoints and evaluations are not included.",
 }

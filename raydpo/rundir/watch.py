@@ -1,4 +1,4 @@
-"""Warnings about the metrics of a training, each once: loss spikes, collapsing log-probs, a slow rank."""
+"""Warnings about the metrics of a training, each once: loss spikes, collapsing log-probs or routers, a slow rank."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ LEAST_SPREAD = 0.02
 COLLAPSE = math.log(0.5)
 """Mean log-ratio in nats a token over the window at which the policy is warned about: chosen tokens are half as likely."""
 LAG = 0.25
+UNBALANCED = 1.5
+"""Mean router loss over the window, relative to that of the first steps, from which it is reported."""
 
 
 class TrainingWatch:
@@ -32,12 +34,15 @@ class TrainingWatch:
         self._losses: deque[float] = deque(maxlen=WINDOW)
         self._chosen: deque[float] = deque(maxlen=WINDOW)
         self._laggards: deque[tuple[int, float]] = deque(maxlen=WINDOW)
+        self._first_routed: list[float] = []
+        self._routed: deque[float] = deque(maxlen=WINDOW)
 
     def look(self, step: int, row: Mapping[str, float]) -> Iterator[str]:
         """Warnings about this step. Each kind is given at most once a run."""
         for kind, line in (
             ("spike", self._spike(step, row["loss"])),
             ("collapse", self._collapse(step, row)),
+            ("unbalanced", self._unbalanced(step, row)),
             ("slow rank", self._slow(row)),
         ):
             if line and kind not in self._warned:
@@ -73,6 +78,21 @@ class TrainingWatch:
             f"{math.exp(mean):.2g} of the probability that the reference gives them ({mean:.2f} nats a token). DPO only "
             "increases the difference of chosen and rejected, and both may fall; raise train.beta, lower train.lr, or "
             "train fewer steps"
+        )
+
+    def _unbalanced(self, step: int, row: Mapping[str, float]) -> str | None:
+        value = row.get("aux_loss", math.nan)  # only with a router loss
+        if not math.isfinite(value):
+            return None
+        if len(self._first_routed) < WINDOW:
+            self._first_routed.append(value)
+        self._routed.append(value)
+        before, mean = fmean(self._first_routed), fmean(self._routed)
+        if mean < UNBALANCED * before:
+            return None
+        return (
+            f"the routers send more and more tokens to few experts: aux_loss is {mean:.2f} over the {WINDOW} steps up to "
+            f"{step}, and was {before:.2f} at first. Raise train.router_aux_loss_coef, or lower train.lr"
         )
 
     def _slow(self, row: Mapping[str, float]) -> str | None:

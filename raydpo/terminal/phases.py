@@ -6,11 +6,35 @@ import atexit
 import gc
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
-__all__ = ["Phases", "collect_rarely"]
+__all__ = ["Phases", "Seldom", "collect_rarely"]
 
 IMPORTS = "imports and settings"
+SELDOM_SECONDS = 10.0
+"""Seconds until the first sign of something long, and between two signs. What ends sooner, such as loading a small model, is
+not told."""
+
+
+class Seldom:
+    """Passes on some of many calls: none in the first ``SELDOM_SECONDS``, then one each time they have passed, and the last.
+
+    Args:
+        tell: called with what is done and all there is to do, such as bytes.
+    """
+
+    def __init__(self, tell: Callable[[int, int], None]) -> None:
+        self._tell, self._due, self._done, self._told = tell, 0.0, 0, False
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if not self._due or done < self._done:  # the first call, or it begins again
+            self._due, self._told = now + SELDOM_SECONDS, False
+        self._done = done
+        if now >= self._due or (self._told and done >= total):
+            self._due, self._told = now + SELDOM_SECONDS, True
+            self._tell(done, total)
 
 
 class Phases:

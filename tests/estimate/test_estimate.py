@@ -1,5 +1,6 @@
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from raydpo.estimate.plan import Rates, Stage, make_plan, operations, training_f
 from raydpo.estimate.rate import stated_rates
 from raydpo.model.cost import ModelCost
 from raydpo.model.memory.anatomy import model_cost
+from raydpo.model.memory.scoring import Choice
 
 RATES = Rates(score=1e9, train=1e9, origin="test")
 SIZES = ModelCost(parameters=1500, active=1000, hidden=10, vocabulary=50, layers=2, attention_width=8)
@@ -198,3 +200,37 @@ def test_mismatched_completions_are_planned_once(tmp_path, tiny_llama):
     assert found.data["completions"] == 24 and found.data["completion_tokens"] == 2 * tokens
     trained = as_trained(sets, config)
     assert as_trained(trained, config) is trained
+
+
+def test_the_reference_is_put_on_several_devices_if_one_does_not_hold_it(data, monkeypatch):
+    """A plan may use 1.44 of 1.6 GiB, and CUDA alone takes 1.5, so nothing fits; in 16 GiB everything does."""
+    config, sets = data
+    found = plan_run(config, sets, memory=16, workers=2)
+    assert found.reference.simple and "whole on each device" in found.reference.line
+    refused = plan_run(config, sets, memory=1.6, workers=2)
+    assert "does not fit on 2 x device (1.6 GiB)" in refused.reference
+    assert refused.score.flops == found.score.flops
+    assert "reference" in found.to_dict()
+
+
+def test_gathers_that_take_longer_than_products_and_stand_ins_are_counted_in_hours(data):
+    choice = Choice(
+        partition=4,
+        offload=None,
+        model_bytes=4.0,
+        weights_bytes=1.0,
+        gathered_bytes=1.0,
+        position_bytes=1.0,
+        logits_bytes=1.0,
+        positions=65536,
+        gather_share=3.0,
+    )
+    config, sets = data
+    whole = plan(data, workers=4)
+    hidden = make_plan(config, sets, SIZES, SIZES, RATES, workers=4, choice=replace(choice, gather_share=0.9))
+    shown = make_plan(config, sets, SIZES, SIZES, RATES, workers=4, choice=choice)
+    assert whole.score.flops == hidden.score.flops == shown.score.flops
+    assert shown.score.gpu_hours == pytest.approx(3 * hidden.score.gpu_hours)
+    # One shard, dealt to four processes: the one with the most positions decides.
+    assert 1 < hidden.score.seconds / whole.score.seconds < 1.5
+    assert hidden.training.seconds == whole.training.seconds

@@ -154,3 +154,14 @@ def test_stored_sets_are_read_in_place_of_the_source(place, tiny_llama, monkeypa
     made = json.loads(capsys.readouterr().out)
     assert made["tokenising"]["done"] and made["first"] is None and made["data"]["training_pairs"] == 660
     assert made["data"]["planned"] == {"completions": 1320, "held_out_pairs": 0}
+
+
+def test_processes_that_hold_the_weights_together_wait_for_the_slowest(place, tiny_llama):
+    """A prompt with its completions stays on one process: of one pair two processes take half the time waiting."""
+    table = loaded(configure(place, tiny_llama)).train
+    *alone, waiting = reference_pass([table.slice(0, 1)], 2048, 4096, "packed")
+    assert waiting == 0
+    for replicas, share in ((2, 1 / 2), (4, 3 / 4)):
+        *same, waiting = reference_pass([table.slice(0, 1)], 2048, 4096, "packed", replicas)
+        assert same[:2] == alone[:2] and np.array_equal(same[2], alone[2]) and waiting == pytest.approx(share)
+    assert 0 < reference_pass([table], 512, 4096, "packed", 2)[-1] < 0.2

@@ -62,3 +62,32 @@ def test_the_ledger_is_what_the_code_takes(shortened, kind, recomputes):
     for what, wanted, size in zip(("weights", "kept", "peak"), estimated, found, strict=True):
         print(f"{kind}: {what} {wanted / 2**30:.3f} GiB by the ledger, {size / 2**30:.3f} counted, {wanted / size:.3f}")
     assert estimated == pytest.approx(found, abs=0.05 * found[-1]) and estimated[0] == pytest.approx(found[0], rel=0.01)
+
+
+SHAPES = {
+    "qwen3": {"hidden_size": 4096, "intermediate_size": 12288, "num_attention_heads": 64, "num_key_value_heads": 8},
+    "qwen3_moe": {
+        "hidden_size": 2048,
+        "moe_intermediate_size": 768,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+    },
+}
+
+
+@pytest.mark.parametrize("recomputes", [False, True], ids=["", "recompute"])
+@pytest.mark.parametrize("kind", SHAPES)
+def test_norms_of_heads_and_copies_for_experts_are_in_the_ledger(tmp_path, kind, recomputes):
+    """Adapters on the attention of Qwen3, with as many heads as the one of 235B, and of Qwen3-30B-A3B."""
+    sizes = {"model_type": kind, "num_hidden_layers": LAYERS, "vocab_size": 512, "head_dim": 128, **SHAPES[kind]}
+    (tmp_path / "config.json").write_text(json.dumps(sizes))
+    model = ModelConfig(path="m", lora=LoraSettings(r=16, target_modules=("q_proj", "k_proj", "v_proj", "o_proj")))
+    train = TrainConfig(zero=0, gradient_checkpointing=recomputes)
+    batch = Batch.of_pairs([PAIR] * PAIRS, micro_batches=1)
+    memory = estimate_memory(Anatomy.of(tmp_path), model, train, batch, workers=1, dtype="bfloat16")
+    estimated = max(moment.activations + moment.gradients + moment.head for moment in memory.passes)
+    _, _, found = counted(tmp_path, model, recomputes)
+    print(f"{kind}: peak {estimated / 2**30:.3f} GiB by the ledger, {found / 2**30:.3f} counted, {estimated / found:.3f}")
+    assert estimated == pytest.approx(found, rel=0.05)

@@ -29,7 +29,7 @@ def differences(cases):
     import deepspeed
     from transformers.integrations import HfDeepSpeedConfig
 
-    from raydpo.training.policy.deepspeed_engine import join_process_group
+    from raydpo.model.partition import join_process_group
 
     join_process_group(torch.device("cpu"))
     return [different(deepspeed, HfDeepSpeedConfig, *case) for case in cases]
@@ -168,7 +168,7 @@ def refusals(cases):
     """The message with which each directory is refused without ZeRO-3, and under it."""
     from transformers.integrations import HfDeepSpeedConfig
 
-    from raydpo.training.policy.deepspeed_engine import join_process_group
+    from raydpo.model.partition import join_process_group
 
     def refusal(directory):
         with pytest.raises(ModelError) as refused:

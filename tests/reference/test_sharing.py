@@ -58,6 +58,9 @@ class SlowScorer:
         time.sleep(SECONDS * bool(groups))
         return [tuple(np.full(len(tokens), -1, np.float32) for tokens in group.completions) for group in groups]
 
+    def close(self):
+        pass
+
 
 @pytest.fixture(autouse=True)
 def in_this_process(monkeypatch):
@@ -68,7 +71,7 @@ def in_this_process(monkeypatch):
         for shard in shards:
             yield actor(pa.table({"shard": [pickle.dumps(shard)]})).to_pylist()[0]
 
-    monkeypatch.setattr(module, "Scorer", SlowScorer)
+    monkeypatch.setattr(module, "open_scorer", SlowScorer)
     monkeypatch.setattr(module, "on_this_machine", lambda spec: spec)
     monkeypatch.setattr(module, "_score_on_ray", score)
     monkeypatch.setattr(module, "MIN_SHARD_TOKENS", SHARD_TOKENS)
@@ -159,3 +162,19 @@ def test_another_transformers_is_told_and_the_same_one_is_not(tmp_path):
     one_build(tmp_path, table, told)
     (line,) = told
     assert "transformers 4.30.2, here is" in line and here in line and "raydpo cache verify" in line
+
+
+def test_a_shard_whose_call_is_repeated_after_it_was_committed_is_not_scored_again(tmp_path, monkeypatch):
+    """The actor's process died after it had written the part and before Ray had its answer."""
+    wanted = module.Wanted([pairs(10)])
+    shard = next(plan_shards(wanted, SHARD_TOKENS))
+    block = pa.table({"shard": [pickle.dumps(shard)]})
+    arguments = ReferenceSpec(path="model", adapter=None, identity=ONE), str(tmp_path), "builder1", frozenset()
+    first, again = (module._ScoreShard(wanted.source, *arguments, Resources(1, 0, None), 100, []) for _ in range(2))
+    answer = first(block).to_pylist()[0]
+    again.again = True
+    monkeypatch.setattr(again.scorer, "score", lambda groups: [] if not groups else pytest.fail("scored again"))
+    repeated = again(block).to_pylist()[0]
+    assert answer["completions"] == len(shard) > 0
+    assert {**repeated, "seconds": 0, "tokens": 0} == {**answer, "seconds": 0, "tokens": 0}
+    assert len(ReferenceCache.open(str(tmp_path), ONE).parts()) == 1

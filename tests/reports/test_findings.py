@@ -39,6 +39,7 @@ def test_nothing_stands_out_in_an_empty_or_a_good_run():
                 "loss": np.linspace(0.69, 0.4, 50),
                 "rewards/accuracies": np.full(50, 0.8),
                 "logratio/chosen_per_token": np.full(50, -0.1),
+                "aux_loss": np.linspace(8.2, 9, 50),
                 "skipped": np.zeros(50),
                 "time/step": np.ones(50),
                 "time/checkpoint": np.full(50, 0.01),
@@ -74,6 +75,7 @@ def test_nothing_stands_out_in_an_empty_or_a_good_run():
         ({"time/step": np.ones(10), "time/checkpoint": np.full(10, 0.06)}, None, "Checkpoints take long"),
         ({"time/step": np.ones(10), "time/evaluation": np.full(10, 0.3)}, None, "Evaluations take long"),
         ({"time/step": np.ones(10), "time/wait": np.full(10, 0.2)}, None, "Workers wait for one another"),
+        ({"aux_loss": np.linspace(8.2, 16, 80)}, None, "The routers send more tokens to fewer experts"),
         ({"slowest_rank": np.ones(30), "slowest_lag": np.full(30, 0.5)}, None, "One worker is slow"),
     ],
 )

@@ -37,6 +37,13 @@ def test_collapse_of_chosen_log_probs_is_told_in_probabilities():
     assert len(lines) == 1 and "0.37 of the probability" in lines[0] and "train.beta" in lines[0]
 
 
+def test_routers_that_collapse_are_told_of():
+    lines = said([row(aux_loss=8.0 + 0.1 * step) for step in range(120)])
+    assert len(lines) == 1 and "few experts" in lines[0] and "was 8.95 at first" in lines[0]
+    assert "train.router_aux_loss_coef" in lines[0]
+    assert not said([row(aux_loss=8.0 + 0.02 * step) for step in range(120)])
+
+
 def test_the_slow_rank_is_named():
     slow = row(slowest_rank=3.0, slowest_lag=0.5)
     lines = said([slow] * (2 * WINDOW))

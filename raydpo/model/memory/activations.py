@@ -135,13 +135,20 @@ def layer_memory(
     kept += width * T * sum(adapter.rank for adapter in adapted if not adapter.folded)
     # Base and adapted output, for the gradient of DoRA's magnitudes.
     kept += 2 * width * T * sum(adapter.weight.shape[0] for adapter in adapted if adapter.dora)
+    # Norms of queries and keys: their input in float32; the weight's gradient needs the normalised input.
+    if any(weight.name.endswith("q_norm.weight") for weight in anatomy.weights):
+        kept += (STREAM + width * trained) * (anatomy.query_width + anatomy.key_width) * T
+    # Experts: their outputs before routing weights. In the backward pass gradients of weighted, sorted and copied tokens.
+    copies_of_tokens = width * anatomy.experts_used * H * T
+    kept += copies_of_tokens
     # PEFT adds the product of all experts to their weights: a second copy, and in the backward pass its gradient.
     folded = [width * adapter.weight.numel for adapter in adapted if adapter.folded]
     kept += sum(folded)
     # Gradients of both projections, where their product and the activation have been freed, and of the stream.
     working = width * inner * T * (2 if anatomy.gated else 1) + STREAM * H * T + dense + max(folded, default=0)
+    working += 3.5 * copies_of_tokens
     # Both projections and the activation, the stream between both parts and its norm.
-    passing = width * inner * T * (3 if anatomy.gated else 2) + 2 * STREAM * H * T + dense + sum(folded)
+    passing = (_feed_forward(anatomy, width) + 2 * STREAM * H) * T + dense + sum(folded)
     return Layer(kept=kept, entry=STREAM * H * T, working=working, passing=passing)
 
 
@@ -154,19 +161,25 @@ def scoring_memory(anatomy: Anatomy, *, width: int) -> float:
     Args:
         width: bytes of a number in the compute precision, 2 or 4.
     """
-    H, A, G, inner, used = anatomy.hidden, anatomy.query_width, anatomy.key_width, anatomy.inner, anatomy.experts_used
+    H, A, G = anatomy.hidden, anatomy.query_width, anatomy.key_width
     names = {weight.name.rpartition(".")[0].rpartition(".")[2] for weight in anatomy.weights if weight.place >= 0}
-    # Products, their activation and its gate. Experts compute sorted copies of their tokens: the stream's copy is there
-    # throughout, and with it either the inner products or the outputs, weighted, and sorted back.
-    feed_forward = width * inner * (3 if anatomy.gated else 2)
-    if used:
-        biased = any("experts" in weight.name and weight.name.endswith("bias") for weight in anatomy.weights)
-        products = (19 if biased else 8 if anatomy.gated else 4) / 2 * width * inner
-        feed_forward = max(feed_forward, STREAM * H * used + max(products, 3 * width * H * used))
     # Queries and keys are rotated in float32, beside their norm; keys and values are gathered for each branch of a tree.
     fused = 2 * width / 2 * (A + 2 * G) if names & {"qkv_proj", "query_key_value", "Wqkv", "c_attn"} else 0.0
     attention = width / 2 * (14 * A + 10.25 * G) + fused
-    return 2 * STREAM * H + max(2 * STREAM * H + feed_forward, STREAM * H + attention) + 1024
+    return 2 * STREAM * H + max(2 * STREAM * H + _feed_forward(anatomy, width), STREAM * H + attention) + 1024
+
+
+def _feed_forward(anatomy: Anatomy, width: int) -> float:
+    """Bytes of a position in the forward pass of the feed-forward part, which keeps nothing, beside the stream."""
+    plain = width * anatomy.inner * (3 if anatomy.gated else 2)  # products, their activation and its gate
+    if not anatomy.experts_used:
+        return plain
+    # Experts compute sorted copies of their tokens: the stream's copy is there throughout, and with it either the inner
+    # products (with biases that are copied for each token) or the outputs, weighted, and sorted back.
+    tokens = anatomy.hidden * anatomy.experts_used
+    biased = any("experts" in weight.name and weight.name.endswith("bias") for weight in anatomy.weights)
+    products = (19 if biased else 8 if anatomy.gated else 4) / 2 * width * anatomy.inner
+    return max(plain, STREAM * tokens + max(products, 3 * width * tokens))
 
 
 def head_forward(anatomy: Anatomy, batch: Batch, *, width: int, device: str, trained: bool, fused: bool = False) -> float:

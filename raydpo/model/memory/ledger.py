@@ -369,7 +369,9 @@ class _Ledger:
         precision = 4 if self.device == "cpu" else width
         around = batch.masked * precision * (self.device == "cpu") + stream * (1 if self.policy.adapters.on else 2)
         around += 4.0 * anatomy.hidden * batch.predictions
-        kept = [layer.entry if recomputes else layer.kept for layer in layers]
+        # Router logits for the router loss; in the backward pass their gradients take their place, layer by layer.
+        routed = width * anatomy.routed * batch.positions * (self.train.router_aux_loss_coef != 0)
+        kept = [(layer.entry if recomputes else layer.kept) + routed / len(layers) for layer in layers]
         on_host = 0.0
         if self.train.offload_activations:
             on_host = sum(kept) + around

@@ -183,7 +183,7 @@ def _train(payload: WorkerInput, tokens_per_batch: int | None) -> None:
     hooks.phase("loading and checking the policy")
     pairs = payload.pairs.open()
     check_rows = pairs.groups(range(min(CHECK_ROWS, len(pairs))))
-    engine = PolicyEngine(job.policy, job.train, device, check_rows=check_rows)
+    engine = PolicyEngine(job.policy, job.train, device, check_rows=check_rows, note=hooks.note)
     held_out = None if payload.held_out is None else payload.held_out.open()
     checkpoint = ray.train.get_checkpoint()
     with (

@@ -11,7 +11,7 @@ import dataclasses
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import Any
@@ -39,6 +39,7 @@ from raydpo.model.selfcheck import check_training_mode, choose_layout, share_pos
 from raydpo.model.targets import told_adapters
 from raydpo.model.ulysses import SequenceGroup
 from raydpo.model.weights import ADAPTER_NAME
+from raydpo.terminal.phases import Seldom
 from raydpo.training.policy.engine import PolicySpec
 from raydpo.training.policy.host_memory import HostPeak
 from raydpo.training.policy.offload import disk_folder
@@ -64,6 +65,7 @@ class PolicyEngine(RankGroup):
 
     Args:
         check_rows: a few pairs of the data, for the self-check of the layout.
+        note: called with lines for the user, from any thread: how far the loading of a large model is.
 
     Attributes:
         trainable: the parameters that train.
@@ -74,7 +76,12 @@ class PolicyEngine(RankGroup):
     """
 
     def __init__(
-        self, spec: PolicySpec, train: TrainConfig, device: torch.device, check_rows: Sequence[PromptGroup] = ()
+        self,
+        spec: PolicySpec,
+        train: TrainConfig,
+        device: torch.device,
+        check_rows: Sequence[PromptGroup] = (),
+        note: Callable[[str], None] = lambda line: None,
     ) -> None:
         import deepspeed
         from transformers.integrations import HfDeepSpeedConfig
@@ -90,7 +97,7 @@ class PolicyEngine(RankGroup):
         # Kept alive while the model is loaded: transformers looks it up and partitions weights as it reads them.
         self._partitioned_loading = HfDeepSpeedConfig(settings) if train.zero == 3 else None
         with HostPeak() as loading:
-            model = self._load(spec)
+            model = self._load(spec, note)
         most = torch.tensor([loading.seconds, loading.bytes], dtype=torch.float64, device=device)
         dist.all_reduce(most, op=dist.ReduceOp.MAX)
         self.load_seconds, self.load_bytes = most.tolist()
@@ -106,8 +113,10 @@ class PolicyEngine(RankGroup):
         trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
         optimizer = make_optimizer(trainable, train, device)
         exact = _float32_parameters(module, spec.dtype, train.zero)
-        if train.zero == 3:
-            set_leaf_modules(module)
+        if train.zero == 3 and set_leaf_modules(module):
+            # DeepSpeed sums gradients of a leaf module when its input has one (stage3.py, reduce_leaf_module_grads). Below
+            # the first adapters no input has, and torch would call this before there are gradients to sum.
+            module.causal_lm.enable_input_require_grads()
         timeout = timedelta(seconds=train.collective_timeout)
         with no_steps(optimizer), group_timeout(timeout):
             self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
@@ -126,7 +135,7 @@ class PolicyEngine(RankGroup):
                 self.layout_line += f"; {share_positions(module, device, group, check_rows)}"
             check_training_mode(module, device, self._recall)
 
-    def _load(self, spec: PolicySpec) -> nn.Module:
+    def _load(self, spec: PolicySpec, note: Callable[[str], None]) -> nn.Module:
         return load_causal_lm(
             spec.path,
             spec.dtype,
@@ -136,6 +145,10 @@ class PolicyEngine(RankGroup):
             rope_length=spec.rope_length,
             trust_remote_code=spec.trust_remote_code,
             device="cpu" if self.zero == 3 else self.device,
+            progress=Seldom(
+                lambda done, total: note(f"loading the policy: {done / 1e9:,.0f} of {total / 1e9:,.0f} GB read")
+            ),
+            note=note,
         )
 
     def _all_ranks(self, value: bool) -> bool:
@@ -147,9 +160,7 @@ class PolicyEngine(RankGroup):
         layout = self.module.lay_out(groups)
         return layout.pin() if self.device.type == "cuda" else layout
 
-    def logps(
-        self, layout: Layout, *, log_sum_sq: bool = False, router_loss: bool = False
-    ) -> Tensor | tuple[Tensor, ...]:
+    def logps(self, layout: Layout, *, log_sum_sq: bool = False, router_loss: bool = False) -> Tensor | tuple[Tensor, ...]:
         wishes = {"log_sum_sq": log_sum_sq, "router_loss": router_loss}
         asked = {name: True for name, wish in wishes.items() if wish}
         with self._computing():
