@@ -40,9 +40,7 @@ _THREE = dict(
 _DELTA = dict(
     linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8, num_hidden_layers=4
 )
-_LATENT = dict(
-    kv_lora_rank=8, q_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, num_key_value_heads=4
-)
+_LATENT = dict(kv_lora_rank=8, q_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, num_key_value_heads=4)
 FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "gemma3": (dict(sliding_window=16, query_pre_attn_scalar=8, num_hidden_layers=6), {}, dict(mm_tokens_per_image=4)),
     "gemma4": (

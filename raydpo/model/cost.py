@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 from raydpo.data.shapes import PositionCost
 from raydpo.errors import FilesError
 from raydpo.model.files import model_files, read_header
-from raydpo.model.limits import OTHER_TOWERS
+from raydpo.model.limits import OTHER_TOWERS, PARTS
 
 __all__ = ["ModelCost", "first"]
 
@@ -24,7 +25,8 @@ class ModelCost:
         parameters: all parameters.
         active: parameters that multiply each token: without embedding and head, without parts of a package beside its text
             model, and in a mixture only the active experts.
-        hidden, vocabulary, layers: hidden width, vocabulary size, number of layers.
+        hidden, vocabulary: hidden width, vocabulary size.
+        layers: number of layers with attention.
         attention_width: query heads times head size.
     """
 
@@ -46,11 +48,11 @@ class ModelCost:
         tensors: dict[str, Any] = {}
         for file in files.weights:
             tensors |= read_header(file)[1]
-        sizes = {name: math.prod(tensor["shape"]) for name, tensor in tensors.items()}
-        text = files.config.get("text_config")
-        if not text:
-            return cls.of_sizes(sizes, files.config)
-        return cls.of_sizes(sizes, text, [name for name in sizes if OTHER_TOWERS.search(name)])
+        sizes = {name: _numbers(name, tensor) for name, tensor in tensors.items()}
+        # Older packages have the entries of their text model beside vision_config.
+        packaged = any(isinstance(files.config.get(name), dict) for name in PARTS)
+        others = [name for name in sizes if packaged and OTHER_TOWERS.search(name)]
+        return cls.of_sizes(sizes, files.config.get("text_config") or files.config, others)
 
     @classmethod
     def of_sizes(cls, sizes: dict[str, int], config: dict[str, Any], others: Collection[str] = ()) -> ModelCost:
@@ -61,19 +63,30 @@ class ModelCost:
         """
         hidden = first(config.get, "hidden_size", "n_embd", "d_model")
         vocabulary = first(config.get, "vocab_size")
-        heads = first(config.get, "num_attention_heads", "n_head", "n_heads")
+        attending = attention_layers(config)
+        heads = first(config.get, "num_attention_heads", "n_head", "n_heads", default=None if attending else 0)
         text = {name: size for name, size in sizes.items() if name not in others}
+        layers = first(config.get, "num_hidden_layers", "n_layer", "n_layers", "num_blocks")
+        # Layers behind the last one predict further tokens (DeepSeek-V3, Qwen3-Next), and transformers leaves them out.
+        numbers = {name: re.search(r"^mtp\.|\.layers\.(\d+)\.", name) for name in text}
+        beyond = {name for name, found in numbers.items() if found and (found[1] is None or int(found[1]) >= layers)}
+        text = {name: size for name, size in text.items() if name not in beyond}
         tables = sum(size for name, size in text.items() if any(part in name for part in _TABLES))
-        experts = sum(size for name, size in text.items() if ".experts." in name)
-        count = config.get("num_local_experts") or config.get("num_experts") or config.get("n_routed_experts") or 1
-        idle = experts * (1 - min(config.get("num_experts_per_tok") or count, count) / count)
+        experts = sum(size for name, size in text.items() if _EXPERTS.search(name))
+        mixture = config | (config.get("ffn_config") or {})
+        count = first(mixture.get, "num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", default=1)
+        used = first(mixture.get, "num_experts_per_tok", "moe_k", "moe_top_k", "top_k_experts", default=count)
+        idle = experts * (1 - min(used, count) / count) if count else 0
+        size = config.get("head_dim") or hidden // max(1, heads)
+        if config.get("v_head_dim") and config.get("qk_nope_head_dim"):  # latent attention, whose values are narrower
+            size = (config["qk_nope_head_dim"] + config["qk_rope_head_dim"] + config["v_head_dim"]) // 2
         return cls(
-            parameters=sum(sizes.values()),
+            parameters=sum(size for name, size in sizes.items() if name not in beyond),
             active=int(sum(text.values()) - tables - idle),
             hidden=hidden,
             vocabulary=vocabulary,
-            layers=first(config.get, "num_hidden_layers", "n_layer", "n_layers"),
-            attention_width=heads * (config.get("head_dim") or hidden // heads),
+            layers=attending,
+            attention_width=heads * size,
         )
 
     @property
@@ -99,9 +112,40 @@ class ModelCost:
 
 
 _TABLES = (
-    "embed_tokens.", "wte.", "wpe.", "word_embeddings.", "embed_in.", "embed_positions.", "lm_head.", "embed_out.",
-    "output_embeddings.",
+    "embed_tokens.", "wte.", "wpe.", "embeddings.", "embed_in.", "embed_positions.", "lm_head.", "embed_out.",
 )  # fmt: skip
+
+
+_EXPERTS = re.compile(r"\.experts\.|(?<!shared_mlp)\.(?:input|output)_linear\.")
+"""Tensors of experts; the second form is that of Granite and JetMoE."""
+
+
+def _numbers(name: str, tensor: dict[str, Any]) -> int:
+    """Values of a stored tensor. MXFP4 has two of them in a byte, and scales beside them."""
+    if tensor["dtype"] == "U8" and name.endswith(("_blocks", "_scales")):
+        return 2 * math.prod(tensor["shape"]) if name.endswith("_blocks") else 0
+    return math.prod(tensor["shape"])
+
+
+def attention_layers(config: dict[str, Any]) -> int:
+    """Number of layers with attention, from the entries of config.json. All layers, unless an entry tells their kinds.
+
+    Raises:
+        FilesError: if there is no number of layers.
+    """
+    kinds = config.get("layer_types") or config.get("layers_block_type")
+    if kinds:
+        return sum("linear" not in kind and ("attention" in kind or kind == "hybrid") for kind in kinds)
+    layers = first(config.get, "num_hidden_layers", "n_layer", "n_layers", "num_blocks")
+    if not any(isinstance(config.get(name), int) for name in ("num_attention_heads", "n_head", "n_heads")):
+        return 0
+    if pattern := config.get("block_types"):  # RecurrentGemma's, repeated over the layers
+        return sum("attention" in pattern[layer % len(pattern)] for layer in range(layers))
+    if (indices := config.get("attn_layer_indices")) is not None:
+        return len(indices)
+    if period := config.get("attn_layer_period"):
+        return len(range(config.get("attn_layer_offset", 0), layers, period))
+    return layers
 
 
 def first(read: Callable[[str], Any], *names: str, default: int | None = None) -> int:

@@ -119,9 +119,7 @@ class LogpModel(nn.Module):
         layout = lay_out(groups, self.method)
         return layout if self.group is None else layout.part(self.group)
 
-    def forward(
-        self, layout: Layout, log_sum_sq: bool = False, router_loss: bool = False
-    ) -> Tensor | tuple[Tensor, ...]:
+    def forward(self, layout: Layout, log_sum_sq: bool = False, router_loss: bool = False) -> Tensor | tuple[Tensor, ...]:
         """Log-probs (natural logarithm) of the layout's targets, float32 [N].
 
         With bfloat16 weights the products of the layers are bfloat16. The residual stream, norms, rotary embeddings and

@@ -247,6 +247,9 @@ def _settings(partition: Partition, dtype: str) -> dict[str, Any]:
     """DeepSpeed's configuration. transformers reads it while the model is loaded, and ``deepspeed.initialize`` again."""
     # Its replacement of torch.nn.functional.linear is for the backward pass, rounds otherwise, and stays in the process.
     zero: dict[str, Any] = {"stage": 3, "memory_efficient_linear": False}
+    # Weights of a layer are gathered one by one. In one piece, DeepSpeed 0.19 copies them out of it again, so that a layer
+    # takes twice its bytes for a moment (``AllGatherCoalescedHandle.wait`` in ``zero/partition_parameters.py``).
+    zero["stage3_allgather_sequential"] = True
     if partition.offload == "cpu":
         zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return {

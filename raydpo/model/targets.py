@@ -1,15 +1,17 @@
 """Which weights of a model get LoRA adapters, in the settings of PEFT.
 
 PEFT's own ``all-linear`` depends on the architecture of a mixture: of Qwen3-MoE it reaches the experts and the router, of
-GPT-OSS neither, of DeepSeek-V3 it loses shared experts and dense layers (peft 0.21, ``utils/transformers_weight_conversion.py``
-takes their names for the experts'). Here it is the same everywhere: all linear layers and all experts, without head and routers.
+GPT-OSS neither, and of DeepSeek-V3 it loses shared experts and dense layers, whose names it takes for the experts' (peft
+0.21, ``utils/transformers_weight_conversion.py``). Here it is the same everywhere: all linear layers and all experts, but no
+head and no router.
 """
 
 from __future__ import annotations
 
+import contextlib
 import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -21,10 +23,13 @@ from raydpo.model.package import other_modules
 if TYPE_CHECKING:
     from raydpo.config import LoraSettings
 
-__all__ = ["adapted_layers", "adapted_model", "told_adapters"]
+__all__ = ["adapted_layers", "adapted_model", "told_adapters", "without_false_warnings"]
 
 _TAKEN = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 """Names of modules that PEFT takes for parts of experts in mixtures that it knows. Their weights are named as parameters."""
+
+_MAMBA = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
+_OUTPUT = r"(?:.*\.)?out_proj"
 
 
 def adapted_model(model: nn.Module, lora: LoraSettings, *, quantized: bool, low_cpu_mem_usage: bool = False) -> nn.Module:
@@ -39,7 +44,7 @@ def adapted_model(model: nn.Module, lora: LoraSettings, *, quantized: bool, low_
     """
     from peft import LoraConfig, get_peft_model
 
-    names = sorted({name.rpartition(".")[0] for name, value in model.named_parameters() if len(shape_of(value)) > 1})
+    names = [name for name, module in model.named_modules() if _has_matrix(module)]
     try:
         config = LoraConfig(
             r=lora.r,
@@ -50,9 +55,7 @@ def adapted_model(model: nn.Module, lora: LoraSettings, *, quantized: bool, low_
             use_rslora=lora.rslora,
             **_targets(model, lora, quantized),
         )
-        with warnings.catch_warnings():
-            # PEFT compares these patterns with modules only, and heeds them for tensors of experts.
-            warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match")
+        with without_false_warnings():
             adapted = get_peft_model(model, config, low_cpu_mem_usage=low_cpu_mem_usage)
     except ValueError as error:
         if lora.dora and "use_dora" in str(error):
@@ -60,16 +63,28 @@ def adapted_model(model: nn.Module, lora: LoraSettings, *, quantized: bool, low_
                 "model.lora.dora is true, but PEFT cannot decompose adapters on weights of experts that are one tensor; "
                 "set model.lora.dora=false, or spare the experts with model.lora.exclude_modules=[experts]"
             ) from error
+        layer = re.search(r"Module '(\w+)' is incompatible", str(error))
+        fix = f"; spare these layers with model.lora.exclude_modules=[{layer[1]}]" if layer else ""
         raise ModelError(
-            f"model.lora.target_modules {lora.target_modules!r} does not fit this model: {reason(error)}"
+            f"model.lora.target_modules {lora.target_modules!r} does not fit this model: {reason(error)}{fix}"
         ) from error
     _refuse_unmet(adapted, names, lora)
     return adapted
 
 
+@contextlib.contextmanager
+def without_false_warnings() -> Iterator[None]:
+    """Leave out PEFT's warning that patterns of ranks are ignored: it heeds them for tensors, and looks for modules only."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match")
+        yield
+
+
 def _targets(model: nn.Module, lora: LoraSettings, quantized: bool) -> dict[str, Any]:
     """Settings of PEFT's ``LoraConfig`` that name the weights of ``model`` which get adapters."""
     chosen = lora.target_modules
+    if chosen == "all-linear":
+        lora = _without_refused(model, lora)
     settings: dict[str, Any] = {"target_modules": chosen if isinstance(chosen, str) else list(chosen)}
     if lora.target_parameters:
         settings["target_parameters"] = list(lora.target_parameters)
@@ -115,6 +130,16 @@ def _targets(model: nn.Module, lora: LoraSettings, quantized: bool) -> dict[str,
     return settings
 
 
+def _without_refused(model: nn.Module, lora: LoraSettings) -> LoraSettings:
+    """``lora`` without the output projections of Mamba's layers in architectures where PEFT refuses them by name, since a
+    kernel may take their weight without calling them (peft 0.21, ``tuners/tuners_utils.py``)."""
+    if getattr(model.config, "model_type", None) not in _MAMBA:
+        return lora
+    excluded = lora.exclude_modules
+    both = rf"(?:{excluded})|{_OUTPUT}" if isinstance(excluded, str) else (*excluded, "out_proj")
+    return lora.model_copy(update={"exclude_modules": both})
+
+
 def _refuse_unmet(adapted: nn.Module, base_names: Sequence[str], lora: LoraSettings) -> None:
     """Check that PEFT did what the settings say; it only warns where a name matches nothing.
 
@@ -142,8 +167,8 @@ def _refuse_unmet(adapted: nn.Module, base_names: Sequence[str], lora: LoraSetti
     wrong = [name for name, _ in layers if _is_excluded(name, lora)]
     if wrong:
         raise ModelError(
-            f"model.lora.exclude_modules spares {wrong[0]}, and PEFT adapts it all the same, since model.lora.target_modules "
-            "or target_parameters name its weights; drop one, or set target_modules to all-linear"
+            f"model.lora.exclude_modules spares {wrong[0]}, and PEFT adapts it all the same, since target_modules or "
+            "target_parameters name its weights; drop one, or set target_modules to all-linear"
         )
 
 
@@ -151,34 +176,30 @@ def adapted_layers(adapted: nn.Module) -> list[tuple[str, nn.Module]]:
     """PEFT's layers with adapters, under the names of the modules they are on in the model itself."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    base = adapted.get_base_model()
-    return [
-        (name.replace(".base_layer", ""), module)
-        for name, module in base.named_modules()
-        if isinstance(module, BaseTunerLayer)
-    ]
+    named = adapted.get_base_model().named_modules()
+    return [(name.replace(".base_layer", ""), module) for name, module in named if isinstance(module, BaseTunerLayer)]
 
 
 def told_adapters(adapted: nn.Module) -> str | None:
     """A line that says which parts of a mixture have adapters and which are spared; None for other models."""
     base = adapted.get_base_model()
-    plain = {name.replace(".base_layer", "") for name, _ in base.named_modules()}
     blocks = _blocks_below_adapters(base)
     if not blocks:
         return None
-    have = {_kind(name, blocks) for name, _ in adapted_layers(adapted)}
-    owners = {
-        name.replace(".base_layer", "").rpartition(".")[0]
-        for name, value in base.named_parameters()
-        if len(shape_of(value)) > 1
+    ends = {base.get_output_embeddings(), *(module for module in base.modules() if isinstance(module, nn.Embedding))}
+    there = {
+        _kind(name.replace(".base_layer", ""), blocks)
+        for name, module in base.named_modules()
+        if module not in ends and ".lora_" not in name and _has_matrix(module)
     }
-    head = base.get_output_embeddings()
-    ends = {name for name, module in base.named_modules() if module is head or isinstance(module, nn.Embedding)}
-    there = {_kind(name, blocks) for name in owners & plain - ends if "lora_" not in name}
+    have = {_kind(name, blocks) for name, _ in adapted_layers(adapted)}
     spared = [kind for kind in _ORDER if kind in there - have]
-    return f"adapters: {', '.join(kind for kind in _ORDER if kind in have)}" + (
-        f"; spared: {', '.join(spared)}" if spared else ""
-    )
+    line = f"adapters: {', '.join(kind for kind in _ORDER if kind in have)}"
+    return f"{line}; spared: {', '.join(spared)}" if spared else line
+
+
+def _has_matrix(module: nn.Module) -> bool:
+    return any(len(shape_of(value)) > 1 for value in module.parameters(recurse=False))
 
 
 _ORDER = ("attention", "feed-forward", "experts", "shared experts", "router", "other layers")
@@ -250,5 +271,11 @@ def _shortened(names: Iterable[str], among: Iterable[str]) -> list[str]:
     chosen = list(names)
     known = set(chosen)
     ends = {_end(name) for name in chosen}
-    unclear = {end for other in among if other not in known for end in ends if f".{other}".endswith(f".{end}")}
+    unclear = {end for other in among if other not in known for end in _tails(other) & ends}
     return sorted({name if (end := _end(name)) in unclear else end for name in chosen})
+
+
+def _tails(name: str) -> set[str]:
+    """A name, and its ends from each of its parts on."""
+    parts = name.split(".")
+    return {".".join(parts[at:]) for at in range(len(parts))}

@@ -75,7 +75,9 @@ def test_no_other_part_than_the_text_model_trains_or_gets_adapters(family, packa
     parts = other_modules(model)
     assert any("vis" in name for name in parts) and not any("language_model" in name for name in parts)
     for targets in ("all-linear", ("q_proj", "v_proj", "o_proj", "q_b_proj", "qkv", "fc1")):
-        policy = add_lora(load_causal_lm(package(family), "float32", rope_length=None), LoraSettings(r=2, target_modules=targets), 0)
+        policy = add_lora(
+            load_causal_lm(package(family), "float32", rope_length=None), LoraSettings(r=2, target_modules=targets), 0
+        )
         trained = [name.removeprefix("base_model.model.") for name, each in policy.named_parameters() if each.requires_grad]
         assert trained and not [name for name in trained if name.startswith(tuple(f"{part}." for part in parts))]
 
@@ -113,6 +115,22 @@ def test_a_package_may_be_named_by_its_text_model_alone(package, tmp_path):
     assert type(alone).__name__ == "Qwen3_5ForCausalLM" and not list(other_parameters(alone))
     both = [LogpModel(each).score([group()], CPU)[0] for each in (alone, whole)]
     assert all(np.array_equal(one, other) for one, other in zip(*both, strict=True))
+
+
+def test_an_older_package_has_the_entries_of_its_text_model_beside_those_of_its_parts(package, tmp_path):
+    """Qwen2.5-VL came so."""
+    path = package("qwen2_5_vl")
+    for file in path.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((path / "config.json").read_text())
+    text = config.pop("text_config")
+    rope = text.pop("rope_parameters")
+    text |= {"rope_theta": rope["rope_theta"], "rope_scaling": {"type": "mrope", "mrope_section": rope["mrope_section"]}}
+    (tmp_path / "config.json").write_text(json.dumps(text | config))
+    old, new = (load_causal_lm(each, "float32", rope_length=None) for each in (tmp_path, path))
+    both = [LogpModel(each).score([group()], CPU)[0] for each in (old, new)]
+    assert all(np.array_equal(one, other) for one, other in zip(*both, strict=True))
+    assert ModelCost.of(tmp_path) == ModelCost.of(path) and Anatomy.of(tmp_path).parameters == Anatomy.of(path).parameters
 
 
 @pytest.mark.parametrize("family", ["gemma4", "gemma3n_text"])

@@ -152,7 +152,7 @@ def test_ranks_that_share_positions_add_up_to_one(tmp_path):
 
 def test_a_model_without_router_says_so_when_asked():
     model = LogpModel(make_random("llama", VOCAB))
-    with pytest.raises(ModelError, match="returned no router logits.*set train.router_aux_loss_coef to 0"):
+    with pytest.raises(ModelError, match=r"returned no router logits.*set train.router_aux_loss_coef to 0"):
         model(model.lay_out(groups()), router_loss=True)
 
 
@@ -186,5 +186,7 @@ def test_null_is_the_models_own_and_zero_is_none(tmp_path):
 def test_refused_with_the_reason(kind, settings, why, tmp_path):
     path = directory(tmp_path, kind, **settings)
     assert router_loss_coef(path, None) == router_loss_coef(path, 0.0) == 0.0
-    with pytest.raises(ConfigError, match=f"router_aux_loss_coef is 0.01, but {re.escape(path)}.*{why}.*set it to 0 or null"):
+    with pytest.raises(
+        ConfigError, match=f"router_aux_loss_coef is 0.01, but {re.escape(path)}.*{why}.*set it to 0 or null"
+    ):
         router_loss_coef(path, 0.01)

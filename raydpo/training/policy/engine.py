@@ -61,9 +61,7 @@ class StepEngine(Protocol):
         """Lay out a micro-batch on the CPU. May run in another thread than the one that computes."""
         ...
 
-    def logps(
-        self, layout: Layout, *, log_sum_sq: bool = False, router_loss: bool = False
-    ) -> Tensor | tuple[Tensor, ...]:
+    def logps(self, layout: Layout, *, log_sum_sq: bool = False, router_loss: bool = False) -> Tensor | tuple[Tensor, ...]:
         """float32 log-probs [N], with gradient in training mode; if they are asked for, also what ``LogpModel`` returns
         beside them."""
         ...
