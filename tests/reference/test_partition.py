@@ -24,6 +24,7 @@ from listed import make_listed
 from peft import LoraConfig, get_peft_model
 
 from raydpo.cluster.resources import Resources
+from raydpo.evaluation import drift
 from raydpo.model import sliced
 from raydpo.model.layout import Method, PromptGroup
 from raydpo.model.load import load_causal_lm
@@ -164,6 +165,25 @@ def test_two_replicas_of_two_ranks_that_share_positions(models, tmp_path):
         assert len(shares) == 2 and provenance["sequence_parallel"] == 2 and provenance["partition"] == 4
         _, wanted = alone(specs["llama"], pieces, shares)
         assert max(np.abs(one - two).mean() for one, two in zip(flat(got), wanted, strict=True)) < TOLERANCES[torch.float32]
+
+
+def divergences(policy, reference, partition):
+    join_process_group(CPU)
+    with mock.patch.object(drift, "CHUNK", 4 * VOCAB):  # so that long answers take more passes of the head than short ones
+        both = drift._Both(reference, policy=policy, device="cpu", partition=partition)
+        return both.score(drifting())
+
+
+def drifting():
+    return [PromptGroup(group.prompt, group.completions[:1]) for group in groups(5)]
+
+
+def test_exact_steps_of_two_models_in_one_team(models, tmp_path):
+    policy, reference = spec_of(models["llama"], "float32"), spec_of(models["qwen3_moe"], "float32")
+    (alone,) = run_distributed(divergences, 1, tmp_path / "one", policy, reference, Partition())
+    assert len(alone) == 5 and alone.min() > 0
+    for found in run_distributed(divergences, 2, tmp_path / "two", policy, reference, Partition(2)):
+        assert np.array_equal(found, alone)
 
 
 def held(model):
