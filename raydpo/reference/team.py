@@ -255,13 +255,13 @@ class TeamScorer:
         return ProcessLostError(f"the scoring team of {self._size} processes broke: {told}; run it again")
 
     def _no_room(self, error: BaseException) -> str:
-        what = "a forward pass does" if hasattr(self, "_scorer") else "the reference, or its first forward pass, does"
+        what = "a forward pass does not fit on one of the devices that compute it together"
+        if not hasattr(self, "_scorer"):
+            what = "the reference, or its first forward pass, does not fit on one of the devices that compute it together"
         mend = [] if self._partition.active else ["score.sequence_parallel higher"]
         mend += ["score.partition higher"] if self._partition.offload else ["score.partition higher", "score.offload=cpu"]
-        return (
-            f"{what} not fit on one of the devices that compute together: {str(error).splitlines()[0][:200]}. Set "
-            f"score.tokens_per_batch lower, or {', or '.join(mend)}"
-        )
+        said = str(error).splitlines()[0][:200]
+        return f"{what}: {said}. Set score.tokens_per_batch lower, or {', or '.join(mend)}"
 
 
 def _of_another(cause: BaseException) -> bool:
