@@ -1,5 +1,6 @@
 """Processes of a team: none outlives another for long, and why one ended is told. Real processes, killed and stopped."""
 
+import contextlib
 import os
 import re
 import signal
@@ -210,8 +211,9 @@ def test_none_outlives_a_first_process_that_is_killed(moment):
         text=True,
         env=os.environ | {"PYTHONPATH": path},
     )
+    pids = []
     try:
-        pids = [int(pid) for pid in leader.stdout.readline().split()]
+        pids += map(int, leader.stdout.readline().split())
         assert len(pids) == 2
         if moment != "starting":
             assert leader.stdout.readline() == "inside\n"
@@ -221,6 +223,9 @@ def test_none_outlives_a_first_process_that_is_killed(moment):
     finally:
         leader.kill()
         leader.wait()
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 def configured(place, tiny_llama, **score):
