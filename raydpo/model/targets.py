@@ -136,7 +136,7 @@ def _without_refused(model: nn.Module, lora: LoraSettings) -> LoraSettings:
     if getattr(model.config, "model_type", None) not in _MAMBA:
         return lora
     excluded = lora.exclude_modules
-    both = rf"(?:{excluded})|{_OUTPUT}" if isinstance(excluded, str) else [*(excluded or ()), "out_proj"]
+    both = rf"(?:{excluded})|{_OUTPUT}" if isinstance(excluded, str) else (*excluded, "out_proj")
     return lora.model_copy(update={"exclude_modules": both})
 
 

@@ -18,6 +18,7 @@ import time
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from packages import make_package
 from test_policy_found import make_adapter
 from tiny import make_model, preferences, write_preferences
 
@@ -123,6 +124,11 @@ def test_how_vllm_is_asked(python, tiny_llama, tmp_path, monkeypatch):
     same = {"max_tokens": 4, "stop_token_ids": [2, 7], "ignore_eos": True, "detokenize": False}
     seed = asked["sampling"][1].pop("seed")
     assert asked["sampling"] == [same | {"temperature": 0.0}, same | {"temperature": 1.0}] and 0 < seed < 2**31
+
+
+def test_only_the_text_model_of_a_package_is_asked(python, tmp_path):
+    opened(spec_of(make_package(tmp_path / "package", "mistral3")), python)
+    assert notes(tmp_path)[0]["engine"]["limit_mm_per_prompt"] == {"image": 0, "video": 0, "audio": 0}
 
 
 def test_answers_are_never_stored_under_the_name_of_another_model(python, tiny_llama, tmp_path):

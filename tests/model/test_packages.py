@@ -117,6 +117,22 @@ def test_a_package_may_be_named_by_its_text_model_alone(package, tmp_path):
     assert all(np.array_equal(one, other) for one, other in zip(*both, strict=True))
 
 
+def test_an_older_package_has_the_entries_of_its_text_model_beside_those_of_its_parts(package, tmp_path):
+    """Qwen2.5-VL came so."""
+    path = package("qwen2_5_vl")
+    for file in path.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((path / "config.json").read_text())
+    text = config.pop("text_config")
+    rope = text.pop("rope_parameters")
+    text |= {"rope_theta": rope["rope_theta"], "rope_scaling": {"type": "mrope", "mrope_section": rope["mrope_section"]}}
+    (tmp_path / "config.json").write_text(json.dumps(text | config))
+    old, new = (load_causal_lm(each, "float32", rope_length=None) for each in (tmp_path, path))
+    both = [LogpModel(each).score([group()], CPU)[0] for each in (old, new)]
+    assert all(np.array_equal(one, other) for one, other in zip(*both, strict=True))
+    assert ModelCost.of(tmp_path) == ModelCost.of(path) and Anatomy.of(tmp_path).parameters == Anatomy.of(path).parameters
+
+
 @pytest.mark.parametrize("family", ["gemma4", "gemma3n_text"])
 def test_a_second_table_of_embeddings_is_read_by_ids_on_a_float32_stream(family, package, tmp_path, monkeypatch):
     """From embeddings alone, Gemma 3n would leave the table out, and Gemma 4 compare each with the whole vocabulary."""
