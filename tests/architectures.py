@@ -82,6 +82,28 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         **_EXPERTS,
     ),
 }
+_SPARSE = dict(n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, first_k_dense_replace=1)
+MORE_MIXTURES: dict[str, dict[str, Any]] = {
+    "deepseek_v3": dict(
+        n_group=1,
+        topk_group=1,
+        n_shared_experts=1,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=8,
+        num_key_value_heads=4,
+        **_SPARSE,
+    ),
+    "qwen2_moe": dict(shared_expert_intermediate_size=32, **_EXPERTS),
+    "olmoe": _EXPERTS,
+    "granitemoe": dict(num_local_experts=4, num_experts_per_tok=2),
+    "jetmoe": dict(num_local_experts=4, num_experts_per_tok=2, kv_channels=8),
+    "llama4_text": dict(num_local_experts=4, intermediate_size_mlp=64, head_dim=8),
+    "glm4_moe": dict(head_dim=8, **_SPARSE),
+}
+"""Mixtures beside those of ARCHITECTURES: shared experts, dense first layers, experts of attention."""
 NO_TREE = {"gptj", "falcon", "falcon-alibi", "bloom"}
 """Models with ALiBi, or attention outside transformers' interface."""
 _KINDS = {"num_hidden_layers": 3, "layer_types": ["linear_attention", "full_attention", "linear_attention"]}
@@ -170,7 +192,7 @@ HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def make_random(name: str, vocabulary: int, seed: int = 0, **settings: Any) -> PreTrainedModel:
     """A random float32 model in evaluation mode, without dropout, with rotary frequencies for ``LONGEST`` tokens."""
-    own = HYBRIDS[name][1] if name in HYBRIDS else ARCHITECTURES[name]
+    own = HYBRIDS[name][1] if name in HYBRIDS else (ARCHITECTURES | MORE_MIXTURES)[name]
     settings = {**COMMON, **own, **settings}
     kind = settings.pop("model_type", name)
     torch.manual_seed(seed)

@@ -135,6 +135,11 @@ BAD = [
         "data.train={place}/labels.jsonl",
         "sigmoid needs pairs, but 5 rows of labels (among its first 1,000 records)",
     ),
+    (
+        TRAINING,
+        "train.router_aux_loss_coef=0.01",
+        "not a mixture of experts that returns router logits; set it to 0 or null",
+    ),
     (TRAINING, "data.train={place}/labels.jsonl; data.filter=prompt_tokens>0", "needs pairs, but 5 rows of labels hold one"),
     (
         ("train", "run"),

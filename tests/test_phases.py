@@ -6,8 +6,9 @@ import subprocess
 import sys
 import time
 
+from raydpo.terminal import phases as module
 from raydpo.terminal.console import Console
-from raydpo.terminal.phases import Phases
+from raydpo.terminal.phases import Phases, Seldom
 
 
 def test_phases_follow_each_other_without_gaps():
@@ -44,3 +45,18 @@ def test_phases_are_told_only_if_asked():
         console.phases.end()
         console.begin("nothing")
     assert told.getvalue().split() == ["0.0", "s", "reading", "pairs"] and not silent.getvalue()
+
+
+def test_only_what_takes_long_is_told_and_seldom(monkeypatch):
+    now, told = [100.0], []
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    seldom = Seldom(lambda *counts: told.append((*counts, now[0] - 100)))
+    for done in range(40):  # a second each
+        seldom(done, 40)
+        now[0] += 1
+    seldom(40, 40)
+    assert told == [(10, 40, 10), (20, 40, 20), (30, 40, 30), (40, 40, 40)]
+    for done in range(9):  # again, and quicker
+        seldom(done, 8)
+        now[0] += 1
+    assert len(told) == 4

@@ -49,6 +49,29 @@ def test_one_of_several_processes_finds_it_and_the_others_wait(tmp_path):
     assert [file.suffix for file in (tmp_path / "home" / "raydpo" / "kind").iterdir()] == [".json"]
 
 
+def never_find(place):
+    def find():
+        (place / "begun").touch()
+        time.sleep(600)
+
+    remembered("kind", "asked by all at once", find)
+
+
+def test_a_process_that_is_killed_while_it_finds_it_holds_nobody_up(tmp_path):
+    context = multiprocessing.get_context("fork")
+    killed, waiting = context.Process(target=never_find, args=(tmp_path,)), None
+    killed.start()
+    while not (tmp_path / "begun").exists():
+        time.sleep(0.01)
+    waiting = context.Process(target=find_slowly, args=(tmp_path, 1))
+    waiting.start()
+    waiting.join(0.7)
+    assert waiting.is_alive() and not list(tmp_path.glob("found-*"))
+    killed.kill()
+    waiting.join(30)
+    assert waiting.exitcode == 0 and (tmp_path / "found-1").exists()
+
+
 def test_an_error_is_not_remembered():
     def fail():
         raise ValueError("no")

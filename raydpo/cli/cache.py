@@ -296,9 +296,11 @@ def _verify_scores(
     rows."""
     import torch
 
+    from raydpo.cluster.nodes import usable_cores
+    from raydpo.pipeline.partition import place_here
     from raydpo.reference.exchange import completion_name
-    from raydpo.reference.score import Scorer
     from raydpo.reference.shards import Wanted
+    from raydpo.reference.team import open_scorer
     from raydpo.reference.verify import SAMPLE, TOKENS_PER_BATCH, promote, verify_scores
 
     ours, theirs = prepared.reference.identity, cache.identity
@@ -309,11 +311,17 @@ def _verify_scores(
             "files alone, without --config"
         )
     wanted, device = Wanted(prepared.tables), "cuda" if torch.cuda.is_available() else "cpu"
+    partition = place_here(prepared.config, prepared.reference)
+    threads = max(1, usable_cores() // partition.size) if device == "cpu" else None
+    how = {"device": device, "partition": partition, "threads": threads}
     with console.quiet():
-        scorer = Scorer(prepared.reference, device=device, tokens_per_batch=TOKENS_PER_BATCH, check_rows=())
+        scorer = open_scorer(prepared.reference, tokens_per_batch=TOKENS_PER_BATCH, **how)
     sample = None if args.all else SAMPLE if args.sample is None else args.sample
     name_of = functools.partial(completion_name, prepared.tables)
-    scores = verify_scores(cache, wanted, name_of, scorer, tolerance=args.tolerance, sample=sample)
+    try:
+        scores = verify_scores(cache, wanted, name_of, scorer, tolerance=args.tolerance, sample=sample)
+    finally:
+        scorer.close()
     promoted = promote(cache, wanted, scores) if scores.passed and scores.imported else None
     return scores, promoted
 

@@ -128,9 +128,16 @@ def resources_for(stage: Literal["score", "train"], config: Config, at_once: int
     largest = max((node["Resources"].get("GPU", 0) for node in nodes), default=0)
     if stage == "score" and together > 1 and gpus * together > largest and not config.ray.autoscaling:
         field = "partition" if parts > 1 else "sequence_parallel"
+        instead = (
+            "; a reference that then does not fit is scored with score.offload=cpu, its weights in the host's memory, or with "
+            "reference.quantization=4bit"
+            if parts > 1
+            else ""
+        )
         raise ConfigError(
             f"score.{field} {together} needs one machine with {gpus * together:g} GPUs, but the largest of the Ray cluster "
-            f"has {largest:g}; lower it, or set ray.autoscaling=true if the cluster starts nodes on demand"
+            f"has {largest:g}, and a team does not span machines; set it to {largest // gpus:g} or lower{instead}; or set "
+            "ray.autoscaling=true if the cluster starts larger nodes on demand"
         )
     needed = fewest + (2 if stage == "score" else 1)
     needs = f"{stage}.workers {fewest} needs {needed} CPUs of Ray (one each, and some more for Ray Data)"

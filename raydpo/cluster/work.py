@@ -13,7 +13,7 @@ import io
 import json
 from collections.abc import Callable, Sequence
 from itertools import chain
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,7 +23,7 @@ from raydpo.cluster.resources import Resources
 from raydpo.errors import RaydpoError, one_line
 from raydpo.storage.files import Storage
 
-__all__ = ["BlockTask", "do_work", "load", "store", "stored_name"]
+__all__ = ["BlockTask", "TeamTask", "do_work", "load", "store", "stored_name"]
 
 FOLDER = "evaluation"
 """Folder of the results inside a cache."""
@@ -41,6 +41,14 @@ class BlockTask(Protocol):
 
     def open(self, device: str) -> Callable[[pa.Table], pa.Table]:
         """Return a function that takes a block of rows and returns one row of results for each."""
+
+
+@runtime_checkable
+class TeamTask(BlockTask, Protocol):
+    """Work that a team of processes can do if one device does not hold the models."""
+
+    def open_team(self, resources: Resources) -> Callable[[pa.Table], pa.Table]:
+        """As ``open``, but in a team of which this process is the first."""
 
 
 def do_work(
@@ -91,8 +99,10 @@ def _on_ray(work: BlockTask, blocks: dict[str, pa.Table], storage: Storage, reso
     """Yield the name of each block when it is done."""
     encoded = ((name, pa.array([_encode(one)], pa.large_binary())) for name, one in blocks.items())
     tables = (pa.table({"name": [name], "rows": rows}) for name, rows in encoded)
-    alone = dataclasses.replace(resources, sequence=1, partition=1, offload=None)
-    for row in over_actors(_Actor, (work, storage.uri, resources), tables, alone, doing):
+    divided = isinstance(work, TeamTask) and (resources.partition > 1 or resources.offload is not None)
+    kept = {"sequence": 1} if divided else {"sequence": 1, "partition": 1, "offload": None}
+    resources = dataclasses.replace(resources, **kept)
+    for row in over_actors(_Actor, (work, storage.uri, resources), tables, resources, doing):
         yield row["name"]
 
 
@@ -106,7 +116,8 @@ class _Actor:
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         self.storage = Storage(uri)
-        self.act = work.open(resources.device)
+        divided = resources.partition > 1 or resources.offload is not None
+        self.act = work.open_team(resources) if divided else work.open(resources.device)
 
     def __call__(self, block: pa.Table) -> pa.Table:
         import torch

@@ -67,6 +67,7 @@ _OTHER_NAMES = {
         "train.zero": "deepspeed fsdp zero_stage",
         "train.gradient_checkpointing": "activation_memory_budget",
         "train.offload_activations": "activation_offloading",
+        "train.router_aux_loss_coef": "load_balancing_loss load_balancing_weight",
         "train.offload_params": "offload_param",
         "train.sequence_parallel": "context_parallel_degree",
         "train.seed": "data_seed",

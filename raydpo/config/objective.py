@@ -199,7 +199,7 @@ class ObjectiveConfig(Section):
     undesirable_weight: Float = Field(default=1.0, gt=0)
     """Weight of undesirable completions, alone or the rejected one of a pair, in the same losses."""
     router_aux_loss_coef: Float | None = Field(default=None, ge=0)
-    """Weight of the load-balancing loss of a mixture of experts (the metric aux_loss), which is added to the loss so that the
+    """Weight of the load-balancing loss of a mixture of experts (metric aux_loss), which is added to the loss so that the
     routers use all experts; null = router_aux_loss_coef of the model's config.json; 0 = without it."""
 
     @property
@@ -334,5 +334,5 @@ SCALE_KEYS = (
     *(f"train.{name}" for name in ObjectiveConfig.model_fields if name != "router_aux_loss_coef"),
     *("data.weight_column", "data.margin_column"),
 )
-"""Keys that set the scale of losses and reward margins, of which the router loss is no part. Trials that differ in one of these keys cannot be compared by losses
-or reward margins."""
+"""Keys that set the scale of losses and reward margins, of which the router loss is no part. Trials that differ in one of
+these keys cannot be compared by losses or reward margins."""

@@ -73,10 +73,27 @@ def load_tokenizer(path: str, *, chat_template: str | None = None, trust_remote_
             f"cannot load a tokenizer from {path!r}: {reason(error, 300)}; set model.tokenizer to a directory "
             "with tokenizer.json, or a hub name"
         ) from None
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = _processors_template(Path(path))
     if chat_template is not None:
         tokenizer.chat_template = template_text(chat_template)
         _check_syntax(tokenizer, chat_template)
     return tokenizer
+
+
+def _processors_template(directory: Path) -> str | None:
+    """The chat template in chat_template.json, where older vision-language packages have it for their processor. transformers
+    reads it for the processor only."""
+    file = directory / "chat_template.json"
+    if not file.is_file():
+        return None
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))["chat_template"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise FilesError(
+            f"cannot read {file}: {reason(error, 200)}; a JSON object with chat_template is expected"
+        ) from None
+    return found if isinstance(found, str) else None
 
 
 def _refuse_config(path: str, error: Exception, trust_remote_code: bool) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pyarrow as pa
 import torch
 
+from raydpo.cluster.nodes import usable_cores
 from raydpo.cluster.resources import bfloat16_is_faster
 from raydpo.config import Config
 from raydpo.data.plan import fill_batches
@@ -25,10 +27,12 @@ from raydpo.model.load import add_lora, load_causal_lm
 from raydpo.model.logps import LogpModel
 from raydpo.model.memory.anatomy import Anatomy
 from raydpo.model.memory.needs import needs_of
+from raydpo.model.partition import Partition
 from raydpo.model.rotary import rope_length
 from raydpo.model.selfcheck import choose_layout
 from raydpo.reference.identity import identify, resolve_model
 from raydpo.reference.score import ReferenceSpec, Scorer
+from raydpo.reference.team import TeamScorer, open_scorer
 
 __all__ = ["measured_rates", "stated_rates"]
 
@@ -82,10 +86,15 @@ def measured_rates(config: Config, sample: pa.Table, model: ModelCost, reference
         _wait(device)
         return time.perf_counter() - start
 
-    scorer = _scorer(config, score_dtype, device.type)
-    layout = scorer.model.method.layout
+    wish = config.score
+    partition = Partition(
+        1 if wish.partition == "auto" else wish.partition, None if wish.offload == "auto" else wish.offload
+    )
+    scorer = _scorer(config, score_dtype, device.type, partition)
+    layout = scorer.layout
     batches = fill_batches(range(len(groups)), shapes, scorer.tokens_per_batch, layout)
-    score = operations(amounts(batches, shapes, layout), reference) / seconds(partial(scorer.score, groups))
+    score = operations(amounts(batches, shapes, layout), reference) / seconds(partial(scorer.score, groups)) / partition.size
+    scorer.close()
     del scorer  # frees its memory for the policy
     policy, budget = _policy(config, dtype, device)
     layout = policy.method.layout
@@ -105,7 +114,7 @@ def measured_rates(config: Config, sample: pa.Table, model: ModelCost, reference
     )
 
 
-def _scorer(config: Config, dtype: str, device: str) -> Scorer:
+def _scorer(config: Config, dtype: str, device: Any, partition: Partition) -> Scorer | TeamScorer:
     path = resolve_model(config.reference_path)
     adapter = config.reference_adapter and resolve_model(config.reference_adapter)
     quantization = config.reference_quantization
@@ -113,7 +122,9 @@ def _scorer(config: Config, dtype: str, device: str) -> Scorer:
     identity = identify(path, dtype, adapter, quantization, trust, max_length=config.data.max_length)
     loaded = {"path": path, "adapter": adapter, "quantization": quantization, "trust_remote_code": trust}
     spec = ReferenceSpec(**loaded, identity=identity, layout=config.model.layout, fused=config.model.fused)
-    return Scorer(spec, device=device, tokens_per_batch=config.score.tokens_per_batch)
+    threads = max(1, usable_cores() // partition.size) if device == "cpu" else None
+    how = {"device": device, "partition": partition, "threads": threads}
+    return open_scorer(spec, tokens_per_batch=config.score.tokens_per_batch, **how)
 
 
 def _policy(config: Config, dtype: str, device: torch.device) -> tuple[LogpModel, int]:
@@ -143,7 +154,7 @@ def _policy(config: Config, dtype: str, device: torch.device) -> tuple[LogpModel
 
     if config.train.tokens_per_batch != "auto":
         return policy, config.train.tokens_per_batch
-    train = config.train.model_copy(update={"zero": 0})
+    train = config.train.model_copy(update={"zero": 0, "router_aux_loss_coef": 0.0})
     how = {"workers": 1, "dtype": dtype, "device": device.type, "updates": False}
     needs = needs_of(Anatomy.of_loaded(policy.causal_lm), config.model, train, **how)
     return policy, find_budget(probe, device, most=MOST_TRAINED, needs=needs).tokens

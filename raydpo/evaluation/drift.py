@@ -10,19 +10,23 @@ has, so the estimate is the divergence of answers of at most max_tokens tokens. 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
+import torch.distributed as dist
 
+from raydpo.cluster.resources import Resources
 from raydpo.data.interval import mean, ratio, standard_error
 from raydpo.model.layout import PromptGroup
 from raydpo.model.logps import LogpModel
+from raydpo.model.partition import Partition, whole
 from raydpo.reference.identity import on_this_machine
 from raydpo.reference.score import ReferenceSpec, Scorer
+from raydpo.reference.team import TeamScorer, refuse_quantized
 
 __all__ = ["ExactSteps", "exact_steps", "measure_drift"]
 
@@ -72,18 +76,58 @@ class ExactSteps:
         return {"exact steps": 1, "policy": self.policy.identity.digest, "reference": self.reference.identity.digest}
 
     def open(self, device: str) -> Callable[[pa.Table], pa.Table]:
-        policy, reference = (
-            Scorer(on_this_machine(spec), device=device, tokens_per_batch=TOKENS_PER_BATCH).model
-            for spec in (self.policy, self.reference)
-        )
+        both = _Both(on_this_machine(self.reference), policy=on_this_machine(self.policy), device=device)
+        return lambda rows: _divergences(both, rows)
 
-        def act(rows: pa.Table) -> pa.Table:
-            sides = zip(rows["prompt_ids"].to_pylist(), rows["answer_ids"].to_pylist(), strict=True)
-            groups = [PromptGroup(np.array(one, np.int32), (np.array(other, np.int32),)) for one, other in sides]
-            found = [exact_steps(policy, reference, group, torch.device(device)) for group in groups]
-            return pa.table({"divergence": found})
+    def open_team(self, resources: Resources) -> Callable[[pa.Table], pa.Table]:
+        policy, reference = on_this_machine(self.policy), on_this_machine(self.reference)
+        refuse_quantized(policy)
+        where = {"device": resources.device, "partition": Partition(resources.partition, resources.offload)}
+        team = TeamScorer(reference, work=_Both, policy=policy, threads=resources.threads, **where)
+        return lambda rows: _divergences(team, rows)
 
-        return act
+
+def _divergences(both: _Both | TeamScorer, rows: pa.Table) -> pa.Table:
+    sides = zip(rows["prompt_ids"].to_pylist(), rows["answer_ids"].to_pylist(), strict=True)
+    groups = [PromptGroup(np.array(one, np.int32), (np.array(other, np.int32),)) for one, other in sides]
+    return pa.table({"divergence": both.score(groups)})
+
+
+class _Both:
+    """Policy and reference on one device, or this process's part of both.
+
+    Args:
+        spec: the reference. The rest: as ``Scorer``.
+    """
+
+    def __init__(
+        self,
+        spec: ReferenceSpec,
+        *,
+        policy: ReferenceSpec,
+        device: str,
+        partition: Partition = Partition(),  # noqa: B008 (frozen)
+        group: None = None,
+    ) -> None:
+        how = {"device": device, "tokens_per_batch": TOKENS_PER_BATCH, "partition": partition}
+        self.device, self._divided = torch.device(device), partition.active
+        self.policy, self.reference = Scorer(policy, **how).model, Scorer(spec, **how).model
+
+    def score(self, groups: Sequence[PromptGroup]) -> np.ndarray:
+        """Divergence of each answer, float64 [groups]. Each process of a team computes some of them."""
+        if not self._divided:
+            return np.array([exact_steps(self.policy, self.reference, group, self.device) for group in groups])
+        found = np.zeros(len(groups))
+        short = PromptGroup(groups[0].prompt[:1], (groups[0].completions[0][:1],))  # computed for its gathers alone
+        share = range(dist.get_rank(), len(groups), dist.get_world_size())
+        for turn in range(-(-len(groups) // dist.get_world_size())):
+            index = share[turn] if turn < len(share) else None
+            value = exact_steps(self.policy, self.reference, short if index is None else groups[index], self.device)
+            if index is not None:
+                found[index] = value
+        together = torch.from_numpy(found).to(self.device)
+        dist.all_reduce(together)  # only one process has each value, so the sum is exact
+        return together.cpu().numpy()
 
 
 @torch.no_grad()
@@ -92,11 +136,12 @@ def exact_steps(policy: LogpModel, reference: LogpModel, group: PromptGroup, dev
     hidden = [model.hidden(model.lay_out([group]).to(device)) for model in (policy, reference)]
     size = max(1, CHUNK // policy.vocabulary)
     total = 0.0
-    for start in range(0, len(hidden[0]), size):
-        log_pi, log_ref = (
-            model.log_distribution(states[start : start + size]).double()
-            for model, states in zip((policy, reference), hidden, strict=True)
-        )
-        # A token of probability 0 under the policy adds 0; the product would be NaN.
-        total += float(torch.where(log_pi == -torch.inf, 0.0, log_pi.exp() * (log_pi - log_ref)).sum())
+    with whole(policy.head), whole(reference.head):
+        for start in range(0, len(hidden[0]), size):
+            log_pi, log_ref = (
+                model.log_distribution(states[start : start + size]).double()
+                for model, states in zip((policy, reference), hidden, strict=True)
+            )
+            # A token of probability 0 under the policy adds 0; the product would be NaN.
+            total += float(torch.where(log_pi == -torch.inf, 0.0, log_pi.exp() * (log_pi - log_ref)).sum())
     return total

@@ -60,7 +60,8 @@ class _Fused(nn.Module):
         down, up = self.lora_A[name].weight, self.lora_B[name].weight
         # Under autocast the stream is float32 and the weights are bfloat16.
         x = x.to(down.dtype)
-        return _LoraProduct.apply(x, self.base_layer.weight, self.base_layer.bias, down, up, self.scaling[name])
+        out = _LoraProduct.apply(x, self.base_layer.weight, self.base_layer.bias, down, up, self.scaling[name])
+        return out.view(*x.shape[:-1], -1)  # outside the function, whose output models may change in place
 
     def _plain_adapter(self) -> str | None:
         """Name of the one active adapter if the layer is two products and a sum, else None."""
@@ -78,7 +79,7 @@ class _Fused(nn.Module):
 
 
 class _LoraProduct(torch.autograd.Function):
-    """x @ weight.T + bias + (x @ down.T) @ up.T * scaling, with a frozen weight; [..., I] -> [..., O]."""
+    """x @ weight.T + bias + (x @ down.T) @ up.T * scaling, with a frozen weight; [..., I] -> [T, O]."""
 
     @staticmethod
     def forward(
@@ -90,12 +91,12 @@ class _LoraProduct(torch.autograd.Function):
             out = F.linear(rows, weight, bias).addmm_(low, up.T, alpha=scaling)
         ctx.save_for_backward(rows, low, weight, down, up)
         ctx.scaling, ctx.shape = scaling, x.shape
-        return out.view(*x.shape[:-1], -1)
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, low, weight, down, up = ctx.saved_tensors
-        grad = grad.reshape(-1, grad.shape[-1]).to(weight.dtype)
+        grad = grad.to(weight.dtype)
         grad_low = (grad @ up).mul_(ctx.scaling)  # [T, r]
         grad_x = None
         if ctx.needs_input_grad[0]:

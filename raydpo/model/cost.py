@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +48,7 @@ class ModelCost:
         tensors: dict[str, Any] = {}
         for file in files.weights:
             tensors |= read_header(file)[1]
-        sizes = {name: math.prod(tensor["shape"]) for name, tensor in tensors.items()}
+        sizes = {name: _numbers(name, tensor) for name, tensor in tensors.items()}
         text = files.config.get("text_config")
         if not text:
             return cls.of_sizes(sizes, files.config)
@@ -62,20 +63,30 @@ class ModelCost:
         """
         hidden = first(config.get, "hidden_size", "n_embd", "d_model")
         vocabulary = first(config.get, "vocab_size")
-        layers = attention_layers(config)
-        heads = first(config.get, "num_attention_heads", "n_head", "n_heads", default=None if layers else 0)
+        attending = attention_layers(config)
+        heads = first(config.get, "num_attention_heads", "n_head", "n_heads", default=None if attending else 0)
         text = {name: size for name, size in sizes.items() if name not in others}
+        layers = first(config.get, "num_hidden_layers", "n_layer", "n_layers", "num_blocks")
+        # Layers behind the last one predict further tokens (DeepSeek-V3, Qwen3-Next), and transformers leaves them out.
+        numbers = {name: re.search(r"^mtp\.|\.layers\.(\d+)\.", name) for name in text}
+        beyond = {name for name, found in numbers.items() if found and (found[1] is None or int(found[1]) >= layers)}
+        text = {name: size for name, size in text.items() if name not in beyond}
         tables = sum(size for name, size in text.items() if any(part in name for part in _TABLES))
-        experts = sum(size for name, size in text.items() if ".experts." in name)
-        count = config.get("num_local_experts") or config.get("num_experts") or config.get("n_routed_experts") or 1
-        idle = experts * (1 - min(config.get("num_experts_per_tok") or count, count) / count)
+        experts = sum(size for name, size in text.items() if _EXPERTS.search(name))
+        mixture = config | (config.get("ffn_config") or {})
+        count = first(mixture.get, "num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", default=1)
+        used = first(mixture.get, "num_experts_per_tok", "moe_k", "moe_top_k", "top_k_experts", default=count)
+        idle = experts * (1 - min(used, count) / count) if count else 0
+        size = config.get("head_dim") or hidden // max(1, heads)
+        if config.get("v_head_dim") and config.get("qk_nope_head_dim"):  # latent attention, whose values are narrower
+            size = (config["qk_nope_head_dim"] + config["qk_rope_head_dim"] + config["v_head_dim"]) // 2
         return cls(
-            parameters=sum(sizes.values()),
+            parameters=sum(size for name, size in sizes.items() if name not in beyond),
             active=int(sum(text.values()) - tables - idle),
             hidden=hidden,
             vocabulary=vocabulary,
-            layers=layers,
-            attention_width=heads * (config.get("head_dim") or hidden // max(1, heads)),
+            layers=attending,
+            attention_width=heads * size,
         )
 
     @property
@@ -103,6 +114,17 @@ class ModelCost:
 _TABLES = (
     "embed_tokens.", "wte.", "wpe.", "embeddings.", "embed_in.", "embed_positions.", "lm_head.", "embed_out.",
 )  # fmt: skip
+
+
+_EXPERTS = re.compile(r"\.experts\.|(?<!shared_mlp)\.(?:input|output)_linear\.")
+"""Tensors of experts; the second form is that of Granite and JetMoE."""
+
+
+def _numbers(name: str, tensor: dict[str, Any]) -> int:
+    """Values of a stored tensor. MXFP4 has two of them in a byte, and scales beside them."""
+    if tensor["dtype"] == "U8" and name.endswith(("_blocks", "_scales")):
+        return 2 * math.prod(tensor["shape"]) if name.endswith("_blocks") else 0
+    return math.prod(tensor["shape"])
 
 
 def attention_layers(config: dict[str, Any]) -> int:

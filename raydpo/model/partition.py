@@ -8,6 +8,7 @@ Imports DeepSpeed only where a process group is joined.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import re
 import sys
@@ -20,7 +21,14 @@ import torch
 from raydpo.model.leaves import set_leaf_modules
 from raydpo.model.logps import LogpModel
 
-__all__ = ["Partition", "float32_names", "join_process_group", "partitioned", "partitioned_loading"]
+__all__ = ["Partition", "float32_names", "join_process_group", "partitioned", "partitioned_loading", "whole"]
+
+OWN_PAGES = 4 << 20
+"""Bytes from which an array on a CPU has pages of its own."""
+_M_MMAP_THRESHOLD = -3
+"""Of glibc's malloc.h."""
+_HELD = -1
+"""A number that is no module's."""
 
 
 @dataclass(frozen=True)
@@ -168,16 +176,19 @@ def partitioned(model: LogpModel, partition: Partition, dtype: str) -> LogpModel
         set_z3_leaf_module(layer, True)
     layer = max((_count(layer.parameters()) for layer in layers), default=0)
     alone = max(_count([parameter]) for parameter in model.parameters())
+    ahead = layer if torch.cuda.is_available() else 0  # CPUs would copy what they compute with
     limits = {
         # The layer in use and the next one; or a table or a head, and the layer beside it.
-        "stage3_max_live_parameters": layer + max(layer, alone),
-        "stage3_prefetch_bucket_size": layer,
+        "stage3_max_live_parameters": max(layer, alone) + ahead,
+        "stage3_prefetch_bucket_size": ahead,
         # A table that is tied to the head is given up in between.
         "stage3_max_reuse_distance": 0,
         # Norms and biases outside layers stay whole, up to half a percent of the weights.
         "stage3_param_persistence_threshold": 100_000,
         "stage3_model_persistence_threshold": _count(model.parameters()) // 200,
     }
+    if not ahead:
+        _give_back_memory()
     settings = _settings(partition, dtype)
     settings["zero_optimization"] |= limits
     engine, *_ = deepspeed.initialize(model=model, config=settings)
@@ -187,10 +198,33 @@ def partitioned(model: LogpModel, partition: Partition, dtype: str) -> LogpModel
     return model
 
 
+@contextlib.contextmanager
+def whole(module: torch.nn.Module) -> Iterator[None]:
+    """Context in which this process has all weights of ``module``, also if they are partitioned: then all processes enter it
+    together. How often the module computes within is free."""
+    parameters = [parameter for parameter in module.parameters() if hasattr(parameter, "ds_id")]
+    if not parameters:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(parameters):
+        for parameter in parameters:
+            parameter.ds_active_sub_modules.add(_HELD)  # the hooks of the module leave them as they are
+        try:
+            yield
+        finally:
+            for parameter in parameters:
+                parameter.ds_active_sub_modules.discard(_HELD)
+
+
 def _settings(partition: Partition, dtype: str) -> dict[str, Any]:
     """DeepSpeed's configuration. transformers reads it while the model is loaded, and ``deepspeed.initialize`` again."""
     # Its replacement of torch.nn.functional.linear is for the backward pass, rounds otherwise, and stays in the process.
     zero: dict[str, Any] = {"stage": 3, "memory_efficient_linear": False}
+    # Weights of a layer are gathered one by one. In one piece, DeepSpeed 0.19 copies them out of it again, so that a layer
+    # takes twice its bytes for a moment (``AllGatherCoalescedHandle.wait`` in ``zero/partition_parameters.py``).
+    zero["stage3_allgather_sequential"] = True
     if partition.offload == "cpu":
         zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return {
@@ -201,6 +235,13 @@ def _settings(partition: Partition, dtype: str) -> dict[str, Any]:
         "steps_per_print": 1_000_000_000,
         "wall_clock_breakdown": False,
     }
+
+
+def _give_back_memory() -> None:
+    """Let the C library return the memory of gathered weights to the system. By default it keeps arrays of up to 32 MiB for
+    later ones, which have other sizes."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, OWN_PAGES)
 
 
 def _layers(module: torch.nn.Module) -> list[torch.nn.Module]:

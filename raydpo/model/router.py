@@ -1,9 +1,9 @@
 """The load-balancing loss of a mixture of experts, which keeps its routers from sending all tokens to few experts.
 
 For each expert: the share of the positions that choose it, times the mean probability that the routers give it, over all
-positions and layers together; summed over experts and multiplied by their number (Switch Transformer, arXiv 2101.03961, eq. 4
-to 6, for k experts a token). This is ``load_balancing_loss_func`` of transformers 5, which TRL uses. It is k if all experts
-are used alike, and the number of experts if all positions choose the same k.
+positions and layers together; summed over experts and multiplied by their number (Switch Transformer, arXiv 2101.03961,
+eq. 4 to 6, for k experts a token). This is ``load_balancing_loss_func`` of transformers 5, which TRL uses. It is k if all
+experts are used alike, and the number of experts if all positions choose the same k.
 
 Shapes: T = positions, E = experts.
 """
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from raydpo.errors import ConfigError, ModelError
 from raydpo.model.ulysses import SequenceGroup
 
-__all__ = ["balance_loss", "chosen_experts", "router_loss_coef"]
+__all__ = ["balance_loss", "chosen_experts", "lacks_router_loss", "router_loss_coef"]
 
 _EXPERTS = ("num_local_experts", "num_experts", "moe_num_experts", "n_routed_experts")
 
@@ -64,17 +64,18 @@ class _Routed(torch.autograd.Function):
         ctx.save_for_backward(logits, real)
         probabilities = logits.float().softmax(-1)
         each = probabilities.new_ones(len(logits)) if real is None else real.float()
+        summed = probabilities.sum(0) if real is None else (probabilities * each[:, None]).sum(0)
         index = probabilities.topk(chosen, dim=-1).indices.flatten()
         # Whole numbers, so the sum is the same in any order.
         counts = each.new_zeros(logits.shape[-1]).index_add_(0, index, each.repeat_interleave(chosen))
         ctx.mark_non_differentiable(counts)
-        return counts, each @ probabilities
+        return counts, summed
 
     @staticmethod
     def backward(ctx: Any, _: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         logits, real = ctx.saved_tensors
         probabilities = logits.float().softmax(-1)
-        slope = probabilities * (grad - (probabilities @ grad)[:, None])
+        slope = probabilities * (grad - (probabilities * grad).sum(-1, keepdim=True))
         if real is not None:
             slope = slope * real[:, None]
         return slope.to(logits.dtype), None, None
@@ -128,7 +129,7 @@ def router_loss_coef(directory: str, wish: float | None, trust_remote_code: bool
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
-    lacking = _lacking(config)
+    lacking = lacks_router_loss(config)
     if lacking is None:
         return float(wish if wish is not None else getattr(config.get_text_config(), "router_aux_loss_coef", None) or 0.0)
     if wish is None:
@@ -138,15 +139,15 @@ def router_loss_coef(directory: str, wish: float | None, trust_remote_code: bool
     )
 
 
-def _lacking(config: Any) -> str | None:
-    """Why the model of a transformers configuration has no router loss; None if it has one."""
+def lacks_router_loss(config: Any) -> str | None:
+    """Why the model of a transformers configuration has no router loss, to follow its name; None if it has one."""
     text = config.get_text_config()
     if not hasattr(text, "output_router_logits"):
         return "is not a mixture of experts that returns router logits"
     experts = next((count for name in _EXPERTS if (count := getattr(text, name, None)) is not None), None)
     if experts is not None and experts < 2:
         return f"has {experts} experts, so nothing is routed"
-    package, _, name = type(config).__module__.rpartition(".")
+    package, _, name = type(text).__module__.rpartition(".")
     try:
         modeling = importlib.import_module(f"{package}.{name.replace('configuration_', 'modeling_')}")
     except ImportError:
@@ -156,9 +157,7 @@ def _lacking(config: Any) -> str | None:
             "has no load-balancing loss in transformers: such models balance their experts in other ways, most by a bias of "
             "the router that is updated in pre-training"
         )
-    if config.model_type in _OTHERWISE:
-        return _OTHERWISE[config.model_type]
-    return None
+    return _OTHERWISE.get(text.model_type)
 
 
 _OTHERWISE = {"doge": "routes by the keys of two tables, and defines another loss over them, which raydpo does not compute"}

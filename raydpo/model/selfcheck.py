@@ -44,6 +44,7 @@ __all__ = [
     "logps_by_definition",
     "share_positions",
     "small_copy",
+    "without_placeholders",
 ]
 
 Wish = Literal["auto", "tree", "packed", "padded"]
@@ -414,13 +415,9 @@ def logps_by_definition(causal_lm: nn.Module, group: PromptGroup, device: torch.
 def _cases(model: LogpModel, rows: Sequence[PromptGroup]) -> dict[str, list[PromptGroup]]:
     rng, vocabulary, longest = np.random.default_rng(0), model.vocabulary, longest_sequence(model.causal_lm)
 
-    placeholders = placeholder_ids(model.causal_lm)
-
     def tokens(count: int) -> np.ndarray:
-        drawn = rng.integers(0, vocabulary, count).astype(np.int32)
-        return np.where(np.isin(drawn, placeholders), plain, drawn)
+        return rng.integers(0, vocabulary, count).astype(np.int32)
 
-    plain = next(number for number in range(vocabulary) if number not in placeholders)
     system = tokens(17)
     cases = {
         "a long prompt": [PromptGroup(tokens(64), (tokens(9), tokens(5)))],
@@ -437,6 +434,7 @@ def _cases(model: LogpModel, rows: Sequence[PromptGroup]) -> dict[str, list[Prom
         cases["rows of the data"] = [
             PromptGroup(group.prompt[-96:], tuple(one[:48] for one in group.completions)) for group in rows[:CHECK_ROWS]
         ]
+    cases = {case: without_placeholders(model.causal_lm, groups) for case, groups in cases.items()}
     if longest is None:
         return cases
     room = {case: longest - max(len(one) for group in groups for one in group.completions) for case, groups in cases.items()}
@@ -444,6 +442,20 @@ def _cases(model: LogpModel, rows: Sequence[PromptGroup]) -> dict[str, list[Prom
         case: [PromptGroup(group.prompt[: max(1, room[case])], group.completions) for group in groups]
         for case, groups in cases.items()
     }
+
+
+def without_placeholders(causal_lm: nn.Module, groups: Sequence[PromptGroup]) -> list[PromptGroup]:
+    """``groups`` with another token in place of a package's placeholders for images, for comparisons with the package's own
+    logits: some packages compute no text at those tokens."""
+    placeholders = placeholder_ids(causal_lm)
+    if not placeholders:
+        return list(groups)
+    plain = np.int32(next(number for number in range(len(placeholders) + 1) if number not in placeholders))
+
+    def replaced(ids: np.ndarray) -> np.ndarray:
+        return np.where(np.isin(ids, placeholders), plain, ids)
+
+    return [PromptGroup(replaced(group.prompt), tuple(map(replaced, group.completions))) for group in groups]
 
 
 @contextlib.contextmanager

@@ -1,15 +1,17 @@
 """Which weights of a model get LoRA adapters, in the settings of PEFT.
 
 PEFT's own ``all-linear`` depends on the architecture of a mixture: of Qwen3-MoE it reaches the experts and the router, of
-GPT-OSS neither, of DeepSeek-V3 it loses shared experts and dense layers (peft 0.21, ``utils/transformers_weight_conversion.py``
-takes their names for the experts'). Here it is the same everywhere: all linear layers and all experts, without head and routers.
+GPT-OSS neither, and of DeepSeek-V3 it loses shared experts and dense layers, whose names it takes for the experts' (peft
+0.21, ``utils/transformers_weight_conversion.py``). Here it is the same everywhere: all linear layers and all experts, but no
+head and no router.
 """
 
 from __future__ import annotations
 
+import contextlib
 import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -21,7 +23,7 @@ from raydpo.model.package import other_modules
 if TYPE_CHECKING:
     from raydpo.config import LoraSettings
 
-__all__ = ["adapted_layers", "adapted_model", "told_adapters"]
+__all__ = ["adapted_layers", "adapted_model", "told_adapters", "without_false_warnings"]
 
 _TAKEN = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 """Names of modules that PEFT takes for parts of experts in mixtures that it knows. Their weights are named as parameters."""
@@ -42,7 +44,7 @@ def adapted_model(model: nn.Module, lora: LoraSettings, *, quantized: bool, low_
     """
     from peft import LoraConfig, get_peft_model
 
-    names = sorted({name.rpartition(".")[0] for name, value in model.named_parameters() if len(shape_of(value)) > 1})
+    names = [name for name, module in model.named_modules() if _has_matrix(module)]
     try:
         config = LoraConfig(
             r=lora.r,
@@ -53,9 +55,7 @@ def adapted_model(model: nn.Module, lora: LoraSettings, *, quantized: bool, low_
             use_rslora=lora.rslora,
             **_targets(model, lora, quantized),
         )
-        with warnings.catch_warnings():
-            # PEFT compares these patterns with modules only, and heeds them for tensors of experts.
-            warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match")
+        with without_false_warnings():
             adapted = get_peft_model(model, config, low_cpu_mem_usage=low_cpu_mem_usage)
     except ValueError as error:
         if lora.dora and "use_dora" in str(error):
@@ -68,6 +68,14 @@ def adapted_model(model: nn.Module, lora: LoraSettings, *, quantized: bool, low_
         ) from error
     _refuse_unmet(adapted, names, lora)
     return adapted
+
+
+@contextlib.contextmanager
+def without_false_warnings() -> Iterator[None]:
+    """Leave out PEFT's warning that patterns of ranks are ignored: it heeds them for tensors, and looks for modules only."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match")
+        yield
 
 
 def _targets(model: nn.Module, lora: LoraSettings, quantized: bool) -> dict[str, Any]:
@@ -157,8 +165,8 @@ def _refuse_unmet(adapted: nn.Module, base_names: Sequence[str], lora: LoraSetti
     wrong = [name for name, _ in layers if _is_excluded(name, lora)]
     if wrong:
         raise ModelError(
-            f"model.lora.exclude_modules spares {wrong[0]}, and PEFT adapts it all the same, since model.lora.target_modules "
-            "or target_parameters name its weights; drop one, or set target_modules to all-linear"
+            f"model.lora.exclude_modules spares {wrong[0]}, and PEFT adapts it all the same, since target_modules or "
+            "target_parameters name its weights; drop one, or set target_modules to all-linear"
         )
 
 
@@ -166,34 +174,30 @@ def adapted_layers(adapted: nn.Module) -> list[tuple[str, nn.Module]]:
     """PEFT's layers with adapters, under the names of the modules they are on in the model itself."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    base = adapted.get_base_model()
-    return [
-        (name.replace(".base_layer", ""), module)
-        for name, module in base.named_modules()
-        if isinstance(module, BaseTunerLayer)
-    ]
+    named = adapted.get_base_model().named_modules()
+    return [(name.replace(".base_layer", ""), module) for name, module in named if isinstance(module, BaseTunerLayer)]
 
 
 def told_adapters(adapted: nn.Module) -> str | None:
     """A line that says which parts of a mixture have adapters and which are spared; None for other models."""
     base = adapted.get_base_model()
-    plain = {name.replace(".base_layer", "") for name, _ in base.named_modules()}
     blocks = _blocks_below_adapters(base)
     if not blocks:
         return None
-    have = {_kind(name, blocks) for name, _ in adapted_layers(adapted)}
-    owners = {
-        name.replace(".base_layer", "").rpartition(".")[0]
-        for name, value in base.named_parameters()
-        if len(shape_of(value)) > 1
+    ends = {base.get_output_embeddings(), *(module for module in base.modules() if isinstance(module, nn.Embedding))}
+    there = {
+        _kind(name.replace(".base_layer", ""), blocks)
+        for name, module in base.named_modules()
+        if module not in ends and ".lora_" not in name and _has_matrix(module)
     }
-    head = base.get_output_embeddings()
-    ends = {name for name, module in base.named_modules() if module is head or isinstance(module, nn.Embedding)}
-    there = {_kind(name, blocks) for name in owners & plain - ends if "lora_" not in name}
+    have = {_kind(name, blocks) for name, _ in adapted_layers(adapted)}
     spared = [kind for kind in _ORDER if kind in there - have]
-    return f"adapters: {', '.join(kind for kind in _ORDER if kind in have)}" + (
-        f"; spared: {', '.join(spared)}" if spared else ""
-    )
+    line = f"adapters: {', '.join(kind for kind in _ORDER if kind in have)}"
+    return f"{line}; spared: {', '.join(spared)}" if spared else line
+
+
+def _has_matrix(module: nn.Module) -> bool:
+    return any(len(shape_of(value)) > 1 for value in module.parameters(recurse=False))
 
 
 _ORDER = ("attention", "feed-forward", "experts", "shared experts", "router", "other layers")

@@ -29,6 +29,7 @@ from raydpo.model.quantized import (
     refuse_plain_weights,
     take_quantization,
 )
+from raydpo.model.targets import without_false_warnings
 
 __all__ = ["ADAPTER_NAME", "check_weights", "compare_headers", "load_adapter", "refuse_foreign_head", "refuse_gaps"]
 
@@ -338,7 +339,8 @@ def load_adapter(model: nn.Module, adapter: str, *, train: bool = False, low_cpu
         config = PeftConfig.from_pretrained(adapter)
         config.inference_mode = not train
         kind = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
-        adapted = kind(model, config, ADAPTER_NAME, autocast_adapter_dtype=False, low_cpu_mem_usage=low_cpu_mem_usage)
+        with without_false_warnings():
+            adapted = kind(model, config, ADAPTER_NAME, autocast_adapter_dtype=False, low_cpu_mem_usage=low_cpu_mem_usage)
         found = adapted.load_adapter(
             adapter,
             ADAPTER_NAME,

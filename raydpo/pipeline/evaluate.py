@@ -20,7 +20,7 @@ from raydpo.answers.draws import ROWS
 from raydpo.answers.judge import Judge, judge_contests
 from raydpo.answers.reward import RewardModel, check_prompts
 from raydpo.cluster.preflight import check_cluster
-from raydpo.cluster.resources import resources_for
+from raydpo.cluster.resources import Resources, resources_for
 from raydpo.cluster.session import session, starts_own_ray
 from raydpo.cluster.work import BlockTask, do_work
 from raydpo.config import Config, ObjectiveConfig, load_config
@@ -41,6 +41,7 @@ from raydpo.evaluation.samples import Answers
 from raydpo.model.limits import ModelLimits, check_limits
 from raydpo.model.rotary import rope_line
 from raydpo.pipeline.checks import check, check_models, pythons_of
+from raydpo.pipeline.partition import check_alone, place_reference
 from raydpo.pipeline.prepare import measured_pairs, native_dtype, open_reference, reference_line
 from raydpo.pipeline.score import fill_cache
 from raydpo.pipeline.tokenised import limits_of, open_pairs, open_tokeniser
@@ -325,13 +326,18 @@ class _Evaluation:
     def _exact_steps(self, sampled: pa.Table) -> np.ndarray:
         rows = pa.table({"prompt_ids": sampled["prompt_ids"], "answer_ids": sampled["chosen_ids"]})
         work = ExactSteps(policy=self.policy.spec, reference=self.reference)
-        return self._do(work, [rows], "exact steps")[0]["divergence"].to_numpy()
+        placed = place_reference(self.config, self.reference)
+        if placed.problem is not None:
+            raise placed.problem
+        return self._do(work, [rows], "exact steps", placed.resources)[0]["divergence"].to_numpy()
 
     # ---- answers
 
     def _answers(self, prompts: Sequence[Prompt]) -> dict[str, Answers]:
         """Let policy and reference answer ``prompts``; return the answers by mode."""
         settings = self.config.evaluate
+        for name, spec in self._specs:
+            check_alone(self.config, spec, f"answers of the {name}")
         tables, places = [], []
         for mode in settings.modes:
             each = settings.samples if mode == "sampled" else 1
@@ -397,8 +403,10 @@ class _Evaluation:
                     count("judge", judge.name, mode, judged)
         return found, verdicts
 
-    def _do(self, work: BlockTask, tables: Sequence[pa.Table], doing: str) -> list[pa.Table]:
-        storage, resources = Storage(self.config.cache_uri), resources_for("score", self.config)
+    def _do(
+        self, work: BlockTask, tables: Sequence[pa.Table], doing: str, resources: Resources | None = None
+    ) -> list[pa.Table]:
+        storage, resources = Storage(self.config.cache_uri), resources or resources_for("score", self.config)
         with _progress(self.console, doing) as progress:
             warn = self.console.warn
             return do_work(work, tables, storage, resources, block=WORK_BLOCK, progress=progress, doing=doing, warn=warn)

@@ -23,10 +23,11 @@ from raydpo.model.cost import ModelCost
 from raydpo.model.memory.anatomy import Anatomy, model_cost
 from raydpo.model.memory.ledger import USABLE
 from raydpo.model.memory.scoring import Links, ScoringRoom, adapter_bytes, choose_partition
+from raydpo.model.partition import Partition
 from raydpo.reference.score import ReferenceSpec
 from raydpo.terminal.console import Console
 
-__all__ = ["Placed", "place_reference", "with_partition"]
+__all__ = ["Placed", "check_alone", "place_here", "place_reference", "with_partition"]
 
 SMALL = 2 * 2**30
 """Bytes of weights that every GPU holds."""
@@ -90,7 +91,7 @@ def place_reference(config: Config, spec: ReferenceSpec) -> Placed:
     resources = resources_for("score", plain)
     quick = Placed(config=plain, resources=resources)
     cost = model_cost(spec.path, spec.trust_remote_code)
-    size = cost.parameters * {"float32": 4, "bfloat16": 2}[spec.identity.dtype]
+    size = _model_bytes(spec)
     if resources.device == "cpu":
         return replace(quick, warnings=tuple(_on_cpus(config, resources, size)))
     untouched = wish.partition in ("auto", 1) and wish.offload in ("auto", None)
@@ -107,15 +108,69 @@ def place_reference(config: Config, spec: ReferenceSpec) -> Placed:
         return replace(quick, problem=error)
 
 
-def _choose(config: Config, spec: ReferenceSpec, room: ScoringRoom) -> Placed:
-    dtype, trusted = spec.identity.dtype, spec.trust_remote_code
-    asked: dict[str, Any] = {
-        "dtype": dtype,
+def check_alone(config: Config, spec: ReferenceSpec, doing: str) -> None:
+    """Refuse work that each worker does with a whole model, if no GPU holds the model.
+
+    Args:
+        doing: the work, for the message.
+
+    Raises:
+        ConfigError: with what would do.
+    """
+    open_ = config.score.model_copy(update={"partition": "auto", "offload": "auto"})
+    placed = place_reference(config.model_copy(update={"score": open_}), spec)
+    if placed.problem is not None or placed.resources.partition > 1 or placed.resources.offload is not None:
+        told = str(placed.problem) if placed.problem is not None else "; ".join(placed.lines)
+        raise ConfigError(
+            f"{doing} need the whole model on each GPU, and {spec.path} does not fit on one ({told}). Set "
+            "model.quantization=4bit, or evaluate a model that was rounded or made smaller before"
+        )
+
+
+def place_here(config: Config, spec: ReferenceSpec) -> Partition:
+    """Decide for this machine, where a command scores without Ray.
+
+    Raises:
+        ConfigError: if the reference cannot be scored here; it says what would do.
+    """
+    import torch
+
+    wish, count = config.score, torch.cuda.device_count()
+    offload = None if wish.offload == "auto" else wish.offload
+    size = 1 if wish.partition == "auto" else wish.partition
+    if not count or (size == 1 and offload is None and _model_bytes(spec) <= SMALL):
+        return Partition(size, offload)
+    if size > count:
+        raise ConfigError(
+            f"score.partition {size} needs {size} GPUs, and this machine, which scores, has {count}; run the command on a "
+            "machine that has them, or set score.partition=auto"
+        )
+    properties = [torch.cuda.get_device_properties(each) for each in range(count)]
+    memory = min(float(each.total_memory) for each in properties)
+    room = ScoringRoom(name=properties[0].name, device_bytes=memory, per_machine=count, host_bytes=_free_memory())
+    here = config.model_copy(update={"score": wish.model_copy(update={"workers": count})})
+    choice = choose_partition(Anatomy.of(spec.path, spec.trust_remote_code), here.score, room, **_asked_of(config, spec))
+    return Partition(choice.partition, choice.offload)
+
+
+def _model_bytes(spec: ReferenceSpec) -> int:
+    """Bytes of the weights in the precision of scoring."""
+    parameters = model_cost(spec.path, spec.trust_remote_code).parameters
+    return parameters * {"float32": 4, "bfloat16": 2}[spec.identity.dtype]
+
+
+def _asked_of(config: Config, spec: ReferenceSpec) -> dict[str, Any]:
+    """What ``choose_partition`` must know of the reference and the data."""
+    return {
+        "dtype": spec.identity.dtype,
         "longest": config.data.max_length,
         "quantization": spec.quantization,
-        "adapter_bytes": adapter_bytes(spec.adapter, dtype),
+        "adapter_bytes": adapter_bytes(spec.adapter, spec.identity.dtype),
     }
-    anatomy = Anatomy.of(spec.path, trusted)
+
+
+def _choose(config: Config, spec: ReferenceSpec, room: ScoringRoom) -> Placed:
+    asked, anatomy = _asked_of(config, spec), Anatomy.of(spec.path, spec.trust_remote_code)
     choice = choose_partition(anatomy, config.score, room, **asked)
     if choice.offload is not None:  # only then a machine's memory matters
         room = replace(room, host_bytes=_host_bytes(config))

@@ -16,7 +16,7 @@ import transformers
 
 from raydpo.data.plan import MicroBatch, fill_batches, split_over_ranks
 from raydpo.data.prefetch import prefetch
-from raydpo.data.shapes import cut_group
+from raydpo.data.shapes import LayoutName, cut_group
 from raydpo.errors import ModelError
 from raydpo.model.budget import MOST_SCORED, Needs, find_budget, is_out_of_memory, probe_groups
 from raydpo.model.files import model_files
@@ -280,6 +280,11 @@ class Scorer:
     def _probe(self, tokens: int) -> object:
         longest = longest_sequence(self.model.causal_lm)
         return self.model.score(probe_groups(tokens * self._size, self.model.vocabulary, longest), self.device)
+
+    @property
+    def layout(self) -> LayoutName:
+        """The layout in use."""
+        return self.model.method.layout
 
     @property
     def provenance(self) -> dict[str, object]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal
@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from raydpo.cluster.ending import end_process
+from raydpo.data.shapes import LayoutName
 from raydpo.errors import ModelError, ProcessLostError, RaydpoError, one_line
 from raydpo.model.budget import is_out_of_memory
 from raydpo.model.files import model_files
@@ -30,7 +31,7 @@ from raydpo.model.ulysses import SequenceGroup
 from raydpo.reference.members import Members, WithoutWordsError
 from raydpo.reference.score import ReferenceSpec, Scorer
 
-__all__ = ["TeamScorer", "open_scorer"]
+__all__ = ["TeamScorer", "open_scorer", "refuse_quantized"]
 
 PATIENCE = timedelta(minutes=10)
 """Timeout of collectives: how long to wait for a process that does not answer."""
@@ -67,13 +68,21 @@ def open_scorer(
     """
     if sequence == 1 and not partition.active:
         return Scorer(spec, device=device, **settings)
+    return TeamScorer(spec, device=device, sequence=sequence, partition=partition, threads=threads, **settings)
+
+
+def refuse_quantized(spec: ReferenceSpec) -> None:
+    """Refuse a model of which no process can hold a part.
+
+    Raises:
+        ModelError: if its weights are quantized.
+    """
     stored = {"quantization_config", "compression_config"} & model_files(spec.path, spec.trust_remote_code).config.keys()
-    if partition.active and (spec.quantization is not None or stored):
+    if spec.quantization is not None or stored:
         raise ModelError(
             f"{spec.path} is quantized ({spec.quantization or 'as stored'}), and score.partition and score.offload are for "
             "whole weights only; set score.partition=1 and score.offload=null, or score the model in bfloat16"
         )
-    return TeamScorer(spec, device=device, sequence=sequence, partition=partition, threads=threads, **settings)
 
 
 @dataclass(frozen=True)
@@ -88,9 +97,10 @@ class _Setup:
     sequence: int
     partition: Partition
     loading: timedelta
-    scorer: dict[str, Any]
+    work: Callable[..., Any]
+    settings: dict[str, Any]
 
-    def join(self, store: dist.TCPStore | None = None, progress: Progress | None = None) -> Scorer:
+    def join(self, store: dist.TCPStore | None = None, progress: Progress | None = None) -> Any:
         """Join the process group and load the model."""
         device = self.device if self.device == "cpu" else f"{self.device}:{self.rank}"
         if self.threads is not None:
@@ -111,9 +121,10 @@ class _Setup:
             groups._get_data_parallel_group()  # made now, for the timeout; later DeepSpeed would make it while loading
             _wait_at_most(self.loading)
         group = SequenceGroup.of_world(self.sequence, self.loading)
-        scorer = Scorer(device=device, group=group, partition=self.partition, progress=progress, **self.scorer)
+        settings = self.settings if progress is None else self.settings | {"progress": progress}
+        work = self.work(device=device, group=group, partition=self.partition, **settings)
         _wait_at_most(PATIENCE)
-        return scorer
+        return work
 
 
 def _wait_at_most(patience: timedelta) -> None:
@@ -129,7 +140,9 @@ class TeamScorer:
         sequence: processes that compute each forward pass together, each a part of its positions.
         partition: where the weights are. Its size is 1, so that each process has all weights, or a multiple of ``sequence``.
         threads: CPU threads of each process; None = torch's default.
-        tokens_per_batch: share of one device. This and the rest: as ``Scorer``.
+        progress: as of ``Scorer``, of this process.
+        work: what each process makes, with the arguments of ``Scorer``; its ``score`` gets what that of the team is given.
+        settings: the other arguments of ``Scorer``; ``tokens_per_batch`` is the share of one device.
 
     Attributes:
         members: the other processes.
@@ -147,24 +160,17 @@ class TeamScorer:
         sequence: int = 1,
         partition: Partition = Partition(),  # noqa: B008 (frozen)
         threads: int | None = None,
-        tokens_per_batch: int | Literal["auto"],
-        memory_share: float = 1.0,
-        check_rows: Sequence[PromptGroup] = (),
-        alone: bool = False,
         progress: Progress | None = None,
+        work: Callable[..., Any] = Scorer,
+        **settings: Any,
     ) -> None:
+        if partition.active:
+            refuse_quantized(spec)
         self._partition, self._size = partition, max(sequence, partition.size)
         store = dist.TCPStore("127.0.0.1", 0, self._size, is_master=True, wait_for_workers=False)
-        settings = {
-            "spec": spec,
-            "tokens_per_batch": tokens_per_batch,
-            "memory_share": memory_share,
-            "check_rows": list(check_rows),
-            "alone": alone,
-        }
         size = sum(file.stat().st_size for file in model_files(spec.path, spec.trust_remote_code).weights)
         loading = PATIENCE + timedelta(seconds=size / SLOW_BYTES)
-        common = self._size, store.port, device, threads, sequence, partition, loading, settings
+        common = self._size, store.port, device, threads, sequence, partition, loading, work, {"spec": spec} | settings
         setups = [_Setup(rank, *common) for rank in range(self._size)]
         self.members = Members(self._size - 1, self._lost)
         with self._explained():
@@ -196,6 +202,15 @@ class TeamScorer:
     @property
     def provenance(self) -> dict[str, object]:
         return self._scorer.provenance
+
+    @property
+    def layout(self) -> LayoutName:
+        return self._scorer.layout
+
+    @property
+    def tokens_per_batch(self) -> int:
+        """Positions of a forward pass of each device."""
+        return self._scorer.tokens_per_batch
 
     def close(self) -> None:
         """End the other processes and leave the process group."""

@@ -17,6 +17,7 @@ from raydpo.reference.part import KEY_TYPE
 from raydpo.reference.score import Scorer
 from raydpo.reference.shards import Completion, Wanted, grouped, prompt_groups
 from raydpo.reference.store import PARTS, UNVERIFIED, ReferenceCache
+from raydpo.reference.team import TeamScorer
 
 __all__ = [
     "SAMPLE",
@@ -124,7 +125,7 @@ def verify_scores(
     cache: ReferenceCache,
     wanted: Sequence[Completion],
     name_of: Callable[[bytes], str],
-    scorer: Scorer,
+    scorer: Scorer | TeamScorer,
     *,
     sample: int | None,
     seed: int = 0,
@@ -187,7 +188,7 @@ def _drawn(rows: np.ndarray, count: int | None, seed: int) -> np.ndarray:
 
 
 def _compare(
-    cache: ReferenceCache, completions: Sequence[Completion], scorer: Scorer, tolerance: float
+    cache: ReferenceCache, completions: Sequence[Completion], scorer: Scorer | TeamScorer, tolerance: float
 ) -> list[dict[str, Any]]:
     """Key, tokens, mean difference, its tolerance, and most different token with both values, of each completion."""
     rows: list[dict[str, Any]] = []

@@ -65,8 +65,8 @@ CAPTIONS = {
     "Margin and length": "Correlation of the margin with the difference in length. Near 1 the policy prefers the longer "
     "answer, near -1 the shorter one.",
     "Lengths": "Lengths of the answers in the data.",
-    "Router loss": "The load-balancing loss of a mixture of experts, without its coefficient; no part of the loss above. The "
-    "number of experts of a token if all are used alike; it grows as fewer experts do the work.",
+    "Router loss": "The load-balancing loss of a mixture of experts, without its coefficient; no part of the loss above. It "
+    "is the number of experts of a token if all are used alike, and grows as fewer experts do the work.",
     "Learning rate": "As scheduled, by step.",
     "Speed": "Prompts count once a pair; checkpoints and evaluations are not included.",
 }

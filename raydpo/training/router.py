@@ -50,7 +50,7 @@ class RouterLoss:
         return (self._coef * self._last * (layout.tokens * batch.counts / self._total)).float()
 
     def metrics(self) -> dict[str, float]:
-        """``aux_loss``, the mean over all micro-batches added, without the coefficient; over all ranks after an all-reduce."""
+        """``aux_loss``: the mean over the micro-batches added, of all ranks after an all-reduce; without the coefficient."""
         loss, tokens = self.values.tolist()
         return {"aux_loss": loss / tokens}
 

@@ -40,6 +40,15 @@ def test_a_worker_whose_gpus_no_node_has_is_refused(cluster):
     assert cluster("score", [(8, 0), (8, 1)], wish).gpus_per_worker == 1
 
 
+def test_a_team_that_no_machine_holds_is_refused_with_what_serves_instead(cluster):
+    nodes, wish = [(32, 8), (32, 8)], ("score.workers=16", "score.gpus_per_worker=1")
+    with pytest.raises(ConfigError, match=r"partition 16 needs .* 16 GPUs, .* has 8, .*to 8 or lower; .*score\.offload=cpu"):
+        cluster("score", nodes, *wish, "score.partition=16")
+    with pytest.raises(ConfigError, match=r"sequence_parallel 16 needs .*to 8 or lower; or set ray\.autoscaling=true"):
+        cluster("score", nodes, *wish, "score.sequence_parallel=16")
+    assert cluster("score", nodes, *wish, "score.partition=8").teams == 2
+
+
 @pytest.mark.parametrize("optimizer", ["adamw_8bit", "paged_adamw", "paged_adamw_8bit"])
 def test_an_optimizer_for_gpus_is_refused_before_scoring_where_workers_have_none(cluster, optimizer):
     wish = f"train.optimizer={optimizer}"

@@ -15,8 +15,16 @@ from ray.experimental.internal_kv import _internal_kv_list
 from raydpo.cluster import watch
 from raydpo.cluster.actors import over_actors
 from raydpo.cluster.resources import Resources
+from raydpo.terminal import phases
 
 class Slow:
+    def __init__(self):
+        phases.SELDOM_SECONDS = 0.0
+        watch.loading(0, 4_000_000_000)
+        watch.loading(2_100_000_000, 4_000_000_000)
+        time.sleep(1)
+        watch.loading(4_000_000_000, 4_000_000_000)
+
     def __call__(self, block):
         time.sleep(block["seconds"][0].as_py())
         return pa.table({"process": [os.getpid()]})
@@ -39,6 +47,7 @@ def test_a_slow_block_is_no_error_and_its_process_is_named():
     rows, lines, left = json.loads(done.stdout.splitlines()[-1])
     assert len(rows) == 2 and len(set(rows)) == 1
     named = [line for line in lines if f"process {rows[0]} on " in line and "at block 2 of its own for " in line]
+    assert "scoring: loading the model: 2 of 4 GB read" in lines
     assert named and named[0].startswith("scoring: "), lines
     assert not left, "the notes of a finished execution are removed"
 

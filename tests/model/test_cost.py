@@ -1,8 +1,10 @@
 import shutil
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from tiny import make_model
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from raydpo.errors import ModelError
 from raydpo.model.cost import ModelCost
@@ -57,3 +59,61 @@ def test_a_second_copy_of_the_weights_is_not_counted(tiny_llama, tmp_path):
     tensors = load_file(directory / "model.safetensors")
     save_file({f"other.{name}": tensor for name, tensor in tensors.items()}, directory / "consolidated.safetensors")
     assert ModelCost.of(directory) == ModelCost.of(tiny_llama)
+
+
+PUBLISHED = {
+    "qwen3_moe": (30.5, 3.3, 2, {
+        "hidden_size": 2048, "intermediate_size": 6144, "moe_intermediate_size": 768, "num_hidden_layers": 48,
+        "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "vocab_size": 151936, "num_experts": 128,
+        "num_experts_per_tok": 8,
+    }),
+    "mixtral": (46.7, 12.9, 2, {"num_local_experts": 8, "num_experts_per_tok": 2}),
+    "gpt_oss": (20.9, 3.6, 1, {"num_hidden_layers": 24, "num_local_experts": 32}),
+    "deepseek_v3": (671.0, 37.0, 1, {}),
+    "qwen3_next": (80.0, 3.0, 0, {"num_hidden_layers": 48}),
+}  # fmt: skip
+"""Billions of parameters and of active ones as their authors give them; how many of embedding and head these include;
+settings that are not transformers' defaults."""
+
+
+@pytest.mark.parametrize("kind", PUBLISHED)
+def test_active_parameters_are_those_that_authors_publish(kind):
+    total, active, tables, settings = PUBLISHED[kind]
+    config = AutoConfig.for_model(kind, **settings)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    cost = ModelCost.of_sizes(sizes, config.to_dict())
+    assert cost.parameters / 1e9 == pytest.approx(total, rel=0.01)
+    counted = (cost.active + tables * cost.hidden * cost.vocabulary) / 1e9
+    assert counted == pytest.approx(active, abs=0.5 if float(active).is_integer() else 0.1)
+    further = {
+        f"model.layers.{config.num_hidden_layers}.mlp.experts.0.up_proj.weight": 10**9,
+        "mtp.layers.0.mlp.gate_proj.weight": 10**9,
+    }
+    assert ModelCost.of_sizes(sizes | further, config.to_dict()) == cost, "layers that predict further tokens are left out"
+
+
+def test_names_of_experts_and_of_their_numbers():
+    config = {"hidden_size": 8, "vocab_size": 9, "num_attention_heads": 2, "num_hidden_layers": 1}
+    sizes = {"model.layers.0.self_attn.q_proj.weight": 64}
+    for name, more in (
+        ("model.layers.0.block_sparse_moe.input_linear.weight", {"num_local_experts": 4, "num_experts_per_tok": 1}),
+        ("model.layers.0.mlp.experts.3.up_proj.weight", {"moe_num_experts": 4, "moe_k": 1}),
+        ("transformer.blocks.0.ffn.experts.mlp.w1", {"ffn_config": {"moe_num_experts": 4, "moe_top_k": 1}}),
+    ):
+        assert ModelCost.of_sizes(sizes | {name: 400}, config | more).active == 64 + 100
+    shared = {"model.layers.0.shared_mlp.input_linear.weight": 400}
+    assert ModelCost.of_sizes(sizes | shared, config | {"num_local_experts": 4, "num_experts_per_tok": 1}).active == 464
+
+
+def test_two_numbers_in_a_byte_are_two(tmp_path):
+    (tmp_path / "config.json").write_text(
+        '{"hidden_size": 8, "vocab_size": 9, "num_attention_heads": 2, "num_hidden_layers": 1, "num_local_experts": 2, '
+        '"num_experts_per_tok": 1}'
+    )
+    home = "model.layers.0.mlp.experts.gate_up_proj"
+    tensors = {f"{home}_blocks": torch.zeros(2, 4, 1, 16), f"{home}_scales": torch.zeros(2, 4, 1)}
+    save_file({name: value.to(torch.uint8) for name, value in tensors.items()}, tmp_path / "model.safetensors")
+    cost = ModelCost.of(tmp_path)
+    assert (cost.parameters, cost.active) == (2 * 4 * 32, 4 * 32)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from architectures import ARCHITECTURES, make_random
+from architectures import ARCHITECTURES, make_directories, make_random
 from definition import VOCAB, groups
 from distributed import run_distributed
 from listed import make_listed
@@ -55,11 +55,19 @@ def work_of(directory, lora, zero):
     On two ranks, the second has a stand-in; on one rank, both are its micro-batches.
     """
     from raydpo.model.partition import join_process_group
+    from raydpo.training.policy import deepspeed_engine
     from raydpo.training.policy.deepspeed_engine import PolicyEngine
     from raydpo.training.policy.engine import PolicySpec
 
+    def without_persistent(train, dtype, settings=deepspeed_engine._deepspeed_config):
+        """As in large models, no weight is small enough to stay whole on every rank."""
+        found = settings(train, dtype)
+        found["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        return found
+
+    deepspeed_engine._deepspeed_config = without_persistent
     join_process_group(CPU)
-    spec = PolicySpec(path=str(directory), dtype="float32", lora=lora, trust_remote_code=True, layout="tree")
+    spec = PolicySpec(path=str(directory), dtype="float32", lora=lora, trust_remote_code=True)
     engine = PolicyEngine(spec, TrainConfig(zero=zero, collective_timeout=20), CPU, groups()[:1])
     shares = [groups(), STAND_IN]
     if engine.world_size == 2:
@@ -74,20 +82,40 @@ def work_of(directory, lora, zero):
 
 
 def cases(listed, folder):
+    fused = make_directories(["gpt_oss", "deepseek_v3"], folder, VOCAB)
+    only = LoraSettings(r=2, target_modules=(), target_parameters=("experts.gate_up_proj", "experts.down_proj"))
     return {
-        "full": (listed, None),
-        "adapters": (listed, LoraSettings(r=2)),
+        "list": (listed, None),
+        "adapters on a list": (listed, LoraSettings(r=2)),
+        "adapters on tensors": (fused["gpt_oss"], LoraSettings(r=2)),
+        "adapters on tensors alone": (fused["gpt_oss"], only),
+        "adapters on shared experts": (fused["deepseek_v3"], LoraSettings(r=2)),
     }
 
 
+def scored_in_parts(directory):
+    """Log-probs of this rank's groups, by a team that holds the weights together."""
+    from raydpo.model.partition import Partition, join_process_group, partitioned, partitioned_loading
+
+    join_process_group(CPU)
+    partition = Partition(2)
+    with partitioned_loading(partition, "float32"):
+        model = LogpModel(load_causal_lm(directory, "float32", rope_length=None, trust_remote_code=True))
+    model = partitioned(model, partition, "float32")
+    work = groups() if torch.distributed.get_rank() == 0 else STAND_IN
+    return np.concatenate([part for group in model.score(work, CPU) for part in group])
+
+
 def runs(made, zero):
-    return {name: work_of(directory, lora, zero) for name, (directory, lora) in made.items()}
+    parts = scored_in_parts(made["list"][0]) if zero == 3 else None
+    return parts, {name: work_of(directory, lora, zero) for name, (directory, lora) in made.items()}
 
 
 def test_ranks_of_unequal_work_compute_what_one_rank_does(listed, tmp_path):
-    made = cases(listed, tmp_path)
-    (alone,) = run_distributed(runs, 1, tmp_path / "one", made, 0)
-    first, second = run_distributed(runs, 2, tmp_path / "two", made, 3)
+    made = cases(listed, tmp_path / "models")
+    ((_, alone),) = run_distributed(runs, 1, tmp_path / "one", made, 0)
+    (parts, first), (stand_in, second) = run_distributed(runs, 2, tmp_path / "two", made, 3)
+    assert np.allclose(parts, alone["list"][0][0], atol=1e-6) and np.allclose(stand_in, alone["list"][0][1], atol=1e-6)
     for name in made:
         (wanted, nothing), norm, weights = alone[name]
         assert np.allclose(first[name][0][0], wanted, atol=1e-6) and np.allclose(second[name][0][0], nothing, atol=1e-6)

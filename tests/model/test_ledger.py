@@ -246,3 +246,16 @@ def test_an_adapter_is_read(llama, tmp_path):
     assert at(memory, "update").weights == 2 * P + 2 * 32 * 8 * (4096 + 4096)
     with pytest.raises(ConfigError, match=r"adapter_config\.json"):
         estimate(llama, model=ModelConfig(path="m", adapter=str(tmp_path / "none")))
+
+
+def test_router_logits_are_kept_for_the_router_loss(tmp_path):
+    settings = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    mixture = Anatomy.of(make_model(tmp_path / "mixture", "qwen3_moe", **settings))
+    assert mixture.routed == 2 * 8, "two layers of eight experts"
+    assert Anatomy.of(make_model(tmp_path / "dense")).routed == 0
+    for recomputes in False, True:
+        with_it, without = (
+            estimate(mixture, workers=1, gradient_checkpointing=recomputes, router_aux_loss_coef=coef) for coef in (None, 0)
+        )
+        grown = at(with_it, "forward").activations - at(without, "forward").activations
+        assert grown == pytest.approx(2 * 8 * 2 * BATCH.positions), "bfloat16"

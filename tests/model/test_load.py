@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 from transformers.integrations import HfDeepSpeedConfig
+from transformers.utils import logging
 
 from raydpo.model.load import load_causal_lm
 
@@ -49,3 +50,12 @@ def test_that_way_gives_the_same_bits(tiny_llama):
     assert tensors[0].keys() == tensors[1].keys() and any("inv_freq" in name for name in tensors[0])
     assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
     assert not any(hasattr(module, "_hf_hook") for module in straight.modules())
+
+
+def test_progress_is_told_in_bytes_of_the_files(tiny_llama):
+    told = []
+    load_causal_lm(tiny_llama, "bfloat16", rope_length=None, progress=lambda *counts: told.append(counts))
+    size = (tiny_llama / "model.safetensors").stat().st_size
+    assert told[0] == (0, size) and told[-1] == (size, size) and told == sorted(told) and len(told) > 10
+    load_causal_lm(tiny_llama, "bfloat16", rope_length=None)
+    assert logging.set_tqdm_hook(None) is None

@@ -152,7 +152,7 @@ def test_ranks_that_share_positions_add_up_to_one(tmp_path):
 
 def test_a_model_without_router_says_so_when_asked():
     model = LogpModel(make_random("llama", VOCAB))
-    with pytest.raises(ModelError, match="returned no router logits.*set train.router_aux_loss_coef to 0"):
+    with pytest.raises(ModelError, match=r"returned no router logits.*set train.router_aux_loss_coef to 0"):
         model(model.lay_out(groups()), router_loss=True)
 
 

@@ -1,5 +1,6 @@
 """Each recipe in jobs/ loads, and by raydpo's plan its training and its reference pass fit the hardware that it names."""
 
+import functools
 import re
 from pathlib import Path
 
@@ -16,11 +17,13 @@ from raydpo.estimate.modes import Question, compare_modes
 from raydpo.estimate.plan import make_plan
 from raydpo.estimate.rate import stated_rates
 from raydpo.model import budget
-from raydpo.model.memory.activations import Batch, head_forward, layer_memory
+from raydpo.model.memory.activations import Batch
 from raydpo.model.memory.anatomy import Anatomy, model_cost
-from raydpo.model.memory.ledger import BASE_BYTES, ENOUGH, USABLE, estimate_memory
+from raydpo.model.memory.ledger import BASE_BYTES, ENOUGH, estimate_memory
 from raydpo.model.memory.needs import PROPORTIONS, needs_of
+from raydpo.model.memory.scoring import ScoringRoom, choose_partition
 
+anatomy_of = functools.cache(Anatomy.of)
 ROOT = Path(__file__).parents[2]
 MODELS = Path(__file__).parent
 GIB = 2**30
@@ -119,7 +122,7 @@ def test_a_recipe_is_planned_and_fits(name, pairs, monkeypatch):
     assert (plan.score_workers, plan.train_workers) == (number, number) and plan.training.gpu_hours > 0
     modes = compare_modes(
         Question(
-            anatomy=Anatomy.of(model),
+            anatomy=anatomy_of(model),
             model=config.model,
             train=config.train,
             workers=number,
@@ -140,7 +143,7 @@ def test_the_measured_budget_of_a_recipe_fits_and_is_enough(name, monkeypatch):
     """With the memory that is left where error correction takes 1/16, and passes that take 5 % more than planned."""
     number, device = hardware(name)
     config = recipe(name)
-    given = Anatomy.of(facts(config)), config.model, config.train
+    given = anatomy_of(facts(config)), config.model, config.train
     where = {"workers": number, "dtype": config.model.dtype}
     needs, standing = needs_of(*given, **where), estimate_memory(*given, PROPORTIONS, **where).standing.total
     free = MEMORY[device] * GIB * 15 / 16 - BASE_BYTES - standing
@@ -154,18 +157,19 @@ def test_the_measured_budget_of_a_recipe_fits_and_is_enough(name, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ON_GPUS)
-def test_the_whole_reference_fits_each_device(name):
-    """Scoring holds the whole model on each device, whatever the training's ZeRO stage, a chunk of logits, and what a layer
-    computes of the longest pair."""
+def test_the_reference_fits_as_the_recipe_puts_it_on_the_devices(name):
+    """With enough positions for a micro-batch and for the longest sequence, as a plan would decide by itself."""
+    number, device = hardware(name)
     config = recipe(name)
-    anatomy, longest = Anatomy.of(facts(config)), config.data.max_length
-    batch = Batch.of_pairs([(1, longest, longest)])
-    alone = config.train.model_copy(update={"zero": 0})
-    memory = estimate_memory(anatomy, config.model, alone, batch, workers=1, dtype="bfloat16")
-    layer = layer_memory(anatomy, batch, width=2, device="cuda", trained=False, adapted=()).passing
-    logits = head_forward(anatomy, batch, width=2, device="cuda", trained=True)
-    taken = memory.standing.weights + logits + layer + BASE_BYTES
-    assert taken <= USABLE * MEMORY[hardware(name)[1]] * GIB
+    room = ScoringRoom(name=device, device_bytes=MEMORY[device] * GIB, per_machine=min(8, number))
+    asked = {"dtype": "bfloat16", "longest": config.data.max_length, "quantization": config.reference_quantization}
+    anatomy = anatomy_of(facts(config))
+    found = choose_partition(anatomy, config.score, room, **asked)
+    assert found.positions >= max(ENOUGH, config.data.max_length), found.line
+    undecided = config.score.model_copy(update={"partition": "auto", "offload": "auto"})
+    assert choose_partition(anatomy, undecided, room, **asked) == found
+    # A cluster without GPUs yet cannot tell their memory.
+    assert found.simple or (config.score.partition, config.score.offload) == (found.partition, found.offload)
 
 
 def test_the_laptops_recipe_fits_a_laptop():
@@ -175,7 +179,7 @@ def test_the_laptops_recipe_fits_a_laptop():
     assert config.train.workers == cores and config.train.gpus_per_worker == config.score.gpus_per_worker == 0
     batch = Batch.of_pairs([(1, config.data.max_length, config.data.max_length)])
     memory = estimate_memory(
-        Anatomy.of(facts(config)), config.model, config.train, batch, workers=cores, dtype="float32", device="cpu"
+        anatomy_of(facts(config)), config.model, config.train, batch, workers=cores, dtype="float32", device="cpu"
     )
     assert cores * memory.together < gib * GIB / 2, "the other half is Python's, torch's and Ray's"
 

@@ -5,14 +5,19 @@ import os
 import signal
 import subprocess
 import sys
+from datetime import timedelta
 
 import numpy as np
 import pytest
+import torch
 from tiny import preferences, write_preferences
 
-from raydpo.errors import ModelError, ProcessLostError
+from raydpo.errors import ModelError, ProcessLostError, RaydpoError
 from raydpo.model.layout import PromptGroup
+from raydpo.model.partition import Partition
+from raydpo.reference import team as module
 from raydpo.reference.identity import identify
+from raydpo.reference.members import WithoutWordsError
 from raydpo.reference.score import ReferenceSpec, Scorer
 from raydpo.reference.team import TeamScorer
 
@@ -28,7 +33,7 @@ def groups(vocabulary=250):
     ]
 
 
-def test_a_team_scores_what_one_process_does_and_names_what_ended_it(tiny_llama, tiny_qwen3):
+def test_a_team_scores_what_one_process_does_and_names_what_ended_it(tiny_llama, tiny_qwen3, monkeypatch):
     spec = ReferenceSpec(path=str(tiny_llama), adapter=None, identity=identify(tiny_llama, "float32"))
     alone = Scorer(spec, device="cpu", tokens_per_batch=64).score(groups())
     team = TeamScorer(spec, sequence=2, device="cpu", threads=1, tokens_per_batch=64)  # every group is longer than 2 x 64
@@ -38,15 +43,44 @@ def test_a_team_scores_what_one_process_does_and_names_what_ended_it(tiny_llama,
             for mine, theirs in zip(team.score(groups()), alone, strict=True):
                 for ours, logps in zip(mine, theirs, strict=True):
                     assert ours.dtype == np.float32 and np.abs(ours - logps).max() < 1e-5
-        os.kill(team.members.processes[0].pid, signal.SIGKILL)
-        with pytest.raises(ProcessLostError, match=r"team of 2 processes broke: process 1 was ended by SIGKILL"):
+        monkeypatch.setattr(module, "PATIENCE", timedelta(seconds=1.5))
+        module._wait_at_most(module.PATIENCE)
+        os.kill(team.members.processes[0].pid, signal.SIGSTOP)
+        with pytest.raises(ProcessLostError, match=r"team of 2 processes broke: a process did not answer for 0\.025 min"):
             team.score(groups())
-        assert team.members.processes[0].poll() == -9
+        assert team.members.processes[0].poll() == -signal.SIGKILL, "and it holds its device no longer"
     finally:
         team.close()
+    monkeypatch.undo()
     wrong = ReferenceSpec(path=str(tiny_qwen3), adapter=None, identity=spec.identity)
     with pytest.raises(ModelError, match="another model than where the run was started"):
         TeamScorer(wrong, sequence=2, device="cpu", threads=1, tokens_per_batch=64)
+
+
+CLOSED = RuntimeError("[gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:1: Connection closed by peer")
+KILLED = WithoutWordsError("process 1 was ended by SIGKILL")
+FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore of it")
+
+
+@pytest.mark.parametrize(
+    ("causes", "kind", "said"),
+    [
+        ([CLOSED, KILLED], ProcessLostError, "processes broke: process 1 was ended by SIGKILL; run it again"),
+        ([CLOSED, KILLED, CLOSED], ProcessLostError, "process 1 was ended by SIGKILL; run it again"),
+        ([RuntimeError("shapes"), KILLED], ProcessLostError, "process 1 was ended by SIGKILL; run it again"),
+        ([CLOSED], ProcessLostError, "Connection closed by peer; run it again"),
+        ([RuntimeError("CUDA error: uncorrectable ECC error encountered")], ProcessLostError, "ECC error encountered"),
+        ([BrokenPipeError(), KILLED], ProcessLostError, "process 1 was ended by SIGKILL"),
+        ([CLOSED, ModelError("the reason")], ModelError, "the reason"),
+        ([CLOSED, KILLED, FULL], RaydpoError, "tokens_per_batch lower, or score.partition higher, or score.offload=cpu"),
+        ([CLOSED, KeyError("name")], RaydpoError, "a process of the scoring team failed: KeyError: 'name'"),
+    ],
+)
+def test_what_a_setting_could_mend_is_told_from_what_is_worth_another_try(causes, kind, said):
+    team = object.__new__(TeamScorer)
+    vars(team).update(_size=2, _partition=Partition(2))
+    error = team._explain(causes)
+    assert type(error) is kind and said in str(error), error
 
 
 @pytest.mark.slow

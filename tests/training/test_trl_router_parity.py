@@ -84,7 +84,7 @@ def test_same_numbers_as_trl(name, layout, results):
         "this torch initialises the tiny model otherwise than the recorded run: run trl_router_reference.py"
     )
     coef = MODEL["router_aux_loss_coef"] if coef is None else coef
-    steps, (first, last), changes, notes = found[name, layout]
+    steps, (_, last), changes, notes = found[name, layout]
     for number, (ours, theirs) in enumerate(zip(steps, recorded["steps"], strict=True)):
         if coef:
             assert ours["aux_loss"] == pytest.approx(theirs["aux_loss"], abs=1e-5), number

@@ -1,4 +1,4 @@
-"""Re-derives tests/training/trl_router_reference.json: TRL's DPOTrainer on a tiny mixture of experts, in file order, float32.
+"""Re-derives tests/training/trl_router_reference.json: TRL's DPOTrainer on a tiny mixture, in file order, float32.
 
     python tests/training/trl_router_reference.py
 

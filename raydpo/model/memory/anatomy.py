@@ -21,6 +21,7 @@ from raydpo.errors import FilesError, reason
 from raydpo.model.cost import ModelCost, first
 from raydpo.model.mixture import expert_blocks
 from raydpo.model.package import auto_class, other_parameters
+from raydpo.model.router import lacks_router_loss
 
 __all__ = ["Anatomy", "Weight", "model_cost"]
 
@@ -63,6 +64,7 @@ class Anatomy:
         query_width, key_width: heads times head size, of queries and of keys.
         inner: width of the feed-forward part for one token; in a mixture, of its active experts together.
         experts_used: experts of a mixture that compute a token; 0 without a mixture.
+        routed: router logits of a position, in all layers; 0 for a model without router loss.
         gated: whether that part multiplies two projections (such as SwiGLU).
         tied: whether head and embedding share one weight.
         softcap: whether logits are capped, which needs a second chunk of them.
@@ -81,6 +83,7 @@ class Anatomy:
     tied: bool
     softcap: bool = False
     experts_used: int = 0
+    routed: int = 0
     source: tuple[type, Any] | None = field(default=None, repr=False, compare=False)
 
     def empty(self) -> nn.Module:
@@ -145,8 +148,10 @@ class Anatomy:
         size = _head_size(config) or hidden // max(1, heads)
         inners = "moe_intermediate_size", "intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size"
         inner = read(*inners, default=4 * hidden)
-        experts_used = 0
-        if expert_blocks(model):
+        experts_used = routed = 0
+        if blocks := expert_blocks(model):
+            if lacks_router_loss(model.config) is None:
+                routed = sum(_experts_scored_by(model.get_submodule(block.routers[0])) for block in blocks)
             experts_used = read("num_experts_per_tok", "top_k", "moe_k", default=1)
             inner *= experts_used
         return cls(
@@ -161,6 +166,7 @@ class Anatomy:
             tied=tied,
             softcap=bool(getattr(config, "final_logit_softcapping", None)),
             experts_used=experts_used,
+            routed=routed,
             source=(type(model), model.config),
         )
 
@@ -183,6 +189,11 @@ def _head_size(config: Any) -> int | None:
     """The head size of a text model's configuration; the largest, where layers differ (Gemma 4)."""
     layers = getattr(config, "per_layer_config", None)
     return max((getattr(layer, "head_dim", None) or 0 for layer in layers or [config]), default=0) or None
+
+
+def _experts_scored_by(router: nn.Module) -> int:
+    """Rows of its matrix: a router has fewer experts than inputs."""
+    return next(min(weight.shape) for weight in router.parameters(recurse=False) if weight.dim() == 2)
 
 
 def _layer(name: str) -> int:

@@ -12,12 +12,12 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
-from raydpo.config import LoraSettings, TrainConfig
+from raydpo.config import TrainConfig
 from raydpo.config.train import REDUCE_BUCKET, ROUNDED_PIECE
 from raydpo.model.memory.activations import Batch, Layer, head_backward, head_forward, layer_memory
-from raydpo.model.memory.adapters import Adapter, Adapters, adapters_of
+from raydpo.model.memory.adapters import Adapter, Adapters, Trained, adapters_of
 from raydpo.model.memory.anatomy import EMBEDDING, HEAD, OTHER, Anatomy, Weight
 
 __all__ = [
@@ -27,7 +27,6 @@ __all__ = [
     "USABLE",
     "MemoryEstimate",
     "Moment",
-    "Trained",
     "estimate_memory",
     "stored_bytes",
     "trained_numbers",
@@ -53,28 +52,6 @@ SUB_GROUP = 1_000_000_000
 """ZeRO-3 updates at most this many numbers of a rank's share at a time."""
 DISK_BUFFERS = 4
 """Buffers, each the size of a sub-group, that DeepSpeed keeps in host memory when the optimizer is on disk."""
-
-
-class Trained(Protocol):
-    """What of a policy trains, and how the rest is stored: ``config.ModelConfig`` or ``policy.engine.PolicySpec``."""
-
-    @property
-    def lora(self) -> LoraSettings | None: ...
-
-    @property
-    def adapter(self) -> str | None: ...
-
-    @property
-    def quantization(self) -> str | None: ...
-
-    @property
-    def freeze(self) -> tuple[str, ...]: ...
-
-    @property
-    def fused(self) -> bool: ...
-
-    @property
-    def adapts(self) -> bool: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -369,7 +346,9 @@ class _Ledger:
         precision = 4 if self.device == "cpu" else width
         around = batch.masked * precision * (self.device == "cpu") + stream * (1 if self.policy.adapters.on else 2)
         around += 4.0 * anatomy.hidden * batch.predictions
-        kept = [layer.entry if recomputes else layer.kept for layer in layers]
+        # Router logits for the router loss; in the backward pass their gradients take their place, layer by layer.
+        routed = width * anatomy.routed * batch.positions * (self.train.router_aux_loss_coef != 0)
+        kept = [(layer.entry if recomputes else layer.kept) + routed / len(layers) for layer in layers]
         on_host = 0.0
         if self.train.offload_activations:
             on_host = sum(kept) + around

@@ -57,7 +57,8 @@ def _described(spec: PolicySpec, train: TrainConfig) -> list[Any] | None:
     lora = None if spec.lora is None else spec.lora.model_dump(mode="json")
     settings = {"zero", "sequence_parallel", "gradient_checkpointing", "offload_activations"}
     chosen = train.model_dump(mode="json", include=settings)
-    return [spec.identity, lora, list(spec.freeze), spec.fused, chosen, dist.get_world_size()]
+    routed = ["router loss"] if train.router_aux_loss_coef else []
+    return [spec.identity, lora, list(spec.freeze), spec.fused, chosen, dist.get_world_size(), *routed]
 
 
 class PolicyEngine(RankGroup):
@@ -113,8 +114,10 @@ class PolicyEngine(RankGroup):
         trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
         optimizer = make_optimizer(trainable, train, device)
         exact = _float32_parameters(module, spec.dtype, train.zero)
-        if train.zero == 3:
-            set_leaf_modules(module)
+        if train.zero == 3 and set_leaf_modules(module):
+            # DeepSpeed sums gradients of a leaf module when its input has one (stage3.py, reduce_leaf_module_grads). Below
+            # the first adapters no input has, and torch would call this before there are gradients to sum.
+            module.causal_lm.enable_input_require_grads()
         timeout = timedelta(seconds=train.collective_timeout)
         with no_steps(optimizer), group_timeout(timeout):
             self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)

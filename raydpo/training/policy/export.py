@@ -21,7 +21,7 @@ from raydpo.model.budget import free_memory, probe_group
 from raydpo.model.files import ADAPTER, model_files, read_header
 from raydpo.model.layout import PromptGroup
 from raydpo.model.load import dropout_settings, load_causal_lm, restore_dropout, torch_dtype
-from raydpo.model.selfcheck import logps_by_definition
+from raydpo.model.selfcheck import logps_by_definition, without_placeholders
 from raydpo.model.weights import ADAPTER_NAME, compare_headers
 from raydpo.training.gate import TOLERANCES
 from raydpo.training.policy.engine import Engine, PolicySpec
@@ -72,6 +72,7 @@ def export_policy(
         PromptGroup(group.prompt[-_PROMPT:], tuple(one[:_COMPLETION] for one in group.completions))
         for group in list(rows)[:_ROWS] or [probe_group(_PROMPT + 2 * _COMPLETION, engine.module.vocabulary)]
     ]
+    groups = without_placeholders(engine.module.causal_lm, groups)
     with engine.evaluating():
         policy = [logps for group in engine.module.score(groups, engine.device) for logps in group if len(logps)]
     weights = engine.gather()
