@@ -1,14 +1,14 @@
-"""Text models in vision-language packages: loaded whole, scored as text, with adapters and gradients on the text alone."""
+"""Text models in packages with other parts: loaded whole, scored as text; gradients and adapters on the text alone."""
 
 import json
 
 import numpy as np
 import pytest
 import torch
-from packages import FAMILIES, make_package
+from packages import AUDIO, FAMILIES, make_package
 from safetensors.torch import load_file
 from tiny import make_model, make_tokenizer
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForMultimodalLM
 
 from raydpo.config import LoraSettings
 from raydpo.model.cost import ModelCost
@@ -44,12 +44,12 @@ def package(tmp_path_factory):
     return make
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *AUDIO])
 def test_a_package_is_loaded_whole_and_scored_as_its_own_class_computes(family, package):
     path = package(family)
     assert check_weights(path) == []
     model = load_causal_lm(path, "float32", rope_length=None)
-    own = AutoModelForImageTextToText.from_pretrained(path)
+    own = AutoModelForMultimodalLM.from_pretrained(path)
     assert type(model) is type(own)
     loaded, stored = model.state_dict(), own.state_dict()
     assert loaded.keys() == stored.keys() and all(torch.equal(loaded[name], stored[name]) for name in stored)
@@ -65,7 +65,7 @@ def test_a_package_is_loaded_whole_and_scored_as_its_own_class_computes(family, 
     check_training_mode(ours, CPU)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *AUDIO])
 def test_no_other_part_than_the_text_model_trains_or_gets_adapters(family, package):
     model = load_causal_lm(package(family), "float32", rope_length=None)
     others = list(other_parameters(model))
@@ -73,7 +73,7 @@ def test_no_other_part_than_the_text_model_trains_or_gets_adapters(family, packa
     assert others and all(not each.requires_grad for each in others) and all(each.requires_grad for each in text)
     assert not {id(each) for each in others} & {id(each) for each in text}
     parts = other_modules(model)
-    assert any("vis" in name for name in parts) and not any("language_model" in name for name in parts)
+    assert any("vis" in name or "audio" in name for name in parts) and not any("language_model" in name for name in parts)
     for targets in ("all-linear", ("q_proj", "v_proj", "o_proj", "q_b_proj", "qkv", "fc1")):
         policy = add_lora(
             load_causal_lm(package(family), "float32", rope_length=None), LoraSettings(r=2, target_modules=targets), 0
@@ -82,7 +82,7 @@ def test_no_other_part_than_the_text_model_trains_or_gets_adapters(family, packa
         assert trained and not [name for name in trained if name.startswith(tuple(f"{part}." for part in parts))]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *AUDIO])
 def test_sizes_count_the_other_parts_as_loaded_and_not_as_computing(family, package):
     path = package(family)
     anatomy, cost = Anatomy.of(path), ModelCost.of(path)
