@@ -61,6 +61,9 @@ def check_servable(quantization: str | None, rope_length: int | None, adapter: M
             odd.append(f"rank {_rank(adapter)}")
         if odd:
             why = f"does not load an adapter with {', '.join(odd)}"
+        elif tensors := adapter.get("target_parameters"):  # github.com/vllm-project/vllm/pull/41384
+            why = f"ignores adapters on tensors of experts in many releases (target_parameters {', '.join(sorted(tensors))})"
+        if why:
             fix = "evaluate final/merged (train.merge_adapter=true), or "
     if why:
         raise ConfigError(f"evaluate.engine vllm {why}; {fix}set evaluate.engine=transformers")

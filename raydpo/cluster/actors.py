@@ -14,7 +14,7 @@ import pyarrow as pa
 from raydpo import errors
 from raydpo.cluster.feed import Feed
 from raydpo.cluster.resources import Resources
-from raydpo.cluster.watch import Watched, deaths, watching
+from raydpo.cluster.watch import RESTARTS, Watched, deaths, watching
 from raydpo.errors import RaydpoError
 
 __all__ = ["original_error", "over_actors"]
@@ -88,8 +88,8 @@ def over_actors(
                 label_selector=dict(resources.labels) or None,
                 # By default Ray restarts an actor without limit, also one that a bad block kills each time.
                 # Ray deprecates passing these two here, but has no named arguments for them yet.
-                max_restarts=3,
-                max_task_retries=3,
+                max_restarts=RESTARTS,
+                max_task_retries=RESTARTS,
                 **({"runtime_env": {"env_vars": dict(environment)}} if environment else {}),
             )
         with watching(run, doing, tell):

@@ -22,6 +22,8 @@ __all__ = ["QUIET_SECONDS", "Watched", "deaths", "duration", "loading", "watchin
 
 QUIET_SECONDS = 600.0
 """Seconds without a sign of an actor until it is named, and until it is named again."""
+RESTARTS = 3
+"""How often an actor is started again, and how often a block is repeated, when a process dies."""
 LOOK_SECONDS = 10.0
 """Seconds from one look at the actors' signs to the next."""
 _NAMESPACE = b"raydpo"
@@ -161,8 +163,9 @@ def _watch(run: str, doing: str, tell: Callable[[str], None], over: threading.Ev
                     state = json.loads(sign)
                     if state["deaths"] > died.get(key, 0):
                         died[key] = state["deaths"]
-                        again = f"the worker on {state['host']} died and is started again, death {state['deaths']}"
-                        tell(f"warning: {doing}: {again}, {_why(state['last']).removesuffix('; run it again')}")
+                        why = _why(state["last"]).removesuffix("; run it again")
+                        again = f"it is started again, {state['deaths']} of {RESTARTS} times"
+                        tell(f"warning: {doing}: the worker on {state['host']} died {why}; {again}")
         if (line := _loaded(signs.values())) not in {None, loaded}:
             loaded = line
             tell(f"{doing}: {line}")

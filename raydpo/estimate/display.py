@@ -24,6 +24,7 @@ from raydpo.model.cost import ModelCost
 from raydpo.model.memory.activations import Batch
 from raydpo.model.memory.anatomy import Anatomy, model_cost
 from raydpo.model.memory.scoring import Choice, Links, ScoringRoom, adapter_bytes, choose_partition
+from raydpo.model.router import router_loss_coef
 from raydpo.reference.identity import resolve_model
 from raydpo.terminal.console import Console
 
@@ -161,10 +162,12 @@ def _modes(config: Config, sets: PairSets, plan: Plan, device: str, memory: floa
     budget = config.train.tokens_per_batch
     step = plan.data["positions"][layout] / plan.steps / plan.train_workers
     batch = Batch.of_pairs(pairs, layout, micro_batches=1 if step <= plan.data["tokens_per_batch"] else 2)
+    path, trusted = resolve_model(config.model.path), config.model.trust_remote_code
+    coef = router_loss_coef(path, config.train.router_aux_loss_coef, trusted)
     question = Question(
-        anatomy=Anatomy.of(resolve_model(config.model.path), config.model.trust_remote_code),
+        anatomy=Anatomy.of(path, trusted),
         model=model,
-        train=config.train,
+        train=config.train.model_copy(update={"router_aux_loss_coef": coef}),
         workers=plan.train_workers,
         memory=(MEMORY[device] if memory is None else memory) * 2**30,
         dtype="bfloat16" if config.model.dtype == "auto" else config.model.dtype,

@@ -154,7 +154,7 @@ def _policy(config: Config, dtype: str, device: torch.device) -> tuple[LogpModel
 
     if config.train.tokens_per_batch != "auto":
         return policy, config.train.tokens_per_batch
-    train = config.train.model_copy(update={"zero": 0})
+    train = config.train.model_copy(update={"zero": 0, "router_aux_loss_coef": 0.0})
     how = {"workers": 1, "dtype": dtype, "device": device.type, "updates": False}
     needs = needs_of(Anatomy.of_loaded(policy.causal_lm), config.model, train, **how)
     return policy, find_budget(probe, device, most=MOST_TRAINED, needs=needs).tokens

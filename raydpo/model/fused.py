@@ -119,6 +119,7 @@ def _copy_errors(model: LogpModel, device: torch.device) -> tuple[float, float]:
     In the model itself a backward pass would reach DeepSpeed, which would reduce the gradients.
     """
     small = small_copy(model.causal_lm, COPY_LAYERS)
+    small.wrap_mixers(model.mixers.kinds)
     parts = find_parts(small)
     layout = model.method.layout
 

@@ -22,8 +22,8 @@ def set_leaf_modules(model: nn.Module) -> list[str]:
 
     These are blocks with a list of experts, and layers that read weights of their children without calling them: PEFT's on
     parameters, such as the tensors of fused experts (peft 0.21, ``tuners/lora/layer.py``, ParamWrapper), and those with a
-    convolution, whose kernels take its weight, such as Mamba's (transformers 5.23, ``models/jamba/modeling_jamba.py``). Other
-    mixtures compute all experts in one module and need none.
+    convolution, such as Mamba's, whose kernels take its weight (transformers 5.23, ``models/jamba/modeling_jamba.py``).
+    Other mixtures compute all experts in one module and need none.
     """
     homes = [block.name for block in expert_blocks(model) if block.listed and _is_called(block.module)]
     wrappers = [

@@ -1,9 +1,9 @@
 """Layers that carry a state from token to token (Mamba, gated delta rule, short convolution), in packed layouts.
 
-Such a mixer reads the positions of a pack as one long sequence, so that the state of one completion reaches the next. Here it
-gets padded rows in place of the pack: for each leaf of the prefix tree, the positions on the path from its root. Padding on
-the right changes nothing for a causal layer. Its outputs go back to the pack; those of a shared prefix are equal in all rows,
-so they are taken from one. Everything else, attention too, computes the pack. Kernels and states stay the architecture's own.
+Such a mixer reads a pack as one long sequence, so that the state of one completion reaches the next. Here it gets padded
+rows in place of the pack: for each leaf of the prefix tree, the positions on the path from its root. Padding on the right
+changes nothing for a causal layer. Its outputs go back to the pack. Those of a shared prefix are equal in all rows, so they
+are taken from one. Everything else, attention too, computes the pack. Kernels and states stay the architecture's own.
 
 Mixers are found by trying (``find_mixers``), not by a list of names. Whether a layout is then exact is for
 ``model.selfcheck`` to decide.
@@ -33,8 +33,8 @@ from raydpo.model.varlen import gather
 __all__ = ["Mixers", "Rows", "find_mixers"]
 
 BUCKETS = 4
-"""Most batches of rows of similar length that a mixer computes one after the other. Under ZeRO-3 it is the exact number where
-each batch gathers weights (see ``model.leaves``), since all ranks must gather as often."""
+"""Most batches of rows of similar length that a mixer computes one after the other. Under ZeRO-3 it is the exact number
+where each batch gathers weights (see ``model.leaves``), since all ranks must gather as often."""
 BUCKET_COST = 256
 """Positions of padding that a further batch must save."""
 CUTS = 24
@@ -156,7 +156,11 @@ class Mixers:
 
 
 class _InRows:
-    """The forward of a mixer: its own forward on the rows of the pack that ``mixers`` computes. ``buckets``: see ``Rows.of``."""
+    """The forward of a mixer: its own forward on the rows of the pack that ``mixers`` computes.
+
+    Args:
+        buckets: see ``Rows.of``.
+    """
 
     def __init__(self, module: nn.Module, mixers: Mixers, buckets: int | None) -> None:
         self.plain, self.module, self.mixers, self.buckets = module.forward, module, mixers, buckets
@@ -247,7 +251,9 @@ def find_mixers(backbone: nn.Module) -> set[str]:
     hooks = [one.register_forward_pre_hook(note, with_kwargs=True) for one in backbone.modules() if one is not backbone]
     try:
         with watch_callers() as attending:
-            backbone(input_ids=tokens[None], position_ids=torch.arange(PROBE_TOKENS)[None], segments=segments, use_cache=False)
+            backbone(
+                input_ids=tokens[None], position_ids=torch.arange(PROBE_TOKENS)[None], segments=segments, use_cache=False
+            )
     finally:
         for hook in hooks:
             hook.remove()

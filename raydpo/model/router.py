@@ -64,17 +64,18 @@ class _Routed(torch.autograd.Function):
         ctx.save_for_backward(logits, real)
         probabilities = logits.float().softmax(-1)
         each = probabilities.new_ones(len(logits)) if real is None else real.float()
+        summed = probabilities.sum(0) if real is None else (probabilities * each[:, None]).sum(0)
         index = probabilities.topk(chosen, dim=-1).indices.flatten()
         # Whole numbers, so the sum is the same in any order.
         counts = each.new_zeros(logits.shape[-1]).index_add_(0, index, each.repeat_interleave(chosen))
         ctx.mark_non_differentiable(counts)
-        return counts, each @ probabilities
+        return counts, summed
 
     @staticmethod
     def backward(ctx: Any, _: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         logits, real = ctx.saved_tensors
         probabilities = logits.float().softmax(-1)
-        slope = probabilities * (grad - (probabilities @ grad)[:, None])
+        slope = probabilities * (grad - (probabilities * grad).sum(-1, keepdim=True))
         if real is not None:
             slope = slope * real[:, None]
         return slope.to(logits.dtype), None, None

@@ -179,7 +179,8 @@ def share_positions(model: LogpModel, device: torch.device, group: SequenceGroup
     if model.mixers.kinds:
         raise ModelError(
             f"sequence_parallel {group.size} divides the positions of a sequence among devices, but "
-            f"{', '.join(model.mixers.kinds)} of this model carries a state along the whole sequence; set sequence_parallel to 1"
+            f"{', '.join(model.mixers.kinds)} of this model carries a state along the whole sequence; set "
+            "sequence_parallel to 1"
         )
     if model.method.layout == "padded":
         raise ModelError(

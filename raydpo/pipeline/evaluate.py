@@ -41,7 +41,7 @@ from raydpo.evaluation.samples import Answers
 from raydpo.model.limits import ModelLimits, check_limits
 from raydpo.model.rotary import rope_line
 from raydpo.pipeline.checks import check, check_models, pythons_of
-from raydpo.pipeline.partition import place_reference
+from raydpo.pipeline.partition import check_alone, place_reference
 from raydpo.pipeline.prepare import measured_pairs, native_dtype, open_reference, reference_line
 from raydpo.pipeline.score import fill_cache
 from raydpo.pipeline.tokenised import limits_of, open_pairs, open_tokeniser
@@ -336,6 +336,8 @@ class _Evaluation:
     def _answers(self, prompts: Sequence[Prompt]) -> dict[str, Answers]:
         """Let policy and reference answer ``prompts``; return the answers by mode."""
         settings = self.config.evaluate
+        for name, spec in self._specs:
+            check_alone(self.config, spec, f"answers of the {name}")
         tables, places = [], []
         for mode in settings.modes:
             each = settings.samples if mode == "sampled" else 1

@@ -27,7 +27,7 @@ from raydpo.model.partition import Partition
 from raydpo.reference.score import ReferenceSpec
 from raydpo.terminal.console import Console
 
-__all__ = ["Placed", "place_here", "place_reference", "with_partition"]
+__all__ = ["Placed", "check_alone", "place_here", "place_reference", "with_partition"]
 
 SMALL = 2 * 2**30
 """Bytes of weights that every GPU holds."""
@@ -106,6 +106,25 @@ def place_reference(config: Config, spec: ReferenceSpec) -> Placed:
         return _choose(config, spec, room)
     except ConfigError as error:
         return replace(quick, problem=error)
+
+
+def check_alone(config: Config, spec: ReferenceSpec, doing: str) -> None:
+    """Refuse work that each worker does with a whole model, if no GPU holds the model.
+
+    Args:
+        doing: the work, for the message.
+
+    Raises:
+        ConfigError: with what would do.
+    """
+    open_ = config.score.model_copy(update={"partition": "auto", "offload": "auto"})
+    placed = place_reference(config.model_copy(update={"score": open_}), spec)
+    if placed.problem is not None or placed.resources.partition > 1 or placed.resources.offload is not None:
+        told = str(placed.problem) if placed.problem is not None else "; ".join(placed.lines)
+        raise ConfigError(
+            f"{doing} need the whole model on each GPU, and {spec.path} does not fit on one ({told}). Set "
+            "model.quantization=4bit, or evaluate a model that was rounded or made smaller before"
+        )
 
 
 def place_here(config: Config, spec: ReferenceSpec) -> Partition:

@@ -247,14 +247,15 @@ def _member(parent: int) -> None:
 
 def _listen(pipe: io.BufferedReader, messages: queue.SimpleQueue[bytes]) -> None:
     """Read messages while the main thread computes. End this process at the end of the pipe."""
-    with contextlib.suppress(Exception):
+    try:
         while header := pipe.read(_LENGTH.size):
             (length,) = _LENGTH.unpack(header)
             data = pipe.read(length)
             if len(data) < length:
                 break
             messages.put(data)
-    os._exit(0)
+    finally:  # also without memory for an exception
+        os._exit(0)
 
 
 def _say(pipe: io.BufferedWriter, words: object) -> None:

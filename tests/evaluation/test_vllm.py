@@ -213,6 +213,7 @@ def test_an_import_that_fails_is_bad_input(bare, tiny_llama):
         (None, None, {"peft_type": "LORA", "r": 8, "modules_to_save": ["lm_head"]}, r"modules_to_save \['lm_head'\]"),
         (None, None, {"peft_type": "LORA", "r": 8, "rank_pattern": {"q": 1024}}, "rank 1024"),
         (None, None, {"peft_type": "IA3"}, "peft_type IA3"),
+        (None, None, {"peft_type": "LORA", "r": 8, "target_parameters": ["down_proj"]}, "tensors of experts.*final/merged"),
     ],
 )
 def test_what_vllm_would_compute_otherwise_is_refused(quantization, rope_length, adapter, said):

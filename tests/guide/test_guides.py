@@ -113,6 +113,10 @@ def test_messages_are_those_of_the_code():
 EXAMPLE = ("prompt ", "before ", "after ", "- ", "job ", "data ")
 """Beginnings of printed lines that hold the text of a model or names of an example."""
 INTERPOLATED = {
+    "GB in bfloat",
+    "GB/s by NVLink",
+    "GiB gathered on each of",
+    "x H",
     "nats a token from one completion at a time",
     "optimizer on host",
     "records of train",

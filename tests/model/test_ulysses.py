@@ -116,7 +116,7 @@ def test_log_probs_and_gradients_are_those_of_one_rank(size, tmp_path):
 def refused():
     torch.distributed.init_process_group("gloo")
     group, messages = SequenceGroup.of_world(2, SOON), []
-    for name, settings in (("mamba", {}), ("llama", {"num_attention_heads": 1, "num_key_value_heads": 1})):
+    for name, settings in (("mamba", {}), ("bloom", {}), ("llama", {"num_attention_heads": 1, "num_key_value_heads": 1})):
         model = LogpModel(make_random(name, VOCAB, **settings))
         choose_layout(model, CPU)
         with pytest.raises(ModelError) as caught:
@@ -137,7 +137,8 @@ def refused():
 
 
 def test_what_cannot_be_shared_is_refused(tmp_path):
-    (padded, heads), line, wrong = run_distributed(refused, 2, tmp_path)[0]
+    (stateful, padded, heads), line, wrong = run_distributed(refused, 2, tmp_path)[0]
+    assert "sequence_parallel 2" in stateful and "MambaMixer of this model carries a state along the whole" in stateful
     assert "sequence_parallel 2" in padded and "padded rows" in padded
     assert "sequence_parallel 2 is more than the 1 attention heads" in heads
     assert line.startswith("sequence parallel: 2 devices compute each micro-batch together, ")

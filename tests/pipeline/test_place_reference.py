@@ -11,7 +11,7 @@ from raydpo.config import load_config
 from raydpo.errors import ConfigError
 from raydpo.model.memory.anatomy import Anatomy
 from raydpo.pipeline import partition as module
-from raydpo.pipeline.partition import place_reference, with_partition
+from raydpo.pipeline.partition import check_alone, place_reference, with_partition
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 GIB = 2**30
@@ -168,3 +168,14 @@ def test_a_quantized_reference_is_never_partitioned(place):
     placed, *_ = place([(8, "H100")], "score.partition=4", quantization="4bit")
     with pytest.raises(ConfigError, match="exclude each other"):
         placed.tell(Said())
+
+
+def test_answers_need_a_whole_model_on_each_gpu(place):
+    """Whatever the reference pass does with it."""
+    _, config, spec = place([(8, "H100")])
+    with pytest.raises(ConfigError, match=r"answers of the policy need the whole model .* Set model\.quantization=4bit"):
+        check_alone(config, spec, "answers of the policy")
+    _, config, spec = place([(8, "H100")], "score.partition=2", model="Llama-3.1-8B-Instruct")
+    check_alone(config, spec, "answers of the policy")
+    _, config, spec = place([(8, "H100")], quantization="4bit")
+    check_alone(config, spec, "answers of the policy")

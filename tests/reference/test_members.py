@@ -270,5 +270,5 @@ def test_a_build_goes_on_after_a_member_and_a_first_process_were_killed(tiny_lla
     stored = sum(part.rows for part in opened.parts())
     assert stored == len(opened.keys()) == 800, "each completion is stored once"
     assert re.search(r"cache: 0 of 800 completions were there .*?, 800 scored", output), output
-    assert output.count("is started again") == 2 and "process 1 was ended by SIGKILL" in output, output
+    assert output.count("it is started again") == 2 and "process 1 was ended by SIGKILL" in output, output
     assert not members_of(build.pid)

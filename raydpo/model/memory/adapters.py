@@ -3,18 +3,38 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
+from raydpo.config import LoraSettings
 from raydpo.errors import ConfigError, reason
 from raydpo.model.memory.anatomy import Anatomy, Weight
 
-if TYPE_CHECKING:
-    from raydpo.model.memory.ledger import Trained
+__all__ = ["Adapter", "Adapters", "Trained", "adapters_of"]
 
-__all__ = ["Adapter", "Adapters", "adapters_of"]
+
+class Trained(Protocol):
+    """What of a policy trains, and how the rest is stored: ``config.ModelConfig`` or ``policy.engine.PolicySpec``."""
+
+    @property
+    def lora(self) -> LoraSettings | None: ...
+
+    @property
+    def adapter(self) -> str | None: ...
+
+    @property
+    def quantization(self) -> str | None: ...
+
+    @property
+    def freeze(self) -> tuple[str, ...]: ...
+
+    @property
+    def fused(self) -> bool: ...
+
+    @property
+    def adapts(self) -> bool: ...
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,12 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
-from raydpo.config import LoraSettings, TrainConfig
+from raydpo.config import TrainConfig
 from raydpo.config.train import REDUCE_BUCKET, ROUNDED_PIECE
 from raydpo.model.memory.activations import Batch, Layer, head_backward, head_forward, layer_memory
-from raydpo.model.memory.adapters import Adapter, Adapters, adapters_of
+from raydpo.model.memory.adapters import Adapter, Adapters, Trained, adapters_of
 from raydpo.model.memory.anatomy import EMBEDDING, HEAD, OTHER, Anatomy, Weight
 
 __all__ = [
@@ -27,7 +27,7 @@ __all__ = [
     "USABLE",
     "MemoryEstimate",
     "Moment",
-    "Trained",
+    "adapters_line",
     "estimate_memory",
     "stored_bytes",
     "trained_numbers",
@@ -53,28 +53,6 @@ SUB_GROUP = 1_000_000_000
 """ZeRO-3 updates at most this many numbers of a rank's share at a time."""
 DISK_BUFFERS = 4
 """Buffers, each the size of a sub-group, that DeepSpeed keeps in host memory when the optimizer is on disk."""
-
-
-class Trained(Protocol):
-    """What of a policy trains, and how the rest is stored: ``config.ModelConfig`` or ``policy.engine.PolicySpec``."""
-
-    @property
-    def lora(self) -> LoraSettings | None: ...
-
-    @property
-    def adapter(self) -> str | None: ...
-
-    @property
-    def quantization(self) -> str | None: ...
-
-    @property
-    def freeze(self) -> tuple[str, ...]: ...
-
-    @property
-    def fused(self) -> bool: ...
-
-    @property
-    def adapts(self) -> bool: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,6 +176,15 @@ def stored_bytes(weight: Weight, width: int, quantization: str | None) -> float:
     if quantization == "8bit" and weight.linear:  # a float32 scale per row
         return weight.numel + 4 * weight.shape[0]
     return weight.numel * width
+
+
+def adapters_line(anatomy: Anatomy, model: Trained) -> str | None:
+    """Which parts of a mixture of experts have adapters; None for other models, and without adapters.
+
+    Raises:
+        ModelError, ConfigError: as ``estimate_memory``.
+    """
+    return _policy(anatomy, model, 4).adapters.line
 
 
 @lru_cache(maxsize=8)

@@ -7,8 +7,9 @@ from functools import cache
 from raydpo.config import TrainConfig
 from raydpo.model.budget import Needs
 from raydpo.model.memory.activations import Batch
+from raydpo.model.memory.adapters import Trained
 from raydpo.model.memory.anatomy import Anatomy
-from raydpo.model.memory.ledger import Device, MemoryEstimate, Trained, estimate_memory
+from raydpo.model.memory.ledger import Device, MemoryEstimate, estimate_memory
 
 __all__ = ["needs_of"]
 

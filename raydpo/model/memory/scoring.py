@@ -228,9 +228,9 @@ class _Question:
             return
         if size > room.per_machine:
             raise ConfigError(
-                f"score.partition {size} needs one machine with {size} GPUs, but the largest has {room.per_machine}, and a team "
-                "does not span machines; set it lower, or to auto, which puts the weights in the host's memory if nothing "
-                "else serves (score.offload)"
+                f"score.partition {size} needs one machine with {size} GPUs, but the largest has {room.per_machine}, and a "
+                "team does not span machines; set it lower, or to auto, which puts the weights in the host's memory if "
+                "nothing else serves (score.offload)"
             )
         if self.wish.workers % size:
             raise ConfigError(

@@ -57,7 +57,8 @@ def _described(spec: PolicySpec, train: TrainConfig) -> list[Any] | None:
     lora = None if spec.lora is None else spec.lora.model_dump(mode="json")
     settings = {"zero", "sequence_parallel", "gradient_checkpointing", "offload_activations"}
     chosen = train.model_dump(mode="json", include=settings)
-    return [spec.identity, lora, list(spec.freeze), spec.fused, chosen, dist.get_world_size()]
+    routed = ["router loss"] if train.router_aux_loss_coef else []
+    return [spec.identity, lora, list(spec.freeze), spec.fused, chosen, dist.get_world_size(), *routed]
 
 
 class PolicyEngine(RankGroup):
