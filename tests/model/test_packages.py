@@ -10,12 +10,13 @@ from safetensors.torch import load_file
 from tiny import make_model, make_tokenizer
 from transformers import AutoModelForMultimodalLM
 
-from raydpo.config import LoraSettings
+from raydpo.config import LoraSettings, ModelConfig
 from raydpo.model.cost import ModelCost
 from raydpo.model.layout import PromptGroup
 from raydpo.model.load import add_lora, load_causal_lm
 from raydpo.model.logps import LogpModel
 from raydpo.model.memory.anatomy import OTHER, Anatomy
+from raydpo.model.memory.ledger import trained_numbers
 from raydpo.model.package import backbone_of, other_modules, other_parameters
 from raydpo.model.selfcheck import check_training_mode, choose_layout, logps_by_definition, small_copy
 from raydpo.model.weights import check_weights
@@ -90,6 +91,7 @@ def test_sizes_count_the_other_parts_as_loaded_and_not_as_computing(family, pack
     others = sum(each.numel() for each in other_parameters(model))
     assert anatomy.parameters == sum(each.numel() for each in model.parameters())
     assert sum(each.numel for each in anatomy.weights if each.place == OTHER) == others > 0
+    assert sum(trained_numbers(anatomy, ModelConfig(path=str(path)))) == anatomy.parameters - others
     assert anatomy.layers == model.config.get_text_config().num_hidden_layers
     stored = {name: value.numel() for name, value in load_file(path / "model.safetensors").items()}
     assert cost.parameters == sum(stored.values())
