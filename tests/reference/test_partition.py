@@ -183,7 +183,7 @@ def test_exact_steps_of_two_models_in_one_team(models, tmp_path):
     (alone,) = run_distributed(divergences, 1, tmp_path / "one", policy, reference, Partition())
     assert len(alone) == 5 and alone.min() > 0
     for found in run_distributed(divergences, 2, tmp_path / "two", policy, reference, Partition(2)):
-        assert np.array_equal(found, alone)
+        assert np.abs(found - alone).max() < 1e-6  # products of four rows depend on where weights begin in memory
 
 
 def held(model):
