@@ -225,9 +225,11 @@ def test_a_rank_holds_its_part_and_what_it_computes_with(tmp_path):
         assert whole / 2 < most <= 0.55 * whole + 2 * largest
 
 
-def resident(spec):
-    """Bytes of this process, beyond those of its libraries: the most while it loads the model, and while it scores."""
+def resident(small, spec):
+    """Bytes of this process, beyond those of its libraries, which have scored a small model before: the most while it loads
+    the model, and while it scores."""
     join_process_group(CPU)
+    Scorer(small, device="cpu", tokens_per_batch=64, partition=Partition(2)).score(groups(4))
     most, over = 0, threading.Event()
 
     def now():
@@ -257,7 +259,7 @@ def resident(spec):
 
 
 @pytest.mark.slow
-def test_two_processes_need_little_more_than_half_the_memory_each(tmp_path):
+def test_two_processes_need_little_more_than_half_the_memory_each(models, tmp_path):
     """Without page cache, which the system takes back. Of a layer three copies exist for a moment, as gloo makes one."""
     model = make_random(
         "llama",
