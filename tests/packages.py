@@ -1,4 +1,4 @@
-"""Tiny random vision-language packages: model, tokenizer and the files of their processors."""
+"""Tiny random packages of a text model with a vision tower or an audio encoder: model, tokenizer and processor files."""
 
 from __future__ import annotations
 
@@ -71,6 +71,23 @@ FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "llava": (dict(model_type="llama"), dict(model_type="clip_vision_model", projection_dim=16), {}),
 }
 """Settings of the text model, of the vision tower, and of the package, by ``model_type``."""
+AUDIO = {
+    "qwen2_audio": dict(model_type="qwen2"),
+    "voxtral": dict(model_type="llama"),
+}
+"""Settings of the text model of packages with an audio encoder."""
+_AUDIO = dict(
+    d_model=16,
+    hidden_size=16,
+    intermediate_size=64,
+    encoder_layers=2,
+    num_hidden_layers=2,
+    encoder_attention_heads=2,
+    num_attention_heads=2,
+    encoder_ffn_dim=32,
+    num_mel_bins=8,
+    max_source_positions=16,
+)
 PROCESSOR = {
     "preprocessor_config.json": {"image_processor_type": "SomeImageProcessor"},
     "processor_config.json": {"processor_class": "SomeProcessor"},
@@ -86,22 +103,23 @@ def make_package(directory: Path, family: str, seed: int = 0, **text: Any) -> Pa
         text: further settings of the text model.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForImageTextToText
+    from transformers import AutoConfig, AutoModelForMultimodalLM
 
     tokenizer = make_tokenizer()
     vocabulary = len(tokenizer) + 8
-    of_text, of_vision, of_package = FAMILIES[family]
+    of_text, of_vision, of_package = FAMILIES.get(family) or (AUDIO[family], {}, {})
+    part = {"audio_config": _AUDIO} if family in AUDIO else {"vision_config": _VISION | of_vision}
     if family == "gemma4":
         of_text = of_text | {"vocab_size_per_layer_input": vocabulary}
     torch.manual_seed(seed)
     config = type(AutoConfig.for_model(family))(
-        text_config=_TEXT | {"vocab_size": vocabulary} | of_text | text, vision_config=_VISION | of_vision, **of_package
+        text_config=_TEXT | {"vocab_size": vocabulary} | of_text | text, **part, **of_package
     )
     # Ids of placeholders for images, beyond those that the tokenizer gives.
     places = [name for name in vars(config) if name.endswith(("token_id", "token_index")) and getattr(config, name)]
     for number, name in enumerate(name for name in places if getattr(config, name) >= vocabulary):
         setattr(config, name, vocabulary - 1 - number % 8)
-    AutoModelForImageTextToText.from_config(config).save_pretrained(str(directory))
+    AutoModelForMultimodalLM.from_config(config).save_pretrained(str(directory))
     tokenizer.save_pretrained(str(directory))
     for name, content in PROCESSOR.items():
         (directory / name).write_text(json.dumps(content))

@@ -23,7 +23,8 @@ import torch
 
 from raydpo.answers.draws import Draw, uniforms
 from raydpo.errors import ConfigError, RaydpoError, one_line
-from raydpo.model.files import adapter_files
+from raydpo.model.files import adapter_files, model_files
+from raydpo.model.limits import PARTS
 from raydpo.reference.identity import on_this_machine, proved_here
 from raydpo.reference.score import ReferenceSpec
 
@@ -60,6 +61,9 @@ def check_servable(quantization: str | None, rope_length: int | None, adapter: M
             odd.append(f"rank {_rank(adapter)}")
         if odd:
             why = f"does not load an adapter with {', '.join(odd)}"
+        elif tensors := adapter.get("target_parameters"):  # github.com/vllm-project/vllm/pull/41384
+            why = f"ignores adapters on tensors of experts in many releases (target_parameters {', '.join(sorted(tensors))})"
+        if why:
             fix = "evaluate final/merged (train.merge_adapter=true), or "
     if why:
         raise ConfigError(f"evaluate.engine vllm {why}; {fix}set evaluate.engine=transformers")
@@ -106,6 +110,9 @@ def open_vllm(
         "generation_config": "vllm",  # ignores settings in the model's directory, such as a repetition penalty
         "skip_tokenizer_init": True,  # token ids in, token ids out
     }
+    if any(name in model_files(spec.path, spec.trust_remote_code).config for name in PARTS):
+        # A package, of which only the text model is asked: vLLM then loads no other part and needs no processor.
+        settings["limit_mm_per_prompt"] = {"image": 0, "video": 0, "audio": 0}
     if device == "cpu":
         settings["enforce_eager"] = True  # compiling takes longer than the answers
     if adapter is not None:

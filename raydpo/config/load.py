@@ -42,6 +42,8 @@ _OTHER_NAMES = {
         "model.lora.r": "lora_r lora_rank",
         "model.lora.alpha": "lora_alpha",
         "model.lora.target_modules": "lora_target_modules",
+        "model.lora.target_parameters": "lora_target_parameters",
+        "model.lora.exclude_modules": "lora_exclude_modules",
         "model.lora.dora": "use_dora",
         "model.lora.rslora": "use_rslora",
         "model.quantization": "load_in_4bit load_in_8bit use_qlora",

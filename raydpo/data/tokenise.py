@@ -1,5 +1,6 @@
 """Tokenise preferences, and find where the prompt ends and the completion begins."""
 
+import json
 from collections.abc import Sequence
 from datetime import date
 from functools import cached_property, partial
@@ -82,17 +83,15 @@ def load_tokenizer(path: str, *, chat_template: str | None = None, trust_remote_
 
 
 def _processors_template(directory: Path) -> str | None:
-    """The chat template in chat_template.json, where older vision-language packages have it for their processor. transformers
-    reads it for the processor only."""
+    """The chat template in chat_template.json, where older vision-language packages have it. transformers reads it for the
+    processor only."""
     file = directory / "chat_template.json"
     if not file.is_file():
         return None
     try:
         found = json.loads(file.read_text(encoding="utf-8"))["chat_template"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise FilesError(
-            f"cannot read {file}: {reason(error, 200)}; a JSON object with chat_template is expected"
-        ) from None
+        raise FilesError(f"cannot read {file}: {reason(error, 200)}; a JSON object with chat_template is expected") from None
     return found if isinstance(found, str) else None
 
 

@@ -9,11 +9,19 @@ from typing import Any
 from pydantic import ValidationError
 
 from raydpo.config import LoraSettings, ModelConfig, TrainConfig
-from raydpo.errors import ConfigError
+from raydpo.errors import ConfigError, ModelError
 from raydpo.model.budget import MOST_TRAINED, STEP
 from raydpo.model.memory.activations import Batch
 from raydpo.model.memory.anatomy import Anatomy
-from raydpo.model.memory.ledger import BASE_BYTES, ENOUGH, USABLE, MemoryEstimate, estimate_memory, trained_numbers
+from raydpo.model.memory.ledger import (
+    BASE_BYTES,
+    ENOUGH,
+    USABLE,
+    MemoryEstimate,
+    adapters_line,
+    estimate_memory,
+    trained_numbers,
+)
 
 __all__ = ["Fit", "Modes", "Question", "compare_modes"]
 
@@ -140,6 +148,7 @@ class Modes:
         refused: why the configuration cannot train in its mode, however much memory there is, or None.
         adapters: the first mode that fits with LoRA and with QLoRA, if the configuration trains more parameters.
         workers_needed: if nothing fits, the fewest GPUs with which something does; None if no number of them helps.
+        adapted: which parts of a mixture of experts the configuration's adapters are on, or None.
     """
 
     device: str
@@ -154,6 +163,7 @@ class Modes:
     refused: str | None
     adapters: tuple[Fit, ...]
     workers_needed: int | None
+    adapted: str | None = None
 
     def lines(self) -> list[str]:
         """Sentences that say whether it fits and what to change."""
@@ -166,7 +176,8 @@ class Modes:
         else:
             room = f"of a budget of {self.budget:,}"
         part = f", {self.longest:,} of them for each of {self.together} workers" if self.together > 1 else ""
-        said = [f"longest pair: {self.longest * self.together:,} positions{part}, {room}"]
+        said = [] if self.adapted is None else [self.adapted]
+        said += [f"longest pair: {self.longest * self.together:,} positions{part}, {room}"]
         configured = next(row for row in self.rows if row.configured)
         needs = f"the configuration, on {where}: {_gib(configured.total)} GiB at {configured.positions:,} positions"
         if self.refused is not None:
@@ -219,6 +230,7 @@ def compare_modes(question: Question, device: str) -> Modes:
         refused=question.refused,
         adapters=tuple(_adapters(question)),
         workers_needed=question.workers if proposed else _needed(question),
+        adapted=adapters_line(question.anatomy, question.model),
     )
 
 
@@ -263,7 +275,10 @@ def _adapters(question: Question) -> Iterator[Fit]:
     kinds = ({} if model.adapts else {"LoRA": plain}) | {"QLoRA": plain | {"quantization": "4bit"}}
     for name, change in kinds.items():
         other = replace(question, model=model.model_copy(update=change))
-        rows = list(_rows(other))
+        try:
+            rows = list(_rows(other))
+        except ModelError:  # PEFT has no adapters for all layers of every architecture
+            continue
         best = next((row for row in rows if row.fits), rows[-1])
         settings = [] if model.adapts else [f"model.lora={{r: {lora.r}}}"]
         settings += ["model.quantization=4bit"] if "quantization" in change else []

@@ -12,7 +12,7 @@ from typing import Any
 from raydpo.data.shapes import PositionCost
 from raydpo.errors import FilesError
 from raydpo.model.files import model_files, read_header
-from raydpo.model.limits import OTHER_TOWERS
+from raydpo.model.limits import OTHER_TOWERS, PARTS
 
 __all__ = ["ModelCost", "first"]
 
@@ -49,10 +49,10 @@ class ModelCost:
         for file in files.weights:
             tensors |= read_header(file)[1]
         sizes = {name: _numbers(name, tensor) for name, tensor in tensors.items()}
-        text = files.config.get("text_config")
-        if not text:
-            return cls.of_sizes(sizes, files.config)
-        return cls.of_sizes(sizes, text, [name for name in sizes if OTHER_TOWERS.search(name)])
+        # Older packages have the entries of their text model beside vision_config.
+        packaged = any(isinstance(files.config.get(name), dict) for name in PARTS)
+        others = [name for name in sizes if packaged and OTHER_TOWERS.search(name)]
+        return cls.of_sizes(sizes, files.config.get("text_config") or files.config, others)
 
     @classmethod
     def of_sizes(cls, sizes: dict[str, int], config: dict[str, Any], others: Collection[str] = ()) -> ModelCost:

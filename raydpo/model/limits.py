@@ -32,6 +32,8 @@ _TOKENS = re.compile(
 _LEARNED = re.compile(r"(?:^|\.)(?:wpe|embed_positions|position_embeddings|positions_embed)\.weight$")
 OTHER_TOWERS = re.compile(r"vision|visual|image|audio|speech|projector|connector|aligner|encoder\.")
 """Part of the names of weights that are not of the language model of a package (``model.package``)."""
+PARTS = ("text_config", "vision_config", "audio_config")
+"""Entries of a package's config.json for its parts."""
 _TABLED = ("gptj", "codegen", "ctrl", "mpt")
 """Architectures that compute a table of positions once, of the size that config.json gives."""
 _PADDED_TABLES = (

@@ -63,8 +63,10 @@ def adapted_model(model: nn.Module, lora: LoraSettings, *, quantized: bool, low_
                 "model.lora.dora is true, but PEFT cannot decompose adapters on weights of experts that are one tensor; "
                 "set model.lora.dora=false, or spare the experts with model.lora.exclude_modules=[experts]"
             ) from error
+        layer = re.search(r"Module '(\w+)' is incompatible", str(error))
+        fix = f"; spare these layers with model.lora.exclude_modules=[{layer[1]}]" if layer else ""
         raise ModelError(
-            f"model.lora.target_modules {lora.target_modules!r} does not fit this model: {reason(error)}"
+            f"model.lora.target_modules {lora.target_modules!r} does not fit this model: {reason(error)}{fix}"
         ) from error
     _refuse_unmet(adapted, names, lora)
     return adapted
@@ -269,5 +271,11 @@ def _shortened(names: Iterable[str], among: Iterable[str]) -> list[str]:
     chosen = list(names)
     known = set(chosen)
     ends = {_end(name) for name in chosen}
-    unclear = {end for other in among if other not in known for end in ends if f".{other}".endswith(f".{end}")}
+    unclear = {end for other in among if other not in known for end in _tails(other) & ends}
     return sorted({name if (end := _end(name)) in unclear else end for name in chosen})
+
+
+def _tails(name: str) -> set[str]:
+    """A name, and its ends from each of its parts on."""
+    parts = name.split(".")
+    return {".".join(parts[at:]) for at in range(len(parts))}

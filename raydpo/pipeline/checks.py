@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 
 from raydpo.cluster.preflight import missing_vllm
 from raydpo.cluster.session import starts_own_ray
-from raydpo.config import LOSSES, Config, SourceConfig, Verb, check_verb, source_name
+from raydpo.config import LOSSES, Config, LoraSettings, SourceConfig, Verb, check_verb, source_name
 from raydpo.data.pairs import HELD_OUT, check_first_records, held_out_source
 from raydpo.data.records import read_records
 from raydpo.data.rows import FIRST_RECORDS
@@ -84,7 +84,8 @@ def check_models(config: Config, verb: Verb, console: Console, trials: Sequence[
         console, trials: as for ``check``.
 
     Raises:
-        ConfigError: if ``train.optimizer`` cannot train so many parameters, or the model has no router loss to weigh.
+        ConfigError: if ``train.optimizer`` cannot train so many parameters, adapters do not fit the model, or the model has
+            no router loss to weigh.
         ModelError: naming the weights that are missing or have another shape.
     """
     wanted: dict[tuple[str, str | None, bool], None] = {}
@@ -99,6 +100,7 @@ def check_models(config: Config, verb: Verb, console: Console, trials: Sequence[
         wanted[each.reference_path, each.reference_adapter, trusted] = None
         if verb in _TRAINING:
             _check_optimizer(each)
+            _check_adapters(each)
             router_loss_coef(resolve_model(each.model.path), each.train.router_aux_loss_coef, trusted)
         if each.evaluate.reward_model is not None and _evaluates(config, verb):
             rewards[each.evaluate.reward_model, trusted] = None
@@ -130,6 +132,25 @@ def _check_optimizer(config: Config) -> None:
 
     anatomy = Anatomy.of(resolve_model(config.model.path), config.model.trust_remote_code)
     config.train.check_numbers(trained_numbers(anatomy, config.model), config.train.fewest_workers)
+
+
+def _check_adapters(config: Config) -> None:
+    """Check that settings which name weights, or decompose adapters, fit the model. What they make is remembered."""
+    lora, defaults = config.model.lora, LoraSettings()
+    named = ("target_modules", "target_parameters", "exclude_modules", "dora")
+    if lora is None or all(getattr(lora, name) == getattr(defaults, name) for name in named):
+        return
+    from raydpo.model.memory.anatomy import Anatomy  # imports transformers' models
+    from raydpo.model.memory.ledger import trained_numbers
+
+    path, trusted = resolve_model(config.model.path), config.model.trust_remote_code
+    files = model_files(path, trusted)
+    settings = [lora.model_dump(mode="json"), config.model.quantization, files.config, trusted, *map(stamp, files.code)]
+    decides = [*settings, program("torch", "transformers", "peft")]
+    try:
+        remembered("adapters", decides, lambda: sum(trained_numbers(Anatomy.of(path, trusted), config.model)))
+    except ModelError as error:
+        raise ConfigError(str(error)) from None
 
 
 def _evaluates(config: Config, verb: Verb) -> bool:

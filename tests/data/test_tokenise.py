@@ -127,6 +127,20 @@ def test_load_tokenizer(tmp_path):
     assert "\n" not in str(caught.value)
 
 
+def test_the_chat_template_of_a_processor(tmp_path):
+    """Older vision-language packages have it in chat_template.json, which transformers reads for the processor only."""
+    path, template = tmp_path / "package", "{{ messages[0].content }}"
+    make_tokenizer().save_pretrained(str(path))
+    (path / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    assert load_tokenizer(str(path)).chat_template == CHAT_TEMPLATE, "the tokenizer's own comes first"
+    (path / "chat_template.jinja").unlink()
+    assert load_tokenizer(str(path)).chat_template == template
+    assert load_tokenizer(str(path), chat_template="{{ 1 }}").chat_template == "{{ 1 }}"
+    (path / "chat_template.json").write_text("{")
+    with pytest.raises(ModelError, match=r"cannot read .*chat_template.json: .*; a JSON object with chat_template"):
+        load_tokenizer(str(path))
+
+
 def test_a_tokenizer_is_not_blamed_for_settings_of_the_model(tmp_path):
     make_tokenizer().save_pretrained(str(tmp_path))
     settings = {"model_type": "llama", "rms_norm_eps": "1e-5"}

@@ -18,6 +18,7 @@ import time
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from packages import make_package
 from test_policy_found import make_adapter
 from tiny import make_model, preferences, write_preferences
 
@@ -125,6 +126,11 @@ def test_how_vllm_is_asked(python, tiny_llama, tmp_path, monkeypatch):
     assert asked["sampling"] == [same | {"temperature": 0.0}, same | {"temperature": 1.0}] and 0 < seed < 2**31
 
 
+def test_only_the_text_model_of_a_package_is_asked(python, tmp_path):
+    opened(spec_of(make_package(tmp_path / "package", "mistral3")), python)
+    assert notes(tmp_path)[0]["engine"]["limit_mm_per_prompt"] == {"image": 0, "video": 0, "audio": 0}
+
+
 def test_answers_are_never_stored_under_the_name_of_another_model(python, tiny_llama, tmp_path):
     """The files change after the driver hashed them, as ``test_answers`` has it for the other engine."""
     model = shutil.copytree(tiny_llama, tmp_path / "model")
@@ -207,6 +213,7 @@ def test_an_import_that_fails_is_bad_input(bare, tiny_llama):
         (None, None, {"peft_type": "LORA", "r": 8, "modules_to_save": ["lm_head"]}, r"modules_to_save \['lm_head'\]"),
         (None, None, {"peft_type": "LORA", "r": 8, "rank_pattern": {"q": 1024}}, "rank 1024"),
         (None, None, {"peft_type": "IA3"}, "peft_type IA3"),
+        (None, None, {"peft_type": "LORA", "r": 8, "target_parameters": ["down_proj"]}, "tensors of experts.*final/merged"),
     ],
 )
 def test_what_vllm_would_compute_otherwise_is_refused(quantization, rope_length, adapter, said):

@@ -91,3 +91,18 @@ def test_norms_of_heads_and_copies_for_experts_are_in_the_ledger(tmp_path, kind,
     _, _, found = counted(tmp_path, model, recomputes)
     print(f"{kind}: peak {estimated / 2**30:.3f} GiB by the ledger, {found / 2**30:.3f} counted, {estimated / found:.3f}")
     assert estimated == pytest.approx(found, rel=0.05)
+
+
+@pytest.mark.parametrize("recomputes", [False, True], ids=["", "recompute"])
+@pytest.mark.parametrize("lora", [None, LoraSettings(r=16)], ids=["full", "lora"])
+def test_trained_and_adapted_experts_are_in_the_ledger(tmp_path, lora, recomputes):
+    """Layers of Qwen3-30B-A3B. PEFT computes the adapted weights of all experts of a layer, and their gradient."""
+    sizes = {"model_type": "qwen3_moe", "num_hidden_layers": LAYERS, "vocab_size": 512, "head_dim": 128}
+    (tmp_path / "config.json").write_text(json.dumps(sizes | SHAPES["qwen3_moe"]))
+    model, train = ModelConfig(path="m", lora=lora), TrainConfig(zero=0, gradient_checkpointing=recomputes)
+    batch = Batch.of_pairs([PAIR] * PAIRS, micro_batches=1)
+    memory = estimate_memory(Anatomy.of(tmp_path), model, train, batch, workers=1, dtype="bfloat16")
+    estimated = max(moment.activations + moment.gradients + moment.head for moment in memory.passes)
+    weights, _, found = counted(tmp_path, model, recomputes)
+    print(f"peak {estimated / 2**30:.3f} GiB by the ledger, {found / 2**30:.3f} counted, {estimated / found:.3f}")
+    assert estimated == pytest.approx(found, rel=0.05) and memory.standing.weights == pytest.approx(weights, rel=0.01)

@@ -12,7 +12,7 @@ from raydpo.errors import ConfigError, ModelError
 from raydpo.model.memory.activations import Batch, head_backward, head_forward, layer_memory
 from raydpo.model.memory.adapters import adapters_of
 from raydpo.model.memory.anatomy import EMBEDDING, HEAD, Anatomy
-from raydpo.model.memory.ledger import estimate_memory
+from raydpo.model.memory.ledger import estimate_memory, trained_numbers
 
 MODEL = ModelConfig(path="m")
 BATCH = Batch.of_pairs([(4096, 2048, 2048)])
@@ -230,6 +230,20 @@ def test_a_cpu_touches_only_what_it_writes_of_a_bucket(tmp_path):
     gpu, cpu = (estimate(anatomy, batch, workers=1, dtype="float32", device=device) for device in ("cuda", "cpu"))
     assert at(gpu, "reduction").communication == 4 * REDUCE_BUCKET
     assert at(cpu, "reduction").communication == 4 * anatomy.parameters
+
+
+def test_adapters_on_128_experts_by_hand(pytestconfig):
+    """Qwen3-30B-A3B at rank 16, in 48 layers: gate and up of 2,048 x 1,536 are one tensor at twice the rank, down of 768 x
+    2,048 has the rank; queries and output 2,048 x 4,096, keys and values 2,048 x 512. The routers have none."""
+    anatomy = Anatomy.of(pytestconfig.rootpath / "tests/recipes/Qwen3-30B-A3B-Instruct-2507")
+    experts = 128 * (32 * (2048 + 1536) + 16 * (768 + 2048))
+    attention = 16 * (2 * (2048 + 4096) + 2 * (2048 + 512))
+    model = ModelConfig(path="m", lora=LoraSettings(r=16))
+    assert sum(trained_numbers(anatomy, model)) == 48 * (experts + attention) == 994_836_480
+    router = ModelConfig(path="m", lora=LoraSettings(r=16, target_parameters=("mlp.gate.weight",)))
+    assert sum(trained_numbers(anatomy, router)) == 994_836_480 + 48 * 16 * (2048 + 128)
+    spared = ModelConfig(path="m", lora=LoraSettings(r=16, exclude_modules=("experts",)))
+    assert sum(trained_numbers(anatomy, spared)) == 48 * attention
 
 
 def test_more_of_anything_takes_more(llama):

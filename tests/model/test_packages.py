@@ -1,21 +1,22 @@
-"""Text models in vision-language packages: loaded whole, scored as text, with adapters and gradients on the text alone."""
+"""Text models in packages with other parts: loaded whole, scored as text; gradients and adapters on the text alone."""
 
 import json
 
 import numpy as np
 import pytest
 import torch
-from packages import FAMILIES, make_package
+from packages import AUDIO, FAMILIES, make_package
 from safetensors.torch import load_file
 from tiny import make_model, make_tokenizer
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForMultimodalLM
 
-from raydpo.config import LoraSettings
+from raydpo.config import LoraSettings, ModelConfig
 from raydpo.model.cost import ModelCost
 from raydpo.model.layout import PromptGroup
 from raydpo.model.load import add_lora, load_causal_lm
 from raydpo.model.logps import LogpModel
 from raydpo.model.memory.anatomy import OTHER, Anatomy
+from raydpo.model.memory.ledger import trained_numbers
 from raydpo.model.package import backbone_of, other_modules, other_parameters
 from raydpo.model.selfcheck import check_training_mode, choose_layout, logps_by_definition, small_copy
 from raydpo.model.weights import check_weights
@@ -44,12 +45,12 @@ def package(tmp_path_factory):
     return make
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *AUDIO])
 def test_a_package_is_loaded_whole_and_scored_as_its_own_class_computes(family, package):
     path = package(family)
     assert check_weights(path) == []
     model = load_causal_lm(path, "float32", rope_length=None)
-    own = AutoModelForImageTextToText.from_pretrained(path)
+    own = AutoModelForMultimodalLM.from_pretrained(path)
     assert type(model) is type(own)
     loaded, stored = model.state_dict(), own.state_dict()
     assert loaded.keys() == stored.keys() and all(torch.equal(loaded[name], stored[name]) for name in stored)
@@ -65,7 +66,7 @@ def test_a_package_is_loaded_whole_and_scored_as_its_own_class_computes(family, 
     check_training_mode(ours, CPU)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *AUDIO])
 def test_no_other_part_than_the_text_model_trains_or_gets_adapters(family, package):
     model = load_causal_lm(package(family), "float32", rope_length=None)
     others = list(other_parameters(model))
@@ -73,7 +74,7 @@ def test_no_other_part_than_the_text_model_trains_or_gets_adapters(family, packa
     assert others and all(not each.requires_grad for each in others) and all(each.requires_grad for each in text)
     assert not {id(each) for each in others} & {id(each) for each in text}
     parts = other_modules(model)
-    assert any("vis" in name for name in parts) and not any("language_model" in name for name in parts)
+    assert any("vis" in name or "audio" in name for name in parts) and not any("language_model" in name for name in parts)
     for targets in ("all-linear", ("q_proj", "v_proj", "o_proj", "q_b_proj", "qkv", "fc1")):
         policy = add_lora(
             load_causal_lm(package(family), "float32", rope_length=None), LoraSettings(r=2, target_modules=targets), 0
@@ -82,7 +83,7 @@ def test_no_other_part_than_the_text_model_trains_or_gets_adapters(family, packa
         assert trained and not [name for name in trained if name.startswith(tuple(f"{part}." for part in parts))]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *AUDIO])
 def test_sizes_count_the_other_parts_as_loaded_and_not_as_computing(family, package):
     path = package(family)
     anatomy, cost = Anatomy.of(path), ModelCost.of(path)
@@ -90,6 +91,7 @@ def test_sizes_count_the_other_parts_as_loaded_and_not_as_computing(family, pack
     others = sum(each.numel() for each in other_parameters(model))
     assert anatomy.parameters == sum(each.numel() for each in model.parameters())
     assert sum(each.numel for each in anatomy.weights if each.place == OTHER) == others > 0
+    assert sum(trained_numbers(anatomy, ModelConfig(path=str(path)))) == anatomy.parameters - others
     assert anatomy.layers == model.config.get_text_config().num_hidden_layers
     stored = {name: value.numel() for name, value in load_file(path / "model.safetensors").items()}
     assert cost.parameters == sum(stored.values())
@@ -115,6 +117,22 @@ def test_a_package_may_be_named_by_its_text_model_alone(package, tmp_path):
     assert type(alone).__name__ == "Qwen3_5ForCausalLM" and not list(other_parameters(alone))
     both = [LogpModel(each).score([group()], CPU)[0] for each in (alone, whole)]
     assert all(np.array_equal(one, other) for one, other in zip(*both, strict=True))
+
+
+def test_an_older_package_has_the_entries_of_its_text_model_beside_those_of_its_parts(package, tmp_path):
+    """Qwen2.5-VL came so."""
+    path = package("qwen2_5_vl")
+    for file in path.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((path / "config.json").read_text())
+    text = config.pop("text_config")
+    rope = text.pop("rope_parameters")
+    text |= {"rope_theta": rope["rope_theta"], "rope_scaling": {"type": "mrope", "mrope_section": rope["mrope_section"]}}
+    (tmp_path / "config.json").write_text(json.dumps(text | config))
+    old, new = (load_causal_lm(each, "float32", rope_length=None) for each in (tmp_path, path))
+    both = [LogpModel(each).score([group()], CPU)[0] for each in (old, new)]
+    assert all(np.array_equal(one, other) for one, other in zip(*both, strict=True))
+    assert ModelCost.of(tmp_path) == ModelCost.of(path) and Anatomy.of(tmp_path).parameters == Anatomy.of(path).parameters
 
 
 @pytest.mark.parametrize("family", ["gemma4", "gemma3n_text"])

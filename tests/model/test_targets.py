@@ -3,11 +3,15 @@
 import re
 
 import pytest
+import ray
 import torch
+import yaml
 from architectures import MORE_MIXTURES, make_random
 from definition import VOCAB, by_definition, groups
 from peft import PeftModel
+from tiny import make_model, preferences, write_preferences
 
+from raydpo.cli.entry import main
 from raydpo.config import LoraSettings, ModelConfig
 from raydpo.errors import ModelError
 from raydpo.model.load import add_lora
@@ -130,3 +134,18 @@ def test_settings_that_do_not_fit_are_refused(settings, said):
     with pytest.raises(ModelError, match=said):
         lora = LoraSettings(r=2, **settings)
         trained_numbers(Anatomy.of_model(make_random("qwen3_moe", VOCAB)), ModelConfig(path="m", lora=lora))
+
+
+def test_settings_that_do_not_fit_end_a_command_before_anything_starts(tmp_path, capsys):
+    make_model(tmp_path / "model", "qwen3_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
+    write_preferences(tmp_path / "a.jsonl", preferences(8))
+    tree = {"output": str(tmp_path / "out"), "model": {"path": str(tmp_path / "model")}}
+    tree["data"] = {"train": [{"path": str(tmp_path / "a.jsonl")}]}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))
+    for lora, said in (
+        ("{dora: true}", "model.lora.dora=false, or spare the experts"),
+        ("{exclude_modules: [expert]}", "exclude_modules: 'expert' matches no module"),
+    ):
+        assert main(["train", str(tmp_path / "run.yaml"), f"model.lora={lora}"]) == 2
+        assert said in " ".join(capsys.readouterr().err.split())
+    assert not ray.is_initialized()

@@ -114,7 +114,7 @@ def layer_memory(
         inputs = {"attention": True, "output": True, "mlp": True, "down": True}
         copies = (3, 2 if anatomy.gated else 1)
     else:
-        short = [adapter.name for adapter in adapted]
+        short = [adapter.name for adapter in adapted if not adapter.folded]
         entering = [name for name in short if name in _FIRST]
         outputs = [name for name in short if name in _OUTPUT]
         down = [name for name in short if name in _DOWN]
@@ -141,12 +141,15 @@ def layer_memory(
     # Experts: their outputs before routing weights. In the backward pass gradients of weighted, sorted and copied tokens.
     copies_of_tokens = width * anatomy.experts_used * H * T
     kept += copies_of_tokens
-    # PEFT adds the product of all experts to their weights: a second copy, and in the backward pass its gradient.
+    # PEFT adds the product of all experts to their weights: a second copy, and in the backward pass its gradient. That needs
+    # the experts' inputs: sorted copies of tokens, and the product of both projections.
     folded = [width * adapter.weight.numel for adapter in adapted if adapter.folded]
     kept += sum(folded)
+    if folded or trained:
+        kept += copies_of_tokens + width * inner * T * (bool(folded) and not inputs["down"])
     # Gradients of both projections, where their product and the activation have been freed, and of the stream.
-    working = width * inner * T * (2 if anatomy.gated else 1) + STREAM * H * T + dense + max(folded, default=0)
-    working += 3.5 * copies_of_tokens
+    working = width * inner * T * (2 if anatomy.gated else 1) + STREAM * H * T + dense
+    working += max(3.5 * copies_of_tokens, copies_of_tokens + max(folded, default=0))
     # Both projections and the activation, the stream between both parts and its norm.
     passing = (_feed_forward(anatomy, width) + 2 * STREAM * H) * T + dense + sum(folded)
     return Layer(kept=kept, entry=STREAM * H * T, working=working, passing=passing)

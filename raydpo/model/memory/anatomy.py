@@ -162,7 +162,7 @@ class Anatomy:
             query_width=heads * size,
             key_width=read("num_key_value_heads", default=heads) * size,
             inner=inner,
-            gated=any(re.search(r"gate_proj|gate_up|\.w3\.", weight.name) for weight in weights),
+            gated=any(re.search(r"gate_proj|gate_up|\.w3\.", each.name) for each in weights if each.place != OTHER),
             tied=tied,
             softcap=bool(getattr(config, "final_logit_softcapping", None)),
             experts_used=experts_used,

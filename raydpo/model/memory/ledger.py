@@ -27,6 +27,7 @@ __all__ = [
     "USABLE",
     "MemoryEstimate",
     "Moment",
+    "adapters_line",
     "estimate_memory",
     "stored_bytes",
     "trained_numbers",
@@ -175,6 +176,15 @@ def stored_bytes(weight: Weight, width: int, quantization: str | None) -> float:
     if quantization == "8bit" and weight.linear:  # a float32 scale per row
         return weight.numel + 4 * weight.shape[0]
     return weight.numel * width
+
+
+def adapters_line(anatomy: Anatomy, model: Trained) -> str | None:
+    """Which parts of a mixture of experts have adapters; None for other models, and without adapters.
+
+    Raises:
+        ModelError, ConfigError: as ``estimate_memory``.
+    """
+    return _policy(anatomy, model, 4).adapters.line
 
 
 @lru_cache(maxsize=8)

@@ -21,6 +21,7 @@ from raydpo.model.budget import free_memory, probe_group
 from raydpo.model.files import ADAPTER, model_files, read_header
 from raydpo.model.layout import PromptGroup
 from raydpo.model.load import dropout_settings, load_causal_lm, restore_dropout, torch_dtype
+from raydpo.model.package import auto_class, other_modules
 from raydpo.model.selfcheck import logps_by_definition, without_placeholders
 from raydpo.model.weights import ADAPTER_NAME, compare_headers
 from raydpo.training.gate import TOLERANCES
@@ -100,7 +101,8 @@ def export_policy(
         changes_an_end = any(_AT_AN_END.search(name) for name in read_header(directory / ADAPTER)[1])
         note(
             f"warning: final/merged was not written: merging takes {check.told_memory}; to do it later, load final with "
-            "PEFT's AutoPeftModelForCausalLM on a machine with that memory, then merge_and_unload() and save_pretrained()"
+            f"{_loader(engine.module.causal_lm)} on a machine with that memory, then merge_and_unload() and "
+            "save_pretrained()"
             + (_UNTIE_FIRST if tied and changes_an_end else "")
         )
         return
@@ -307,6 +309,13 @@ def _add_companions(spec: PolicySpec, directory: Path) -> None:
         if (source / name).is_file() and not (directory / name).exists() and not outdated:
             (directory / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source / name, directory / name)
+
+
+def _loader(causal_lm: nn.Module) -> str:
+    """What loads an exported adapter with its model, in a message."""
+    if not other_modules(causal_lm):
+        return "PEFT's AutoPeftModelForCausalLM"
+    return f"PEFT's PeftModel.from_pretrained, given the model by {auto_class(causal_lm.config).__name__},"
 
 
 def _untie(causal_lm: nn.Module) -> None:
