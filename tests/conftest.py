@@ -34,6 +34,8 @@ LONGEST = (
     "test_eval_command",
     "test_same_function",
     "test_sweep",
+    "test_mixture_training",
+    "test_trl_router_parity",
     "test_optimizer",
     "test_state",
     "test_launch",

@@ -82,6 +82,18 @@ def test_a_resolved_configuration_names_every_default_and_contradicts_nothing(tr
         load_config(tree, ["train.checkpoint_minutes=10", "train.checkpoint_every=50"])
 
 
+def test_a_quantized_reference_is_not_divided(tree):
+    quantized = ["model.quantization=4bit", "model.lora={r: 8}"]
+    assert load_config(tree, quantized).score.partition == "auto"
+    for settings, said in (
+        (["score.workers=2", "score.partition=2"], r"score\.partition \(2\) is for whole weights"),
+        (["score.offload=cpu"], r"score\.offload \(cpu\) is for whole weights"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            load_config(tree, quantized + settings)
+        load_config(tree, [*quantized, *settings, "reference.quantization=none", "reference.allow_other_quantization=true"])
+
+
 IDLE = [
     ("data.fraction_seed=3", "data.fraction_seed 3 has no effect without data.fraction", "data.fraction=0.5"),
     ("train.sample_tokens=8", "train.sample_tokens 8 has no effect without train.sample_prompts", "train.sample_prompts=2"),

@@ -129,8 +129,8 @@ def resources_for(stage: Literal["score", "train"], config: Config, at_once: int
     if stage == "score" and together > 1 and gpus * together > largest and not config.ray.autoscaling:
         field = "partition" if parts > 1 else "sequence_parallel"
         instead = (
-            "; a reference that then does not fit is scored with score.offload=cpu, its weights in the host's memory, or with "
-            "reference.quantization=4bit"
+            "; a reference that then does not fit is scored with score.offload=cpu, its weights in the host's memory, or "
+            "with reference.quantization=4bit"
             if parts > 1
             else ""
         )

@@ -154,18 +154,22 @@ def _watch(run: str, doing: str, tell: Callable[[str], None], over: threading.Ev
     told: dict[bytes, float] = {}
     loaded = None
     died: dict[bytes, int] = {}  # deaths that were told
-    while not over.wait(min(LOOK_SECONDS, QUIET_SECONDS / 10)):
+    while True:
+        ended = over.wait(min(LOOK_SECONDS, QUIET_SECONDS / 10))
         now = time.monotonic()
         with contextlib.suppress(Exception):  # the store does not answer: Ray itself will say so
             for key, sign in _signs(run).items():
                 if signs.get(key) != sign:
                     signs[key], since[key] = sign, now
-                    state = json.loads(sign)
-                    if state["deaths"] > died.get(key, 0):
-                        died[key] = state["deaths"]
-                        why = _why(state["last"]).removesuffix("; run it again")
-                        again = f"it is started again, {state['deaths']} of {RESTARTS} times"
-                        tell(f"warning: {doing}: the worker on {state['host']} died {why}; {again}")
+        for key, sign in signs.items():
+            state = json.loads(sign)
+            if state["deaths"] > died.get(key, 0):
+                died[key] = state["deaths"]
+                why = _why(state["last"]).removesuffix("; run it again")
+                again = f"it was started again, {state['deaths']} of {RESTARTS} times"
+                tell(f"warning: {doing}: the worker on {state['host']} died {why}; {again}")
+        if ended:
+            return
         if (line := _loaded(signs.values())) not in {None, loaded}:
             loaded = line
             tell(f"{doing}: {line}")

@@ -122,7 +122,7 @@ def _reference(
     """How the reference is put on the devices that score, or why it fits in no way."""
     wish = config.score if workers is None else config.score.model_copy(update={"workers": workers})
     if wish.gpus_per_worker == 0:
-        return "reference: scored on CPUs, whole in the memory of each worker"
+        return "reference: scored on CPUs, where score.partition and score.offload are not decided automatically"
     kind, gather, host = link_of(DEVICE if device == "device" else device)
     longest = max(
         int((prompts + np.max(answers, axis=0)).max())

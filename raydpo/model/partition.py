@@ -17,13 +17,22 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 
 from raydpo.model.leaves import set_leaf_modules
 from raydpo.model.logps import LogpModel
 
-__all__ = ["Partition", "float32_names", "join_process_group", "partitioned", "partitioned_loading", "whole"]
+__all__ = [
+    "Partition",
+    "float32_names",
+    "join_process_group",
+    "leave_process_group",
+    "partitioned",
+    "partitioned_loading",
+    "whole",
+]
 
-OWN_PAGES = 4 << 20
+OWN_PAGES = 1 << 20
 """Bytes from which an array on a CPU has pages of its own."""
 _M_MMAP_THRESHOLD = -3
 """Of glibc's malloc.h."""
@@ -68,6 +77,22 @@ def join_process_group(device: torch.device) -> None:
         vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
     # Before any model is loaded: transformers partitions weights for ZeRO-3 while loading, over DeepSpeed's group.
     deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo")
+
+
+def leave_process_group() -> None:
+    """Leave the process group, so that another one may be joined."""
+    deepspeed = sys.modules.get("deepspeed")
+    if deepspeed is not None and deepspeed.comm.is_initialized():
+        from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+        from deepspeed.runtime.zero.partition_parameters import Init
+
+        # DeepSpeed 0.19 numbers modules and parameters of all models of a process, and compares the numbers of ranks: those
+        # of the next group may be new processes.
+        DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0
+        Init.param_id = 0
+        deepspeed.comm.destroy_process_group()  # and groups of its own
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 @contextlib.contextmanager

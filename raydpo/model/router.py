@@ -37,7 +37,6 @@ def balance_loss(
         real_T: which positions are real, bool; None = all. Padding counts for nothing.
         group: ranks that have other positions of the same micro-batch. Each gets the loss of all positions, and the gradient
             of its own: summed over ranks, parameters get the gradient of one loss.
-
     """
     experts = logits[0].shape[-1]
     counts = logits[0].new_zeros(experts, dtype=torch.float32)
@@ -56,7 +55,7 @@ def balance_loss(
 class _Routed(torch.autograd.Function):
     """How often each expert is chosen and the sum of its probabilities, over the positions of a layer: both [E].
 
-    Keeps nothing but the logits for the backward pass: probabilities in float32 would take two more copies of them.
+    Keeps only the logits for the backward pass: probabilities in float32 would take twice as much as bfloat16 logits.
     """
 
     @staticmethod

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from raydpo.data.shapes import LayoutName
@@ -333,11 +334,16 @@ class _Oracle:
                     gap = float(np.abs(found - self.expected[case]).mean())
                     worst = max(worst, gap if np.isfinite(gap) else float("inf"))
         except Exception as error:
-            if is_out_of_memory(error):
+            if is_out_of_memory(error) or _broke(error):
                 raise
             # Architectures fail in any way on an unknown layout. Any error means that the layout is not supported.
             return f"{type(error).__name__}: {one_line(error, 160)}"
         return worst
+
+
+def _broke(error: Exception) -> bool:
+    """Whether another rank has ended, or does not answer: that says nothing of the layout."""
+    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
 
 
 def _twin(causal_lm: nn.Module) -> _Oracle | str:

@@ -76,13 +76,14 @@ class _Stored:
             if target.device.type == "cpu" and target.dtype == self.dtype:
                 self._fill(stream, target)
                 return
-            step = BLOCK // size
-            pinned = target.device.type == "cuda"
-            block = torch.empty(min(step, target.numel()), dtype=self.dtype, pin_memory=pinned)
-            for done in range(0, target.numel(), step):
-                piece = block[: min(step, target.numel() - done)]
-                self._fill(stream, piece)
-                target[done : done + piece.numel()].copy_(piece)
+            step, on_gpu = BLOCK // size, target.device.type == "cuda"
+            # Page-locked memory belongs to the current GPU, which in a new thread is the first one.
+            with torch.cuda.device(target.device) if on_gpu else contextlib.nullcontext():
+                block = torch.empty(min(step, target.numel()), dtype=self.dtype, pin_memory=on_gpu)
+                for done in range(0, target.numel(), step):
+                    piece = block[: min(step, target.numel() - done)]
+                    self._fill(stream, piece)
+                    target[done : done + piece.numel()].copy_(piece)
 
     def _fill(self, stream: Any, target: Tensor) -> None:
         left = memoryview(target.view(torch.uint8).numpy())

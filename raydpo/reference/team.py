@@ -25,7 +25,7 @@ from raydpo.errors import ModelError, ProcessLostError, RaydpoError, one_line
 from raydpo.model.budget import is_out_of_memory
 from raydpo.model.files import model_files
 from raydpo.model.layout import PromptGroup
-from raydpo.model.partition import Partition, join_process_group
+from raydpo.model.partition import Partition, join_process_group, leave_process_group
 from raydpo.model.sliced import Progress
 from raydpo.model.ulysses import SequenceGroup
 from raydpo.reference.members import Members, WithoutWordsError
@@ -40,10 +40,10 @@ LEAVE_S = 10.0
 SLOW_BYTES = 100 << 20
 """Bytes of the weights that are read and hashed a second, at the least. While the model is loaded, a process waits that much
 longer for the others."""
-_OF_ANOTHER = re.compile(
-    r"gloo|NCCL|CUDA error|ProcessGroup|Connection (closed|reset)|Broken pipe|timed? ?out", re.IGNORECASE
-)
-"""What a process says whose collective fails since another process has ended or does not answer, or whose GPU fails."""
+_ENDED = re.compile("connection (closed|reset)|broken pipe", re.IGNORECASE)
+"""What a process says whose collective fails since another process has ended."""
+_OF_ANOTHER = re.compile(f"gloo|nccl|CUDA error|ProcessGroup|timed? ?out|{_ENDED.pattern}", re.IGNORECASE)
+"""The same, or that another process does not answer, or that a GPU fails."""
 
 
 def open_scorer(
@@ -217,7 +217,7 @@ class TeamScorer:
         self.members.close()
         if dist.is_initialized():
             # In a thread, since NCCL may wait here for processes that have ended.
-            leaving = threading.Thread(target=dist.destroy_process_group, daemon=True)
+            leaving = threading.Thread(target=leave_process_group, daemon=True)
             leaving.start()
             leaving.join(LEAVE_S)
 
@@ -249,23 +249,24 @@ class TeamScorer:
         if not silent and (own := [cause for cause in causes if not _of_another(cause)]):
             told = "; ".join(f"{type(cause).__name__}: {one_line(cause, 300)}" for cause in own)
             return RaydpoError(f"a process of the scoring team failed: {told}")
-        told = silent[-1] if silent else f"{type(causes[0]).__name__}: {one_line(causes[0], 300)}"
+        first = next((cause for cause in causes if not _ENDED.search(str(cause))), causes[0])
+        told = silent[-1] if silent else f"{type(first).__name__}: {one_line(first, 300)}"
         if not silent and re.search("timed? ?out", told, re.IGNORECASE):
             told = f"a process did not answer for {PATIENCE.total_seconds() / 60:.3g} min ({told})"
         return ProcessLostError(f"the scoring team of {self._size} processes broke: {told}; run it again")
 
     def _no_room(self, error: BaseException) -> str:
-        what = "a forward pass does" if hasattr(self, "_scorer") else "the reference, or its first forward pass, does"
+        what = "a forward pass does not fit on one of the devices that compute it together"
+        if not hasattr(self, "_scorer"):
+            what = "the reference, or its first forward pass, does not fit on one of the devices that compute it together"
         mend = [] if self._partition.active else ["score.sequence_parallel higher"]
         mend += ["score.partition higher"] if self._partition.offload else ["score.partition higher", "score.offload=cpu"]
-        return (
-            f"{what} not fit on one of the devices that compute together: {str(error).splitlines()[0][:200]}. Set "
-            f"score.tokens_per_batch lower, or {', or '.join(mend)}"
-        )
+        said = str(error).splitlines()[0][:200]
+        return f"{what}: {said}. Set score.tokens_per_batch lower, or {', or '.join(mend)}"
 
 
 def _of_another(cause: BaseException) -> bool:
     """Whether ``cause`` says no more than that another process, or a device, failed."""
-    if isinstance(cause, (WithoutWordsError, OSError)):
+    if isinstance(cause, (WithoutWordsError, ConnectionError, TimeoutError)):
         return True
     return isinstance(cause, RuntimeError) and bool(_OF_ANOTHER.search(str(cause)))

@@ -73,7 +73,7 @@ def test_an_actor_that_lost_its_team_is_started_again_and_its_block_repeated(tol
     assert said == [0, 1] and starts == 2
     (line,) = lines
     assert line.startswith("warning: scoring: the worker on "), line
-    assert line.endswith(" died because the team broke; it is started again, 1 of 3 times"), line
+    assert line.endswith(" died because the team broke; it was started again, 1 of 3 times"), line
 
 
 def test_an_actor_that_dies_again_and_again_ends_the_work_with_how_often_and_why(told):

@@ -127,14 +127,15 @@ def change(directory, tensors_of, file="model.safetensors"):
 
 
 def converted(cases):
-    """As ``differences``, for llama files with a fused projection and a transposed one, and experts stored transposed."""
+    """As ``differences``, for llama files with fused, transposed and interleaved weights, and experts stored transposed."""
     from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-    from transformers.core_model_loading import Chunk, Transpose, WeightConverter
+    from transformers.core_model_loading import Chunk, Interleave, Transpose, WeightConverter
 
     targets = [f"self_attn.{name}_proj.weight" for name in "qko"]
     fused = WeightConverter("self_attn.fused.weight", targets, [Chunk(dim=0)])
     turned = WeightConverter("mlp.turned.weight", "mlp.up_proj.weight", [Transpose(0, 1)])
-    register_checkpoint_conversion_mapping("llama", [fused, turned], overwrite=True)
+    woven = WeightConverter("mlp.woven.weight", "mlp.gate_proj.weight", [Interleave(dim=0)])
+    register_checkpoint_conversion_mapping("llama", [fused, turned, woven], overwrite=True)
     experts = [f"mlp.experts.{name}" for name in ("gate_up_proj", "down_proj")]
     turned = [WeightConverter(name, name, [Transpose(1, 2, check_dims=True)]) for name in experts]
     register_checkpoint_conversion_mapping("qwen3_moe", turned, overwrite=True)
@@ -151,6 +152,7 @@ def test_conversions_of_whole_tensors_and_of_rows(tmp_path):
         for layer in (f"model.layers.{number}" for number in range(2)):
             parts = [tensors.pop(f"{layer}.self_attn.{name}_proj.weight") for name in "qko"]
             tensors[f"{layer}.self_attn.fused.weight"] = torch.cat(parts)
+            tensors[f"{layer}.mlp.woven.weight"] = tensors.pop(f"{layer}.mlp.gate_proj.weight")
             tensors[f"{layer}.mlp.turned.weight"] = tensors.pop(f"{layer}.mlp.up_proj.weight").t().contiguous()
         return tensors
 

@@ -4,6 +4,7 @@ import json
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,10 @@ from tiny import preferences, write_preferences
 
 from raydpo.config import load_config
 from raydpo.data.pieces import Sizes
-from raydpo.errors import DataError, FilesError, RaydpoError
+from raydpo.errors import ConfigError, DataError, FilesError, RaydpoError
 from raydpo.pipeline import score as score_module
 from raydpo.pipeline import stream, tokenised
+from raydpo.pipeline.partition import place_reference
 from raydpo.reference import shards
 from raydpo.reference.store import ReferenceCache
 from raydpo.storage.files import Storage
@@ -143,3 +145,18 @@ def test_a_model_without_a_row_for_a_token_is_refused_before_anything_is_scored(
 @pytest.mark.parametrize("setting", ["data.filter=copy == 0", "data.fraction=0.5"])
 def test_what_depends_on_all_pairs_is_not_streamed(run, setting):
     assert not stream.streams(run("other", setting))
+
+
+def test_a_reference_that_fits_nowhere_is_refused_only_where_something_is_missing(run, monkeypatch):
+    def refused(config, spec):
+        return replace(place_reference(config, spec), problem=ConfigError("it does not fit"))
+
+    config = run("nowhere")
+    with monkeypatch.context() as patch:
+        patch.setattr(score_module, "place_reference", refused)
+        with pytest.raises(ConfigError, match="it does not fit"):
+            score_module.score(config, Console())
+    assert score_module.score(config, Console()).scored > 0
+    with monkeypatch.context() as patch:
+        patch.setattr(score_module, "place_reference", refused)
+        assert score_module.score(config, Console()).hit_rate == 1

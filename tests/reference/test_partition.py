@@ -4,26 +4,38 @@ and the processes; and no more memory than promised."""
 from __future__ import annotations
 
 import dataclasses
+import pickle
+import re
+import threading
+import uuid
 from contextlib import nullcontext
 from datetime import timedelta
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
-from architectures import LONGEST, make_directories
+from architectures import LONGEST, make_directories, make_random
 from distributed import run_distributed
+from kernel import tiny_pairs
 from listed import make_listed
 from peft import LoraConfig, get_peft_model
 
+from raydpo.cluster.resources import Resources
+from raydpo.evaluation import drift
 from raydpo.model import sliced
-from raydpo.model.layout import PromptGroup
+from raydpo.model.layout import Method, PromptGroup
 from raydpo.model.load import load_causal_lm
 from raydpo.model.partition import Partition, join_process_group
-from raydpo.model.selfcheck import TOLERANCES
+from raydpo.model.selfcheck import TOLERANCES, CheckReport
 from raydpo.model.ulysses import SequenceGroup
+from raydpo.reference.build import _ScoreShard
 from raydpo.reference.identity import identify
 from raydpo.reference.score import ReferenceSpec, Scorer
+from raydpo.reference.shards import Wanted, plan_shards
+from raydpo.reference.store import ReferenceCache
 
 CPU = torch.device("cpu")
 VOCAB = 300
@@ -153,3 +165,159 @@ def test_two_replicas_of_two_ranks_that_share_positions(models, tmp_path):
         assert len(shares) == 2 and provenance["sequence_parallel"] == 2 and provenance["partition"] == 4
         _, wanted = alone(specs["llama"], pieces, shares)
         assert max(np.abs(one - two).mean() for one, two in zip(flat(got), wanted, strict=True)) < TOLERANCES[torch.float32]
+
+
+def divergences(policy, reference, partition):
+    join_process_group(CPU)
+    with mock.patch.object(drift, "CHUNK", 4 * VOCAB):  # so that long answers take more passes of the head than short ones
+        both = drift._Both(reference, policy=policy, device="cpu", partition=partition)
+        return both.score(drifting())
+
+
+def drifting():
+    return [PromptGroup(group.prompt, group.completions[:1]) for group in groups(5)]
+
+
+def test_exact_steps_of_two_models_in_one_team(models, tmp_path):
+    policy, reference = spec_of(models["llama"], "float32"), spec_of(models["qwen3_moe"], "float32")
+    (alone,) = run_distributed(divergences, 1, tmp_path / "one", policy, reference, Partition())
+    assert len(alone) == 5 and alone.min() > 0
+    for found in run_distributed(divergences, 2, tmp_path / "two", policy, reference, Partition(2)):
+        assert np.array_equal(found, alone)
+
+
+def held(model):
+    """Bytes of parameters that this rank has between passes."""
+    return sum(
+        parameter.ds_tensor.numel() * parameter.ds_tensor.element_size() + parameter.numel() * parameter.element_size()
+        for parameter in model.parameters()
+    )
+
+
+def memory(spec):
+    """Bytes of parameters on this rank: after loading, and the most at any moment of a few passes."""
+    join_process_group(CPU)
+    scorer = Scorer(spec, device="cpu", tokens_per_batch=BUDGET, partition=Partition(2))
+    loaded, most = held(scorer.model), 0
+
+    def look(*_):
+        nonlocal most
+        most = max(most, held(scorer.model))
+
+    for module in scorer.model.modules():
+        module.register_forward_pre_hook(look)  # after DeepSpeed's, which gathers
+        module.register_forward_hook(look)
+    scorer.score(groups())
+    layers = [sum(one.ds_numel for one in layer.parameters()) for layer in scorer.model.backbone.layers]
+    whole = sum(one.ds_numel for one in scorer.model.parameters())
+    largest = max(*layers, *(one.ds_numel for one in scorer.model.parameters()))
+    return loaded / 4, most / 4, held(scorer.model) / 4, whole, largest
+
+
+def test_a_rank_holds_its_part_and_what_it_computes_with(tmp_path):
+    """Numbers of elements, in a model of which a layer is a small part."""
+    model = make_random("llama", VOCAB, num_hidden_layers=12, hidden_size=64, intermediate_size=192)
+    model.save_pretrained(tmp_path / "model")
+    spec = spec_of(tmp_path / "model", "float32")
+    for loaded, most, after, whole, largest in run_distributed(memory, 2, tmp_path / "ranks", spec):
+        assert whole / 2 <= loaded <= 0.51 * whole + largest
+        assert after <= 0.51 * whole + largest
+        assert whole / 2 < most <= 0.55 * whole + 2 * largest
+
+
+def resident(spec):
+    """Bytes of this process, beyond those of its libraries: the most while it loads the model, and while it scores."""
+    join_process_group(CPU)
+    most, over = 0, threading.Event()
+
+    def now():
+        return int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+
+    def watch():
+        nonlocal most
+        while not over.wait(0.003):
+            most = max(most, now())
+
+    start = now()
+    threading.Thread(target=watch, daemon=True).start()
+    found = []
+
+    def checked(model, *_):  # the self-check gathers all weights some twenty times
+        nonlocal most
+        found.append(most - start)
+        most = 0
+        model.use(Method("tree", "sdpa"))
+        return CheckReport(model.method, "")
+
+    with mock.patch("raydpo.reference.score.choose_layout", checked):
+        scorer = Scorer(spec, device="cpu", tokens_per_batch=64, partition=Partition(2))
+    scorer.score(groups(4))
+    over.set()
+    return [*found, most - start], 4 * sum(parameter.ds_numel for parameter in scorer.model.parameters())
+
+
+@pytest.mark.slow
+def test_two_processes_need_little_more_than_half_the_memory_each(tmp_path):
+    """Without page cache, which the system takes back. Of a layer three copies exist for a moment, as gloo makes one."""
+    model = make_random(
+        "llama",
+        8192,
+        hidden_size=768,
+        intermediate_size=2048,
+        num_hidden_layers=36,
+        num_attention_heads=12,
+        num_key_value_heads=12,
+    )
+    assert sum(parameter.numel() for parameter in model.parameters()) > 250e6
+    model.save_pretrained(tmp_path / "model")
+    del model
+    for (loading, scoring), whole in run_distributed(
+        resident, 2, tmp_path / "ranks", spec_of(tmp_path / "model", "float32")
+    ):
+        assert loading <= 0.62 * whole and scoring <= 0.62 * whole, (loading / whole, scoring / whole)
+        assert loading > 0.4 * whole and scoring > 0.5 * whole, "or nothing was measured"
+
+
+def filled(uri, source, shards, spec, resources):
+    """Let an actor of its own score ``shards``. Runs without Ray."""
+    actor = _ScoreShard(source, spec, uri, uuid.uuid4().hex[:8], frozenset(), resources, BUDGET, [])
+    try:
+        rows = [actor(pa.table({"shard": [pickle.dumps(shard)]})).to_pylist()[0] for shard in shards]
+    finally:
+        actor.scorer.close()
+    return rows
+
+
+def contents(uri, spec):
+    """The directory, and the log-probs by key."""
+    cache = ReferenceCache.open(uri, spec.identity)
+    keys = cache.keys()
+    rows = cache.lookup(keys)["logps"].to_pylist()
+    return cache.directory, {key: np.array(row, np.float32) for key, row in zip(keys.to_pylist(), rows, strict=True)}
+
+
+def test_one_cache_whoever_fills_it(tiny_llama, tmp_path):
+    """One process, a team, a team with weights in host memory; begun by one and ended by another, and the reverse."""
+    spec, wanted = spec_of(tiny_llama, "float32"), Wanted([tiny_pairs(12)])
+    shards = list(plan_shards(wanted, 400))
+    one, team = (Resources(size, 0, 1, partition=size, on_one_machine=True) for size in (1, 2))
+    offloaded = dataclasses.replace(team, offload="cpu")
+    half = len(shards) // 2
+    ways = {
+        "one": [(one, shards)],
+        "team": [(team, shards)],
+        "one, then a team": [(one, shards[:half]), (offloaded, shards[half:])],
+        "a team, then one": [(offloaded, shards[:half]), (one, shards)],
+    }
+    found = {}
+    for name, steps in ways.items():
+        uri = str(tmp_path / name)
+        rows = [row for resources, some in steps for row in filled(uri, wanted.source, some, spec, resources)]
+        assert sum(row["completions"] for row in rows) == len(wanted), "each completion is scored once"
+        found[name] = contents(uri, spec)
+    directory, logps = found["one"]
+    assert logps.keys() == {completion.key for completion in wanted}
+    for name, (where, others) in found.items():
+        assert where == directory and others.keys() == logps.keys(), name
+        for key, values in others.items():
+            assert values.shape == logps[key].shape and np.abs(values - logps[key]).max() < 2e-6, name

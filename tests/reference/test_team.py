@@ -70,6 +70,8 @@ FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\n
         ([RuntimeError("shapes"), KILLED], ProcessLostError, "process 1 was ended by SIGKILL; run it again"),
         ([CLOSED], ProcessLostError, "Connection closed by peer; run it again"),
         ([RuntimeError("CUDA error: uncorrectable ECC error encountered")], ProcessLostError, "ECC error encountered"),
+        ([CLOSED, RuntimeError("CUDA error: ECC"), CLOSED], ProcessLostError, "broke: RuntimeError: CUDA error: ECC; run"),
+        ([CLOSED, FileNotFoundError("no weights")], RaydpoError, "failed: FileNotFoundError: no weights"),
         ([BrokenPipeError(), KILLED], ProcessLostError, "process 1 was ended by SIGKILL"),
         ([CLOSED, ModelError("the reason")], ModelError, "the reason"),
         ([CLOSED, KILLED, FULL], RaydpoError, "tokens_per_batch lower, or score.partition higher, or score.offload=cpu"),
