@@ -183,7 +183,7 @@ def test_exact_steps_of_two_models_in_one_team(models, tmp_path):
     (alone,) = run_distributed(divergences, 1, tmp_path / "one", policy, reference, Partition())
     assert len(alone) == 5 and alone.min() > 0
     for found in run_distributed(divergences, 2, tmp_path / "two", policy, reference, Partition(2)):
-        assert np.array_equal(found, alone)
+        assert np.abs(found - alone).max() < 1e-6  # products of four rows depend on where weights begin in memory
 
 
 def held(model):
@@ -296,8 +296,10 @@ def contents(uri, spec):
     return cache.directory, {key: np.array(row, np.float32) for key, row in zip(keys.to_pylist(), rows, strict=True)}
 
 
-def test_one_cache_whoever_fills_it(tiny_llama, tmp_path):
-    """One process, a team, a team with weights in host memory; begun by one and ended by another, and the reverse."""
+def test_one_cache_whoever_fills_it(tiny_llama, tmp_path, monkeypatch):
+    """Begun by one process and ended by a team, and begun by a team with weights in host memory and ended by one process."""
+    for name, value in (("LOCAL_RANK", "0"), ("DS_ACCELERATOR", "cpu")):  # which a team sets, and this process outlives it
+        monkeypatch.setenv(name, value)
     spec, wanted = spec_of(tiny_llama, "float32"), Wanted([tiny_pairs(12)])
     shards = list(plan_shards(wanted, 400))
     one, team = (Resources(size, 0, 1, partition=size, on_one_machine=True) for size in (1, 2))
@@ -305,8 +307,7 @@ def test_one_cache_whoever_fills_it(tiny_llama, tmp_path):
     half = len(shards) // 2
     ways = {
         "one": [(one, shards)],
-        "team": [(team, shards)],
-        "one, then a team": [(one, shards[:half]), (offloaded, shards[half:])],
+        "one, then a team": [(one, shards[:half]), (team, shards[half:])],
         "a team, then one": [(offloaded, shards[:half]), (one, shards)],
     }
     found = {}
