@@ -42,10 +42,9 @@ def auto_class(config: Any) -> Any:
 
     package = MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.get(config.model_type)
     alone = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
-    runs_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}) and not type(
-        config
-    ).__module__.startswith("transformers.")
-    if package is None or runs_code or (alone is not None and package not in (config.architectures or ())):
+    own_code = not type(config).__module__.startswith("transformers.")
+    brings_class = own_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if package is None or brings_class or (alone is not None and package not in (config.architectures or ())):
         return AutoModelForCausalLM
     return AutoModelForMultimodalLM
 

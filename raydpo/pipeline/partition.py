@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from raydpo.cluster.nodes import nodes_with
@@ -95,7 +96,7 @@ def place_reference(config: Config, spec: ReferenceSpec) -> Placed:
     if resources.device == "cpu":
         return replace(quick, warnings=tuple(_on_cpus(config, resources, size)))
     untouched = wish.partition in ("auto", 1) and wish.offload in ("auto", None)
-    if untouched and size <= SMALL:
+    if untouched and (size <= SMALL or _stored_quantized(spec)):
         return quick
     try:
         room = _room(config, resources, cost)
@@ -138,7 +139,7 @@ def place_here(config: Config, spec: ReferenceSpec) -> Partition:
     wish, count = config.score, torch.cuda.device_count()
     offload = None if wish.offload == "auto" else wish.offload
     size = 1 if wish.partition == "auto" else wish.partition
-    if not count or (size == 1 and offload is None and _model_bytes(spec) <= SMALL):
+    if not count or (size == 1 and offload is None and (_model_bytes(spec) <= SMALL or _stored_quantized(spec))):
         return Partition(size, offload)
     if size > count:
         raise ConfigError(
@@ -157,6 +158,12 @@ def _model_bytes(spec: ReferenceSpec) -> int:
     """Bytes of the weights in the precision of scoring."""
     parameters = model_cost(spec.path, spec.trust_remote_code).parameters
     return parameters * {"float32": 4, "bfloat16": 2}[spec.identity.dtype]
+
+
+def _stored_quantized(spec: ReferenceSpec) -> bool:
+    """Whether the files hold quantized weights, such as FP8: their bytes are not known here, and a team refuses them."""
+    config = json.loads((Path(spec.path) / "config.json").read_text(encoding="utf-8"))
+    return bool({"quantization_config", "compression_config"} & config.keys())
 
 
 def _asked_of(config: Config, spec: ReferenceSpec) -> dict[str, Any]:

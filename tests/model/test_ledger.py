@@ -12,7 +12,7 @@ from raydpo.errors import ConfigError, ModelError
 from raydpo.model.memory.activations import Batch, head_backward, head_forward, layer_memory
 from raydpo.model.memory.adapters import adapters_of
 from raydpo.model.memory.anatomy import EMBEDDING, HEAD, Anatomy
-from raydpo.model.memory.ledger import estimate_memory, trained_numbers
+from raydpo.model.memory.ledger import adapters_line, estimate_memory, trained_numbers
 
 MODEL = ModelConfig(path="m")
 BATCH = Batch.of_pairs([(4096, 2048, 2048)])
@@ -240,6 +240,7 @@ def test_adapters_on_128_experts_by_hand(pytestconfig):
     attention = 16 * (2 * (2048 + 4096) + 2 * (2048 + 512))
     model = ModelConfig(path="m", lora=LoraSettings(r=16))
     assert sum(trained_numbers(anatomy, model)) == 48 * (experts + attention) == 994_836_480
+    assert adapters_line(anatomy, model) == "adapters: attention, experts; spared: router"
     router = ModelConfig(path="m", lora=LoraSettings(r=16, target_parameters=("mlp.gate.weight",)))
     assert sum(trained_numbers(anatomy, router)) == 994_836_480 + 48 * 16 * (2048 + 128)
     spared = ModelConfig(path="m", lora=LoraSettings(r=16, exclude_modules=("experts",)))

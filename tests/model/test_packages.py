@@ -157,3 +157,10 @@ def test_a_small_copy_has_one_layer_in_each_other_part(package):
     model = load_causal_lm(package("gemma3"), "bfloat16", rope_length=None)
     copy = small_copy(model, 2).causal_lm
     assert len(copy.model.vision_tower.encoder.layers) == 1 < len(model.model.vision_tower.encoder.layers)
+
+
+def test_a_placeholder_of_an_image_in_the_data_is_no_fault_of_a_layout(package):
+    """Gemma 4's own class embeds padding in its place, and its text model the token."""
+    model = load_causal_lm(package("gemma4"), "float32", rope_length=None)
+    ids = np.array([5, 6, model.config.image_token_id, 7, 8, 9, 10, 11], np.int32)
+    assert choose_layout(LogpModel(model), CPU, rows=[PromptGroup(ids, (ids, ids[::-1]))]).method.layout == "tree"

@@ -11,7 +11,7 @@ from torch import nn
 from raydpo.config import LoraSettings
 from raydpo.errors import ModelError
 from raydpo.model.layout import Method
-from raydpo.model.load import add_lora
+from raydpo.model.load import add_lora, load_causal_lm
 from raydpo.model.logps import LogpModel
 from raydpo.model.recall import Recall
 from raydpo.model.recurrent import BUCKETS, Rows, find_mixers
@@ -179,3 +179,24 @@ def test_layers_that_compute_again_take_the_rows_of_their_pack(name):
     assert gradients[0].keys() == gradients[1].keys()
     for key, value in gradients[0].items():
         assert torch.allclose(value, gradients[1][key], atol=1e-6), key
+
+
+@pytest.mark.parametrize("name", ["granitemoehybrid", pytest.param("zamba2", marks=pytest.mark.slow)])
+def test_a_trained_model_is_saved_and_loaded(name, tmp_path):
+    """Trained in the tree, it gives its log-probs again when it is loaded, in padded rows too."""
+    model = LogpModel(make_random(name, VOCAB))
+    choose_layout(model, CPU)
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    before = flat(model.score(groups(), CPU))
+    for _ in range(2):
+        model(model.lay_out(groups())).mean().neg().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    trained = flat(model.score(groups(), CPU))
+    assert np.abs(trained - before).mean() > 0.1
+    model.policy.save_pretrained(tmp_path)
+    loaded = LogpModel(load_causal_lm(tmp_path, "float32", rope_length=None))
+    for layout in ("padded", "tree"):
+        choose_layout(loaded, CPU, layout)
+        assert np.abs(flat(loaded.score(groups(), CPU)) - trained).max() < 2e-5

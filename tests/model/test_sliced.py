@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from architectures import ARCHITECTURES, LONGEST, make_directories, make_random
+from architectures import ARCHITECTURES, HYBRIDS, LONGEST, MORE_MIXTURES, make_directories, make_random
 from distributed import run_distributed
+from packages import FAMILIES, make_package
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
@@ -67,13 +68,19 @@ def check(found):
 
 
 SEVERAL = ("llama", "llama-tied", "gemma2", "gpt2", "mixtral", "ernie4_5_moe", "gpt_oss", "qwen3_next", "phi3-longrope")
+ALL = (*ARCHITECTURES, *MORE_MIXTURES, *HYBRIDS)
 
 
-@pytest.mark.parametrize("names", [SEVERAL, pytest.param(tuple(ARCHITECTURES), marks=pytest.mark.slow)], ids=["some", "all"])
-def test_architectures_have_the_same_bits(names, tmp_path):
-    """Tied weights, experts stored one by one, fused and renamed weights; float32 files in either precision, and weights
-    that stay in float32 when the others are rounded (``ernie4_5_moe``)."""
+@pytest.mark.parametrize(
+    ("names", "families"),
+    [(SEVERAL, ("gemma3", "qwen3_vl_moe")), pytest.param(ALL, tuple(FAMILIES), marks=pytest.mark.slow)],
+    ids=["some", "all"],
+)
+def test_architectures_have_the_same_bits(names, families, tmp_path):
+    """Tied weights, experts stored one by one, fused and renamed weights; float32 files in either precision; weights that
+    stay in float32 when the others are rounded (``ernie4_5_moe``); vision-language packages."""
     directories = make_directories(names, tmp_path / "models", VOCABULARY)
+    directories |= {family: make_package(tmp_path / "models" / family, family) for family in families}
     cases = [(one, dtype, {}) for one in directories.values() for dtype in ("float32", "bfloat16")]
     check(run_distributed(differences, 2, tmp_path / "ranks", cases))
 

@@ -1,6 +1,7 @@
 """How a command puts the reference on a cluster's devices, by a list of nodes in place of Ray's."""
 
 import functools
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -179,3 +180,14 @@ def test_answers_need_a_whole_model_on_each_gpu(place):
     check_alone(config, spec, "answers of the policy")
     _, config, spec = place([(8, "H100")], quantization="4bit")
     check_alone(config, spec, "answers of the policy")
+
+
+def test_weights_that_are_stored_quantized_are_left_whole(place, monkeypatch, tmp_path):
+    """Their bytes are fewer than their numbers tell, and a team refuses them."""
+    monkeypatch.setattr(module, "_stored_quantized", lambda spec: True)
+    placed, *_ = place([(8, "H100")])
+    assert placed.config.score.partition == 1 and placed.problem is None
+    monkeypatch.undo()
+    for stored, quantized in (({}, False), ({"quantization_config": {"quant_method": "fp8"}}, True)):
+        (tmp_path / "config.json").write_text(json.dumps(stored))
+        assert module._stored_quantized(SimpleNamespace(path=str(tmp_path))) is quantized

@@ -17,7 +17,7 @@ from raydpo.training.policy.host_memory import HostPeak
 
 M_MMAP_THRESHOLD = -3
 MOST = 0.62
-"""Of the bytes of the model, by each of two processes, libraries apart."""
+"""Largest share of the model's bytes that each of two processes may hold, libraries apart."""
 
 
 def large_model(directory, layers):

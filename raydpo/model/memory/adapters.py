@@ -10,7 +10,7 @@ from torch import nn
 
 from raydpo.config import LoraSettings
 from raydpo.errors import ConfigError, reason
-from raydpo.model.memory.anatomy import Anatomy, Weight
+from raydpo.model.memory.anatomy import REST, Anatomy, Weight
 
 __all__ = ["Adapter", "Adapters", "Trained", "adapters_of"]
 
@@ -126,4 +126,4 @@ def _place(name: str, places: dict[str, int]) -> int:
     home = name.removeprefix("base_model.model.").replace(".base_layer", "")
     while home and home not in places:
         home = home.rpartition(".")[0]
-    return places.get(home, Anatomy.REST)
+    return places.get(home, REST)

@@ -12,7 +12,7 @@ import re
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -69,8 +69,6 @@ class Anatomy:
         tied: whether head and embedding share one weight.
         softcap: whether logits are capped, which needs a second chunk of them.
     """
-
-    REST: ClassVar[int] = REST
 
     weights: tuple[Weight, ...]
     layers: int
