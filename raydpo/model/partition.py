@@ -35,7 +35,7 @@ __all__ = [
 OWN_PAGES = 1 << 20
 """Bytes from which an array on a CPU has pages of its own."""
 _M_MMAP_THRESHOLD = -3
-"""Of glibc's malloc.h."""
+"""Number of the parameter in glibc's malloc.h."""
 _HELD = -1
 """A number that is no module's."""
 
