@@ -16,7 +16,7 @@ from raydpo.errors import ConfigError
 from raydpo.estimate.cards import MEMORY, PER_MACHINE, is_card, link_of
 from raydpo.estimate.checked import CheckedDevice, read_check
 from raydpo.estimate.modes import Fit, Modes, Question, compare_modes
-from raydpo.estimate.plan import PAIRS_PER_RANK, Plan, Rates, Stage, make_plan, sample_pairs
+from raydpo.estimate.plan import PAIRS_PER_RANK, Plan, Rates, Stage, check_numbers, make_plan, sample_pairs
 from raydpo.estimate.rate import measured_rates, stated_rates
 from raydpo.estimate.tokenising import Tokenising
 from raydpo.estimate.work import lengths_of
@@ -58,6 +58,7 @@ def plan_run(
         ConfigError: if an argument is out of range or a device is unknown.
         ModelError: if a model's files do not tell its sizes.
     """
+    check_numbers(workers, price, runs)
     model, reference = (
         model_cost(resolve_model(path), config.model.trust_remote_code)
         for path in (config.model.path, config.reference_path)

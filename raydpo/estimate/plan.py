@@ -36,6 +36,7 @@ __all__ = [
     "Plan",
     "Rates",
     "Stage",
+    "check_numbers",
     "make_plan",
     "operations",
     "sample_pairs",
@@ -164,6 +165,17 @@ def training_factors(train: TrainConfig, lora: bool) -> tuple[float, float, floa
     return (2.0 if lora else 3.0) + again + before, 3.0 + again + before, (2.0 if lora else 4.0) + before
 
 
+def check_numbers(workers: int | None, price: float | None, runs: int | None) -> None:
+    """Refuse arguments of ``make_plan`` that are too small.
+
+    Raises:
+        ConfigError: if one is.
+    """
+    for name, value, least in (("--workers", workers, 1), ("--runs", runs, 1), ("--price", price, 0)):
+        if value is not None and not value >= least:
+            raise ConfigError(f"{name} is {value:g}; at least {least} is expected")
+
+
 def make_plan(
     config: Config,
     sets: PairSets,
@@ -190,9 +202,7 @@ def make_plan(
     Raises:
         ConfigError: if a number is out of range.
     """
-    for name, value, least in (("--workers", workers, 1), ("--runs", runs, 1), ("--price", price, 0)):
-        if value is not None and not value >= least:
-            raise ConfigError(f"{name} is {value:g}; at least {least} is expected")
+    check_numbers(workers, price, runs)
     train = config.train
     layout: LayoutName = "tree" if config.model.layout == "auto" else config.model.layout
     together = train.sequence_parallel

@@ -178,6 +178,8 @@ def test_an_objective_without_a_reference_has_no_reference_pass(data):
 def test_numbers_out_of_range(data, settings, named):
     with pytest.raises(ConfigError, match=named):
         plan(data, **settings)
+    with pytest.raises(ConfigError, match=named):
+        plan_run(*data, memory=16, **settings)
 
 
 @pytest.mark.parametrize(
