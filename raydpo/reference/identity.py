@@ -276,7 +276,8 @@ def proved_here(spec: Any, *, prove: bool = True) -> Iterator[None]:
     if here != spec.identity:
         raise ModelError(
             f"{spec.path} on {platform.node()} is another model than where the run was started: "
-            f"{'; '.join(here.differences(spec.identity))}"
+            f"{'; '.join(here.differences(spec.identity))}; give all machines the same files, leave them unchanged, and run "
+            "it again"
         )
 
 
