@@ -40,8 +40,8 @@ class ScoreConfig(Section):
     tokens_per_batch: Literal["auto"] | Annotated[Int, Field(ge=1)] = "auto"
     """Token positions of one forward pass, shared prefixes counted once; auto = as many as fit, measured at start."""
     tokens_per_part: Int = Field(default=262144, ge=1)
-    """Tokens scored between two commits: the most that an actor can lose if it is killed. With score.partition, for
-    each worker of the actor that scores by itself."""
+    """Tokens scored between two commits: the most that an actor can lose if it is killed. A team (score.partition)
+    scores as many for each of its workers; those that share positions count as one."""
     dtype: Dtype | None = None
     """Precision of the reference; null = model.dtype."""
     sequence_parallel: Int = Field(default=1, ge=1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["DEVICES", "MEMORY", "is_card", "known_memory", "known_peak", "link_of"]
+__all__ = ["DEVICES", "MEMORY", "PER_MACHINE", "is_card", "known_memory", "known_peak", "link_of"]
 
 _DATA_SHEETS = {  # peak TFLOP/s, GiB of memory
     "H100": (989.4, 80),
@@ -24,6 +24,9 @@ CARDS = {"H100 PCIe": 756.0, "H100 NVL": 835.0, "H200 NVL": 835.0}
 """The same for cards whose name begins with a name in ``DEVICES``, from NVIDIA's data sheets."""
 MEMORY = {name: size for name, (_, size) in _DATA_SHEETS.items()}
 """GiB of memory, from the same data sheets. A program gets less of it (``ledger.USABLE``)."""
+
+PER_MACHINE = 8
+"""GPUs of a machine that are assumed where none is known."""
 
 _PCIE_3, _PCIE_4, _PCIE_5 = ("PCIe 3", 9.0, 12.0), ("PCIe 4", 18.0, 25.0), ("PCIe 5", 35.0, 50.0)
 _LINKS = {

@@ -13,7 +13,7 @@ from raydpo.data.pairs import PairSets
 from raydpo.data.shapes import Shapes
 from raydpo.data.simulate import NAIVE_PAIRS, Simulation
 from raydpo.errors import ConfigError
-from raydpo.estimate.cards import MEMORY, is_card, link_of
+from raydpo.estimate.cards import MEMORY, PER_MACHINE, is_card, link_of
 from raydpo.estimate.checked import CheckedDevice, read_check
 from raydpo.estimate.modes import Fit, Modes, Question, compare_modes
 from raydpo.estimate.plan import PAIRS_PER_RANK, Plan, Rates, Stage, make_plan, sample_pairs
@@ -106,10 +106,6 @@ DEVICE = "H100"
 """Device whose memory is assumed if none is named."""
 
 
-PER_MACHINE = 8
-"""GPUs of a machine that are assumed if there are as many workers."""
-
-
 def _reference(
     config: Config,
     sets: PairSets,
@@ -131,10 +127,11 @@ def _reference(
     adapter = config.reference_adapter and resolve_model(config.reference_adapter)
     dtype = config.model.dtype if wish.dtype is None else wish.dtype
     width = "bfloat16" if dtype == "auto" else dtype
+    share = min(1.0, wish.gpus_per_worker or 1.0)
     room = ScoringRoom(
         name=device,
-        device_bytes=(MEMORY[device] if memory is None else memory) * 2**30 * min(1.0, wish.gpus_per_worker or 1.0),
-        per_machine=min(PER_MACHINE, wish.workers),
+        device_bytes=(MEMORY[device] if memory is None else memory) * 2**30 * share,
+        per_machine=min(PER_MACHINE, wish.workers) if share == 1 else 1,  # workers that share a GPU are no team
         links=Links(name=kind, gather=gather, host=host, seconds=cost.position_flops / rates.score),
     )
     try:

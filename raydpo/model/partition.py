@@ -37,7 +37,7 @@ OWN_PAGES = 1 << 20
 _M_MMAP_THRESHOLD = -3
 """Number of the parameter in glibc's malloc.h."""
 _HELD = -1
-"""A number that is no module's."""
+"""Stands for the block of ``whole`` among the numbers of modules that use a parameter, which begin at 0."""
 
 
 @dataclass(frozen=True)

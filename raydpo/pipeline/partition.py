@@ -18,7 +18,7 @@ from raydpo.cluster.nodes import nodes_with
 from raydpo.cluster.resources import Resources, resources_for
 from raydpo.config import Config
 from raydpo.errors import ConfigError
-from raydpo.estimate.cards import DEVICES, is_card, known_memory, link_of
+from raydpo.estimate.cards import DEVICES, PER_MACHINE, is_card, known_memory, link_of
 from raydpo.estimate.rate import stated_rates
 from raydpo.model.cost import ModelCost
 from raydpo.model.memory.anatomy import Anatomy, model_cost
@@ -28,12 +28,10 @@ from raydpo.model.partition import Partition
 from raydpo.reference.score import ReferenceSpec
 from raydpo.terminal.console import Console
 
-__all__ = ["Placed", "check_alone", "place_here", "place_reference", "with_partition"]
+__all__ = ["Placed", "check_alone", "place_here", "place_reference"]
 
 SMALL = 2 * 2**30
 """Bytes of weights that every GPU holds."""
-PER_MACHINE = 8
-"""GPUs of a machine that are assumed where the cluster has not started any yet."""
 ANSWER_SECONDS = 120.0
 """Longest time in seconds for a node to start a process and answer."""
 
@@ -69,17 +67,6 @@ class Placed:
             console.say(line)
 
 
-def with_partition(config: Config, spec: ReferenceSpec, console: Console) -> Config:
-    """The configuration with ``score.partition`` and ``score.offload`` decided for the connected Ray cluster.
-
-    Raises:
-        ConfigError: if the reference cannot be scored there; it says what would do.
-    """
-    placed = place_reference(config, spec)
-    placed.tell(console)
-    return placed.config
-
-
 def place_reference(config: Config, spec: ReferenceSpec) -> Placed:
     """Decide for the connected Ray cluster.
 
@@ -101,7 +88,8 @@ def place_reference(config: Config, spec: ReferenceSpec) -> Placed:
     try:
         room = _room(config, resources, cost)
         if room is None:
-            return replace(quick, warnings=(_unknown(size, spec),))
+            decided = wish.partition != "auto" or wish.offload == "cpu"
+            return quick if decided else replace(quick, warnings=(_unknown(size, spec),))
         if untouched and size <= USABLE / 2 * room.device_bytes:
             return quick
         return _choose(config, spec, room)
@@ -149,7 +137,8 @@ def place_here(config: Config, spec: ReferenceSpec) -> Partition:
     properties = [torch.cuda.get_device_properties(each) for each in range(count)]
     memory = min(float(each.total_memory) for each in properties)
     room = ScoringRoom(name=properties[0].name, device_bytes=memory, per_machine=count, host_bytes=_free_memory())
-    here = config.model_copy(update={"score": wish.model_copy(update={"workers": count})})
+    workers = count if wish.partition == "auto" else wish.partition
+    here = config.model_copy(update={"score": wish.model_copy(update={"workers": workers})})
     choice = choose_partition(Anatomy.of(spec.path, spec.trust_remote_code), here.score, room, **_asked_of(config, spec))
     return Partition(choice.partition, choice.offload)
 

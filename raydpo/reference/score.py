@@ -253,7 +253,7 @@ class Scorer:
         ]
 
     def shares(self, groups: Sequence[PromptGroup]) -> list[list[MicroBatch]]:
-        """Micro-batches of each replica of a team with parted weights, as indices into ``groups``: equally many of each."""
+        """Micro-batches of each replica of a team with partitioned weights, as indices into ``groups``; each has as many."""
         replicas, most = dist.get_world_size() // self._size, self.tokens_per_batch * self._size
         how = {"world_size": replicas, "tokens_per_batch": most, "layout": self.model.method.layout}
         return split_over_ranks(range(len(groups)), lambda rows: shapes_of([groups[row] for row in rows]), **how)

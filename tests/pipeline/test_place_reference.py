@@ -12,7 +12,7 @@ from raydpo.config import load_config
 from raydpo.errors import ConfigError
 from raydpo.model.memory.anatomy import Anatomy
 from raydpo.pipeline import partition as module
-from raydpo.pipeline.partition import check_alone, place_reference, with_partition
+from raydpo.pipeline.partition import check_alone, place_reference
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 GIB = 2**30
@@ -66,14 +66,14 @@ def place(tmp_path, monkeypatch):
 
 def test_a_team_is_made_where_one_gpu_cannot_hold_the_reference(place):
     """70B in bfloat16 on a machine with 8 cards of 80 GiB: two teams of four."""
-    placed, config, spec = place([(8, "H100")])
+    placed, *_ = place([(8, "H100")])
     assert (placed.config.score.partition, placed.config.score.offload) == (4, None)
     assert (placed.resources.partition, placed.resources.teams, placed.resources.bundle) == (4, 2, {"CPU": 4, "GPU": 4.0})
     (line,) = placed.lines
     assert "141.1 GB in bfloat16; score.partition=4: 32.9 GiB of weights and 3.9 GiB gathered on each of 4 x H100" in line
     assert "65,536 positions fit; gathers 2 % of the time (350 GB/s by NVLink, assumed)" in line
     said = Said()
-    assert with_partition(config, spec, said).score.partition == 4
+    placed.tell(said)
     assert said.lines == [line] and not said.warnings
 
 
@@ -150,6 +150,8 @@ def test_a_cluster_that_starts_nodes_on_demand_has_no_card_to_ask(place):
     placed.tell(said)
     assert placed.config.score.partition == 1
     assert "each GPU must hold the whole reference, 141.1 GB in bfloat16. Set score.accelerator" in said.warnings[0]
+    for decided in (["score.partition=4"], ["score.offload=cpu"]):
+        assert not place([], *grows, *decided)[0].warnings
 
 
 def test_cpus_hold_the_reference_whole_and_a_node_too_small_is_a_warning(place):

@@ -19,6 +19,7 @@ from torch import nn
 
 from raydpo.errors import FilesError, reason
 from raydpo.model.cost import ModelCost, first
+from raydpo.model.head import SOFTCAPS
 from raydpo.model.mixture import expert_blocks
 from raydpo.model.package import auto_class, other_parameters
 from raydpo.model.router import lacks_router_loss
@@ -162,7 +163,7 @@ class Anatomy:
             inner=inner,
             gated=any(re.search(r"gate_proj|gate_up|\.w3\.", each.name) for each in weights if each.place != OTHER),
             tied=tied,
-            softcap=bool(getattr(config, "final_logit_softcapping", None)),
+            softcap=any(getattr(config, name, None) for name in SOFTCAPS),
             experts_used=experts_used,
             routed=routed,
             source=(type(model), model.config),

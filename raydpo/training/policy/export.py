@@ -102,8 +102,7 @@ def export_policy(
         note(
             f"warning: final/merged was not written: merging takes {check.told_memory}; to do it later, load final with "
             f"{_loader(engine.module.causal_lm)} on a machine with that memory, then merge_and_unload() and "
-            "save_pretrained()"
-            + (_UNTIE_FIRST if tied and changes_an_end else "")
+            "save_pretrained()" + (_UNTIE_FIRST if tied and changes_an_end else "")
         )
         return
     # Merge into the stored weights, not into those that were quantized for training.
