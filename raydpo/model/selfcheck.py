@@ -33,6 +33,7 @@ from raydpo.model.recall import Recall
 from raydpo.model.recurrent import find_mixers
 from raydpo.model.rotary import fix_rotary
 from raydpo.model.segments import Body
+from raydpo.model.sliced import not_partitioned
 from raydpo.model.ulysses import SequenceGroup
 
 __all__ = [
@@ -378,7 +379,9 @@ def small_copy(causal_lm: nn.Module, layers: int) -> LogpModel:
     if getattr(text, "vocab_size_per_layer_input", None):  # Gemma 3n and 4 have a second table of embeddings
         text.vocab_size_per_layer_input = TWIN_VOCABULARY
     shrink_others(config)
-    with torch.random.fork_rng(devices=[]):
+    # In a package transformers makes the text model by a way of its own, which partitions weights under ZeRO-3
+    # (transformers 5.23, ``modeling_utils.py``, ``_from_config``).
+    with torch.random.fork_rng(devices=[]), not_partitioned():
         torch.manual_seed(0)
         while True:
             try:
