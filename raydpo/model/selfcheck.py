@@ -137,13 +137,19 @@ def _try_layouts(model: LogpModel, device: torch.device, wish: Wish, rows: Seque
 
     def found(method: Method, demands: set[Demand]) -> CheckReport:
         model.use(method)
-        return CheckReport(method, _line(model, method, gaps, tolerance, demands))
+        line = _line(model, method, gaps, tolerance, demands)
+        if untried and method != PADDED:
+            line = (
+                f"warning: {line.removeprefix('warning: ')}; whether a layer carries a state from token to token could not "
+                f"be tried ({untried}): if one does, set model.layout=padded"
+            )
+        return CheckReport(method, line)
 
-    report = None
+    report, untried = None, ""
     if wish != "padded":
         # Before any layout is tried: with weights as small as those of a new model, the check hardly sees what the state of
         # one completion does to the next.
-        mixers = _mixers(model, twin)
+        mixers, untried = _mixers(model, twin)
         for each in [model, *([twin.model] if isinstance(twin, _Oracle) else [])]:
             each.wrap_mixers(mixers)
         report = first_exact(["tree", "packed"] if wish == "auto" else [wish])
@@ -285,16 +291,16 @@ def _demands(model: LogpModel, device: torch.device) -> set[Demand]:
     return found
 
 
-def _mixers(model: LogpModel, twin: _Oracle | str | None) -> set[str]:
-    """Names of the classes of layers that mix positions outside attention; none if they cannot be found."""
+def _mixers(model: LogpModel, twin: _Oracle | str | None) -> tuple[set[str], str]:
+    """Names of the classes of layers that mix positions outside attention, and why that could not be tried, or nothing."""
     try:
         small = twin.model if isinstance(twin, _Oracle) else small_copy(model.causal_lm, TWIN_LAYERS)
         small.use(Method("tree", "sdpa"))
-        return find_mixers(small.backbone)
+        return find_mixers(small.backbone), ""
     except Exception as error:  # a model's own code may fail in any way; the model is then computed as if it had none
         if is_out_of_memory(error):
             raise
-        return set()
+        return set(), f"{type(error).__name__}: {one_line(error, 160)}"
 
 
 def _line(model: LogpModel, method: Method, gaps: dict[str, float | str], tolerance: float, demands: set[Demand]) -> str:

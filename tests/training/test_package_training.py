@@ -83,7 +83,7 @@ def check_families(families, lora, zero, world_size, tmp_path):
     return results
 
 
-@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("lora", [pytest.param(None, marks=pytest.mark.slow), LORA], ids=["full", "lora"])
 def test_an_exported_package_is_the_policy_and_has_the_vision_tower_it_began_with(lora, tmp_path):
     check_families(QUICK, lora, 2, 1, tmp_path)
 
