@@ -33,6 +33,7 @@ from raydpo.model.recall import Recall
 from raydpo.model.recurrent import find_mixers
 from raydpo.model.rotary import fix_rotary
 from raydpo.model.segments import Body
+from raydpo.model.sliced import not_partitioned
 from raydpo.model.ulysses import SequenceGroup
 
 __all__ = [
@@ -136,13 +137,19 @@ def _try_layouts(model: LogpModel, device: torch.device, wish: Wish, rows: Seque
 
     def found(method: Method, demands: set[Demand]) -> CheckReport:
         model.use(method)
-        return CheckReport(method, _line(model, method, gaps, tolerance, demands))
+        line = _line(model, method, gaps, tolerance, demands)
+        if untried and method != PADDED:
+            line = (
+                f"warning: {line.removeprefix('warning: ')}; whether a layer carries a state from token to token could not "
+                f"be tried ({untried}): if one does, set model.layout=padded"
+            )
+        return CheckReport(method, line)
 
-    report = None
+    report, untried = None, ""
     if wish != "padded":
         # Before any layout is tried: with weights as small as those of a new model, the check hardly sees what the state of
         # one completion does to the next.
-        mixers = _mixers(model, twin)
+        mixers, untried = _mixers(model, twin)
         for each in [model, *([twin.model] if isinstance(twin, _Oracle) else [])]:
             each.wrap_mixers(mixers)
         report = first_exact(["tree", "packed"] if wish == "auto" else [wish])
@@ -284,16 +291,16 @@ def _demands(model: LogpModel, device: torch.device) -> set[Demand]:
     return found
 
 
-def _mixers(model: LogpModel, twin: _Oracle | str | None) -> set[str]:
-    """Names of the classes of layers that mix positions outside attention; none if they cannot be found."""
+def _mixers(model: LogpModel, twin: _Oracle | str | None) -> tuple[set[str], str]:
+    """Names of the classes of layers that mix positions outside attention, and why that could not be tried, or nothing."""
     try:
         small = twin.model if isinstance(twin, _Oracle) else small_copy(model.causal_lm, TWIN_LAYERS)
         small.use(Method("tree", "sdpa"))
-        return find_mixers(small.backbone)
+        return find_mixers(small.backbone), ""
     except Exception as error:  # a model's own code may fail in any way; the model is then computed as if it had none
         if is_out_of_memory(error):
             raise
-        return set()
+        return set(), f"{type(error).__name__}: {one_line(error, 160)}"
 
 
 def _line(model: LogpModel, method: Method, gaps: dict[str, float | str], tolerance: float, demands: set[Demand]) -> str:
@@ -378,7 +385,9 @@ def small_copy(causal_lm: nn.Module, layers: int) -> LogpModel:
     if getattr(text, "vocab_size_per_layer_input", None):  # Gemma 3n and 4 have a second table of embeddings
         text.vocab_size_per_layer_input = TWIN_VOCABULARY
     shrink_others(config)
-    with torch.random.fork_rng(devices=[]):
+    # In a package transformers makes the text model by a way of its own, which partitions weights under ZeRO-3
+    # (transformers 5.23, ``modeling_utils.py``, ``_from_config``).
+    with torch.random.fork_rng(devices=[]), not_partitioned():
         torch.manual_seed(0)
         while True:
             try:

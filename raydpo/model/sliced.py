@@ -29,7 +29,7 @@ from raydpo.errors import ModelError, reason
 from raydpo.model.files import read_header
 from raydpo.model.weights import DTYPES, without_report
 
-__all__ = ["Progress", "load_parts"]
+__all__ = ["Progress", "load_parts", "not_partitioned"]
 
 Progress = Callable[[int, int], None]
 """Called with the bytes of a model's files that are read, and of all of them; from any thread, one at a time. Under ZeRO-3
@@ -133,7 +133,7 @@ def load_parts(
     """
     model, origins, why = None, {}, ""
     try:
-        with without_report(), _not_partitioned(), _headers_only() as files:
+        with without_report(), not_partitioned(), _headers_only() as files:
             model, found = from_pretrained()
         check(found)
         init = _partitioner()
@@ -201,8 +201,8 @@ def _stored(weights: Sequence[str]) -> dict[str, _Stored]:
 
 
 @contextlib.contextmanager
-def _not_partitioned() -> Iterator[None]:
-    """Let transformers load as without ZeRO-3 within the block."""
+def not_partitioned() -> Iterator[None]:
+    """Let transformers load and make models as without ZeRO-3 within the block."""
     from transformers.integrations import deepspeed
 
     held = deepspeed._hf_deepspeed_config_weak_ref

@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from raydpo.cluster.ending import end_process
 from raydpo.data.shapes import LayoutName
-from raydpo.errors import ModelError, ProcessLostError, RaydpoError, one_line
+from raydpo.errors import ConfigError, ModelError, ProcessLostError, RaydpoError, one_line
 from raydpo.model.budget import is_out_of_memory
 from raydpo.model.files import model_files
 from raydpo.model.layout import PromptGroup
@@ -134,7 +134,7 @@ def _wait_at_most(patience: timedelta) -> None:
 
 
 class TeamScorer:
-    """A ``Scorer`` on several devices, each with a process. A process has at most one; the machine must have the devices.
+    """A ``Scorer`` on several devices, each with a process. A process has at most one.
 
     Args:
         sequence: processes that compute each forward pass together, each a part of its positions.
@@ -148,6 +148,7 @@ class TeamScorer:
         members: the other processes.
 
     Raises:
+        ConfigError: if the machine has fewer devices.
         RaydpoError: what ``Scorer`` raises, here or in another process of the team.
         ProcessLostError: see ``score``.
     """
@@ -167,6 +168,12 @@ class TeamScorer:
         if partition.active:
             refuse_quantized(spec)
         self._partition, self._size = partition, max(sequence, partition.size)
+        if device == "cuda" and self._size > torch.cuda.device_count():
+            field = "score.partition" if partition.size > 1 else "score.sequence_parallel"
+            raise ConfigError(
+                f"{field} {self._size} needs {self._size} GPUs on one machine, and this one shows "
+                f"{torch.cuda.device_count()}; set it lower, or run the command on a machine with as many"
+            )
         store = dist.TCPStore("127.0.0.1", 0, self._size, is_master=True, wait_for_workers=False)
         size = sum(file.stat().st_size for file in model_files(spec.path, spec.trust_remote_code).weights)
         loading = PATIENCE + timedelta(seconds=size / SLOW_BYTES)

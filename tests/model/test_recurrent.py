@@ -10,6 +10,7 @@ from torch import nn
 
 from raydpo.config import LoraSettings
 from raydpo.errors import ModelError
+from raydpo.model import selfcheck
 from raydpo.model.layout import Method
 from raydpo.model.load import add_lora, load_causal_lm
 from raydpo.model.logps import LogpModel
@@ -120,6 +121,16 @@ def test_bfloat16_is_checked_with_a_small_copy_too(name):
     model = LogpModel(make_random(name, VOCAB).bfloat16())
     report = choose_layout(model, CPU)
     assert report.method == TREE and HYBRIDS[name][0] in report.line
+
+
+def test_it_is_said_if_layers_with_state_could_not_be_sought(monkeypatch):
+    def fails(_):
+        raise TypeError("another forward")
+
+    monkeypatch.setattr(selfcheck, "find_mixers", fails)
+    report = choose_layout(LogpModel(make_random("llama", VOCAB)), CPU)
+    assert report.method == TREE and report.line.startswith("warning: layout: tree (sdpa attention), ")
+    assert report.line.endswith("could not be tried (TypeError: another forward): if one does, set model.layout=padded")
 
 
 @pytest.mark.parametrize("layout", ["tree", "packed", "padded"])

@@ -12,7 +12,7 @@ import pytest
 import torch
 from tiny import preferences, write_preferences
 
-from raydpo.errors import ModelError, ProcessLostError, RaydpoError
+from raydpo.errors import ConfigError, ModelError, ProcessLostError, RaydpoError
 from raydpo.model.layout import PromptGroup
 from raydpo.model.partition import Partition
 from raydpo.reference import team as module
@@ -55,6 +55,17 @@ def test_a_team_scores_what_one_process_does_and_names_what_ended_it(tiny_llama,
     wrong = ReferenceSpec(path=str(tiny_qwen3), adapter=None, identity=spec.identity)
     with pytest.raises(ModelError, match="another model than where the run was started"):
         TeamScorer(wrong, sequence=2, device="cpu", threads=1, tokens_per_batch=64)
+
+
+@pytest.mark.parametrize(
+    ("settings", "field"), [({"sequence": 2}, "sequence_parallel"), ({"partition": Partition(2)}, "partition")]
+)
+def test_a_machine_with_fewer_gpus_is_refused_before_a_process_starts(tiny_llama, monkeypatch, settings, field):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(module, "Members", None)
+    spec = ReferenceSpec(path=str(tiny_llama), adapter=None, identity=None)
+    with pytest.raises(ConfigError, match=rf"score\.{field} 2 needs 2 GPUs on one machine, and this one shows 1"):
+        TeamScorer(spec, device="cuda", tokens_per_batch=64, **settings)
 
 
 CLOSED = RuntimeError("[gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:1: Connection closed by peer")

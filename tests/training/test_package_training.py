@@ -19,7 +19,7 @@ QUICK = ("gemma3", "qwen3_5", "llama4")
 
 
 def trained(families, folder, lora, zero):
-    """Train and export each family; log-probs of the policy, and what the export noted."""
+    """Train and export each family; log-probs of the policy, and what the export noted, and the layout."""
     from raydpo.config import LoraSettings
     from raydpo.training.policy.engine import PolicySpec
     from raydpo.training.policy.export import export_policy
@@ -34,7 +34,7 @@ def trained(families, folder, lora, zero):
         )
         with run.engine.evaluating():
             logps = run.engine.logps(run.engine.lay_out([PromptGroup(PROMPT, (COMPLETION,))]))
-        found[family] = logps, run.steps, notes
+        found[family] = logps, run.steps, notes, run.engine.layout_line
     return found
 
 
@@ -64,7 +64,7 @@ def check_families(families, lora, zero, world_size, tmp_path):
 
     models = {family: make_package(tmp_path / family, family) for family in families}
     results = run_distributed(trained, world_size, tmp_path / "run", families, tmp_path, lora, zero)[0]
-    for family, (logps, steps, notes) in results.items():
+    for family, (logps, steps, notes, _) in results.items():
         assert abs(steps[0]["loss"] - np.log(2)) < 1e-5 and steps[1]["loss"] != steps[0]["loss"], family
         assert not [line for line in notes if line.startswith("warning:")], notes
         final = tmp_path / f"{family}-final"
@@ -80,15 +80,17 @@ def check_families(families, lora, zero, world_size, tmp_path):
         assert torch.allclose(found.gather(1, ids[len(PROMPT) :, None])[:, 0], logps, atol=5e-6)
         names = list(load_file(final / "adapter_model.safetensors"))
         assert names and not [name for name in names if "vis" in name or "projector" in name]
+    return results
 
 
-@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("lora", [pytest.param(None, marks=pytest.mark.slow), LORA], ids=["full", "lora"])
 def test_an_exported_package_is_the_policy_and_has_the_vision_tower_it_began_with(lora, tmp_path):
     check_families(QUICK, lora, 2, 1, tmp_path)
 
 
-def test_a_partitioned_package_is_exported_whole(tmp_path):
-    check_families(("gemma3",), None, 3, 2, tmp_path)
+def test_a_partitioned_package_trains_in_the_tree_and_is_exported_whole(tmp_path):
+    results = check_families(("qwen3_5",), None, 3, 2, tmp_path)
+    assert results["qwen3_5"][-1].startswith("layout: tree (sdpa attention), Qwen3_5GatedDeltaNet in rows, ")
 
 
 @pytest.mark.slow
