@@ -33,6 +33,8 @@ _LINKS = {
     "H100 PCIe": _PCIE_5,
     "H100 NVL": _PCIE_5,
     "H200 NVL": _PCIE_5,
+    "A100-PCIE": _PCIE_4,
+    "A100-PCIe": _PCIE_4,
     "H100": ("NVLink", 350.0, 50.0),
     "H200": ("NVLink", 350.0, 50.0),
     "A100-80GB": ("NVLink", 235.0, 25.0),

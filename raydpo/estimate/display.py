@@ -146,7 +146,7 @@ def _reference(
             adapter_bytes=adapter_bytes(adapter, width),
         )
     except ConfigError as error:
-        return f"reference: {error}"
+        return f"warning: {error}"
 
 
 def _modes(config: Config, sets: PairSets, plan: Plan, device: str, memory: float | None) -> Modes:

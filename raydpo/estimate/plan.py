@@ -268,7 +268,9 @@ def make_plan(
             positions = choice.positions * wish.sequence_parallel
         tables = [table for table in (sets.train, sets.eval) if table is not None]
         for times, group in by_scale(tables, scales):
-            distinct, looked_at, amount, waiting = reference_pass(group, positions, wish.tokens_per_part, layout, replicas)
+            distinct, looked_at, amount, waiting = reference_pass(
+                group, positions, wish.tokens_per_part, layout, replicas, 0.0 if choice is None else choice.gather_positions
+            )
             planned["completions"] += looked_at
             completions, scored = completions + times * distinct, scored + times * amount
             waited += times * amount[0] * waiting
@@ -284,9 +286,7 @@ def make_plan(
     def of_training(flops: float, rate: float, lost: float) -> Stage:
         return Stage.of(flops, train_workers, rate, price, lost)
 
-    # Of a team, all devices wait for the slowest one, and for gathers that take longer than products.
-    idle = waited / scored[0] if scored[0] else 0.0
-    lost = 1 - (1 - idle) / (1.0 if choice is None else choice.slower)
+    lost = waited / scored[0] if scored[0] else 0.0
     score = Stage.of(operations(scored, reference), score_workers, rates.score, price, lost)
     evaluation = of_training(operations(held_out, model), rates.score, 0.0)
     # ZeRO 2 and 3 reduce gradients after every micro-batch.

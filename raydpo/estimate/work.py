@@ -89,13 +89,19 @@ def by_scale(tables: Sequence[pa.Table], scales: Mapping[str, float]) -> Iterato
 
 
 def reference_pass(
-    tables: Sequence[pa.Table], budget: int, tokens_per_part: int, layout: LayoutName, replicas: int = 1
+    tables: Sequence[pa.Table],
+    budget: int,
+    tokens_per_part: int,
+    layout: LayoutName,
+    replicas: int = 1,
+    gathers: float = 0.0,
 ) -> tuple[int, int, np.ndarray, float]:
     """Number of distinct completions, how many of them were planned, the amounts [3] of scoring all in the shards of a
-    build, and the share of the time that the processes of a team wait for each other.
+    build, and the share of the time that the processes of a team wait: for each other, or for gathers.
 
     Args:
         replicas: processes that hold the weights together, each with micro-batches of its own of every shard.
+        gathers: positions whose products take as long as the gathers of one pass, which go on beside products.
     """
     wanted = planned = Wanted(tables)
     if len(wanted) > MOST_PLANNED:
@@ -110,11 +116,11 @@ def reference_pass(
         shapes = shapes_of(prompt_groups(read_groups(shard, planned.source)))
         items = range(len(shapes))
         total += amounts(fill_batches(items, shapes, budget, layout), shapes, layout)
-        if replicas > 1:
+        if replicas > 1 or gathers:
             found = split_over_ranks(items, shapes.take, world_size=replicas, tokens_per_batch=budget, layout=layout)
             alone = shapes.positions(layout)
             sizes = [[batch.counts * alone[list(batch.pairs)].sum() for batch in rank] for rank in found]
-            busy, taken = busy + np.sum(sizes), taken + replicas * np.max(sizes, axis=0).sum()
+            busy, taken = busy + np.sum(sizes), taken + replicas * np.maximum(np.max(sizes, axis=0), gathers).sum()
     of_all, of_planned = ([each.prompt_tokens, each.tokens] for each in (wanted, planned))
     waiting = 1 - busy / taken if taken else 0.0
     return len(wanted), len(planned), total * _stands_for(of_all, of_planned, layout), float(waiting)

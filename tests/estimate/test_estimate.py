@@ -225,14 +225,16 @@ def test_gathers_that_take_longer_than_products_and_stand_ins_are_counted_in_hou
         position_bytes=1.0,
         logits_bytes=1.0,
         positions=65536,
-        gather_share=3.0,
+        gather_positions=1e6,
     )
     config, sets = data
     whole = plan(data, workers=4)
-    hidden = make_plan(config, sets, SIZES, SIZES, RATES, workers=4, choice=replace(choice, gather_share=0.9))
+    hidden = make_plan(config, sets, SIZES, SIZES, RATES, workers=4, choice=replace(choice, gather_positions=1.0))
     shown = make_plan(config, sets, SIZES, SIZES, RATES, workers=4, choice=choice)
+    longer = make_plan(config, sets, SIZES, SIZES, RATES, workers=4, choice=replace(choice, gather_positions=3e6))
     assert whole.score.flops == hidden.score.flops == shown.score.flops
-    assert shown.score.gpu_hours == pytest.approx(3 * hidden.score.gpu_hours)
+    assert shown.score.gpu_hours > 10 * hidden.score.gpu_hours
+    assert longer.score.gpu_hours == pytest.approx(3 * shown.score.gpu_hours)
     # One shard, dealt to four processes: the one with the most positions decides.
     assert 1 < hidden.score.seconds / whole.score.seconds < 1.5
     assert hidden.training.seconds == whole.training.seconds

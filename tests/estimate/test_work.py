@@ -165,3 +165,12 @@ def test_processes_that_hold_the_weights_together_wait_for_the_slowest(place, ti
         *same, waiting = reference_pass([table.slice(0, 1)], 2048, 4096, "packed", replicas)
         assert same[:2] == alone[:2] and np.array_equal(same[2], alone[2]) and waiting == pytest.approx(share)
     assert 0 < reference_pass([table], 512, 4096, "packed", 2)[-1] < 0.2
+
+
+def test_gathers_show_where_passes_are_short(place, tiny_llama):
+    """They take their time in every pass, however few positions it has."""
+    table = loaded(configure(place, tiny_llama)).train.slice(0, 1)
+    positions = reference_pass([table], 2048, 4096, "packed")[2][0]
+    for gathers, share in ((positions / 2, 0), (10 * positions, 0.9)):
+        assert reference_pass([table], 2048, 4096, "packed", 1, gathers)[-1] == pytest.approx(share)
+    assert reference_pass([table], 2048, 4096, "packed", 2, 10 * positions)[-1] == pytest.approx(0.95)

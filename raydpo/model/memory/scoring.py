@@ -101,6 +101,7 @@ class Choice:
         gathered_bytes: 2 G. position_bytes: A. logits_bytes: of the head's pass, without positions.
         positions: largest micro-batch of a device that fits, a multiple of 256 and at most ``MOST_SCORED``; 0 = none.
         host_bytes: host memory of one machine that the weights take.
+        gather_positions: positions whose products take as long as the gathers of one pass; 0 without gathers, or unknown.
         gather_share: time of gathers over that of products, with micro-batches of ``positions``; None = unknown.
         line: one sentence.
     """
@@ -114,6 +115,7 @@ class Choice:
     logits_bytes: float
     positions: int
     host_bytes: float = 0.0
+    gather_positions: float = 0.0
     gather_share: float | None = None
     line: str = ""
 
@@ -279,17 +281,19 @@ class _Question:
         # Of the pass of the head, the stream of all positions is alive beside a chunk of logits.
         most = min(left / made.position_bytes, (left - logits) / (STREAM * self.anatomy.hidden))
         positions = max(0, min(int(most) // STEP * STEP, MOST_SCORED["cuda"]))
-        return replace(made, positions=positions, gather_share=self._share(made, positions))
-
-    def _share(self, choice: Choice, positions: int) -> float | None:
-        links, size = self.room.links, choice.partition
-        if links is None or choice.simple or not positions:
-            return None if links is None or not choice.simple else 0.0
         budget = self.wish.tokens_per_batch
-        positions = positions if budget == "auto" else min(positions, budget)
+        passed = positions if budget == "auto" else min(positions, budget)
+        gathers = self._gather_positions(made)
+        share = None if room.links is None or not (passed or made.simple) else gathers / max(passed, 1)
+        return replace(made, positions=positions, gather_positions=gathers, gather_share=share)
+
+    def _gather_positions(self, choice: Choice) -> float:
+        links, size = self.room.links, choice.partition
+        if links is None or choice.simple:
+            return 0.0
         seconds = choice.model_bytes * (size - 1) / size / links.gather
         seconds += choice.model_bytes / size / links.host if choice.offload else 0.0
-        return seconds / (positions * links.seconds)
+        return seconds / links.seconds
 
     def _host_holds(self, choice: Choice) -> bool:
         free = self.room.host_bytes
