@@ -6,7 +6,7 @@ import gc
 import importlib
 import os
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -60,9 +60,9 @@ class RandomPolicy(PolicyEngine):
         self._made = model
         super().__init__(spec, train, device)
 
-    def _load(self, spec: PolicySpec) -> nn.Module:
+    def _load(self, spec: PolicySpec, note: Callable[[str], None]) -> nn.Module:
         made, self._made = self._made, None
-        return super()._load(spec) if made is None else made
+        return super()._load(spec, note) if made is None else made
 
 
 @contextmanager

@@ -154,12 +154,16 @@ class Scoring:
             self.in_time.append(self.claimed.wait(10))
         return [tuple(np.full(len(tokens), -1, np.float32) for tokens in group.completions) for group in groups]
 
+    def close(self):
+        pass
+
 
 def test_the_next_shard_is_claimed_while_one_is_computed(builder):
     """On a store that takes a second to answer, the GPU does not wait for it."""
     claims, scoring = builder(), Scoring()
     actor = object.__new__(build._ScoreShard)
-    vars(actor).update(cache=claims.cache, claims=claims, known=claims.known, threads=None, scorer=scoring, tokens=Tokens())
+    vars(actor).update(cache=claims.cache, claims=claims, known=claims.known, again=False, threads=None, scorer=scoring)
+    actor.tokens = Tokens()
     actor.planning, actor.computing = threading.Lock(), threading.Lock()
     blocks = [pa.table({"shard": [pickle.dumps(shard(*numbers))]}) for numbers in ((0, 1), (2, 3))]
     with ThreadPoolExecutor(2) as calls:
