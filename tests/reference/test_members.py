@@ -157,10 +157,16 @@ def test_a_death_is_noticed_while_the_main_thread_waits_for_ever(team, monkeypat
     assert not told, "the main thread noticed by itself, as gloo lets it"
 
 
+def stop(process):
+    """Stop a process, and wait until all its threads stand still."""
+    os.kill(process.pid, signal.SIGSTOP)
+    os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
+
+
 def test_a_member_that_reads_nothing_is_not_waited_for_without_end(team):
     both = team()
     both.wait_until_ready(30)
-    os.kill(both.processes[0].pid, signal.SIGSTOP)
+    stop(both.processes[0])
     with pytest.raises(TimeoutError, match="has read nothing for"):
         both.tell(["pass " + "#" * 1_000_000] * 2, 0.5)
     both.close()
