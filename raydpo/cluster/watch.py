@@ -59,12 +59,11 @@ class Watched:
         self._key, self._host = f"{run}/{context.get_actor_id()}", ray.util.get_node_ip_address()
         self._lock, self._running, self._done = threading.Lock(), 0, 0
         before = _sign(self._key)  # of the process that was this actor before
-        self._deaths = before["deaths"] + 1 if before else 0
         self._words: dict[str, str] = {}
         said = before.get("words", {})
         if said and said["kind"] != ProcessLostError.__name__:
             raise getattr(errors, said["kind"])(said["text"])
-        self._last = said.get("text")
+        self._deaths: list[str | None] = [*before["deaths"], said.get("text")] if before else []  # why, of each
         self._note(1, 0)
         say_last_words_by(self._say)
         self.loading = Seldom(lambda done, total: self._note(0, 0, [done, total] if done < total else None))
@@ -100,7 +99,7 @@ class Watched:
             self._running += began
             self._done += ended
             state = {"host": self._host, "process": os.getpid(), "running": self._running, "done": self._done}
-            state |= {"deaths": self._deaths, "last": self._last} | ({"words": self._words} if self._words else {})
+            state |= {"deaths": self._deaths} | ({"words": self._words} if self._words else {})
             state |= {} if loading is None else {"loading": loading}
         with contextlib.suppress(Exception):  # a sign that is lost must not end the work
             _internal_kv_put(self._key, json.dumps(state), namespace=_NAMESPACE)
@@ -137,7 +136,7 @@ def deaths(run: str) -> dict[str, str]:
         signs = _signs(run)
     for key, sign in signs.items():
         state = json.loads(sign)
-        times = state["deaths"] + 1  # the last one is not followed by a start that would count it
+        times = len(state["deaths"]) + 1  # the last one is not followed by a start that would count it
         why = _why(state.get("words", {}).get("text"))
         often = "once" if times == 1 else f"{times} times, the last time"
         told[key.decode().rpartition("/")[2]] = f"the worker on {state['host']} died {often} {why}"
@@ -163,10 +162,10 @@ def _watch(run: str, doing: str, tell: Callable[[str], None], over: threading.Ev
                     signs[key], since[key] = sign, now
         for key, sign in signs.items():
             state = json.loads(sign)
-            if state["deaths"] > died.get(key, 0):
-                died[key] = state["deaths"]
-                why = _why(state["last"]).removesuffix("; run it again")
-                again = f"it was started again, {state['deaths']} of {RESTARTS} times"
+            for words in state["deaths"][died.get(key, 0) :]:
+                died[key] = died.get(key, 0) + 1
+                why = _why(words).removesuffix("; run it again")
+                again = f"it was started again, {died[key]} of {RESTARTS} times"
                 tell(f"warning: {doing}: the worker on {state['host']} died {why}; {again}")
         if ended:
             return
