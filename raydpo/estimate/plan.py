@@ -266,10 +266,12 @@ def make_plan(
         replicas = 1 if choice is None else max(1, choice.partition // wish.sequence_parallel)
         if choice is not None and not choice.simple and wish.tokens_per_batch == "auto":  # gathers want large micro-batches
             positions = choice.positions * wish.sequence_parallel
+        # Of a replica, whose devices compute a pass together.
+        gathers = 0.0 if choice is None else choice.gather_positions * wish.sequence_parallel
         tables = [table for table in (sets.train, sets.eval) if table is not None]
         for times, group in by_scale(tables, scales):
             distinct, looked_at, amount, waiting = reference_pass(
-                group, positions, wish.tokens_per_part, layout, replicas, 0.0 if choice is None else choice.gather_positions
+                group, positions, wish.tokens_per_part, layout, replicas, gathers
             )
             planned["completions"] += looked_at
             completions, scored = completions + times * distinct, scored + times * amount

@@ -101,7 +101,7 @@ def reference_pass(
 
     Args:
         replicas: processes that hold the weights together, each with micro-batches of its own of every shard.
-        gathers: positions whose products take as long as the gathers of one pass, which go on beside products.
+        gathers: positions that a replica computes in the time of one pass's gathers, which go on beside products.
     """
     wanted = planned = Wanted(tables)
     if len(wanted) > MOST_PLANNED:
