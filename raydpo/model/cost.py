@@ -63,7 +63,7 @@ class ModelCost:
         """
         hidden = first(config.get, "hidden_size", "n_embd", "d_model")
         vocabulary = first(config.get, "vocab_size")
-        attending = attention_layers(config)
+        attending = _attention_layers(config)
         heads = first(config.get, "num_attention_heads", "n_head", "n_heads", default=None if attending else 0)
         text = {name: size for name, size in sizes.items() if name not in others}
         layers = first(config.get, "num_hidden_layers", "n_layer", "n_layers", "num_blocks")
@@ -127,7 +127,7 @@ def _numbers(name: str, tensor: dict[str, Any]) -> int:
     return math.prod(tensor["shape"])
 
 
-def attention_layers(config: dict[str, Any]) -> int:
+def _attention_layers(config: dict[str, Any]) -> int:
     """Number of layers with attention, from the entries of config.json. All layers, unless an entry tells their kinds.
 
     Raises:

@@ -105,7 +105,7 @@ class Scorer:
         self._team = group is not None or partition.active
         self.notes: list[str] = []
         recall = self._recall(spec)
-        # Who reads a part of the weights returns when all have read theirs, and the first proves the files after that.
+        # Loading in parts ends when all processes have read, so it is enough that the first hashes the files after that.
         prove = not partition.active or dist.get_rank() == 0
         with proved_here(spec, prove=prove), partitioned_loading(partition, spec.identity.dtype):
             twice = alone and check_rows and not recall.known("loaded twice") and _loaded_twice(spec)

@@ -5,12 +5,9 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
-import re
-import threading
 import uuid
 from contextlib import nullcontext
 from datetime import timedelta
-from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -36,6 +33,7 @@ from raydpo.reference.identity import identify
 from raydpo.reference.score import ReferenceSpec, Scorer
 from raydpo.reference.shards import Wanted, plan_shards
 from raydpo.reference.store import ReferenceCache
+from raydpo.training.policy.host_memory import HostPeak
 
 CPU = torch.device("cpu")
 VOCAB = 300
@@ -237,32 +235,17 @@ def resident(small, spec):
     the model, and while it scores."""
     join_process_group(CPU)
     Scorer(small, device="cpu", tokens_per_batch=64, partition=Partition(2)).score(groups(4))
-    most, over = 0, threading.Event()
-
-    def now():
-        return int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
-
-    def watch():
-        nonlocal most
-        while not over.wait(0.003):
-            most = max(most, now())
-
-    start = now()
-    threading.Thread(target=watch, daemon=True).start()
-    found = []
 
     def checked(model, *_):  # the self-check gathers all weights some twenty times
-        nonlocal most
-        found.append(most - start)
-        most = 0
         model.use(Method("tree", "sdpa"))
         return CheckReport(model.method, "")
 
-    with mock.patch("raydpo.reference.score.choose_layout", checked):
+    with mock.patch("raydpo.reference.score.choose_layout", checked), HostPeak() as loading:
         scorer = Scorer(spec, device="cpu", tokens_per_batch=64, partition=Partition(2))
-    scorer.score(groups(4))
-    over.set()
-    return [*found, most - start], 4 * sum(parameter.ds_numel for parameter in scorer.model.parameters())
+    with HostPeak() as scoring:
+        scorer.score(groups(4))
+    peaks = [each.bytes - loading.start_bytes for each in (loading, scoring)]
+    return peaks, 4 * sum(parameter.ds_numel for parameter in scorer.model.parameters())
 
 
 @pytest.mark.slow
