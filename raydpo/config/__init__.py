@@ -5,11 +5,14 @@ modules hold all defaults. The docstring below a field is its documentation.
 """
 
 from raydpo.config.data import DataConfig, EvalConfig, SourceConfig, source_name
-from raydpo.config.evaluate import EvaluateConfig, JudgeConfig
+from raydpo.config.evaluate import EvaluateConfig
+from raydpo.config.judge import JudgeConfig
 from raydpo.config.load import is_hub_name, load_config, with_setting
 from raydpo.config.metric import check_metric, depends_on_scale, lower_is_better
 from raydpo.config.model import LoraSettings, ModelConfig, ReferenceConfig
 from raydpo.config.objective import LOSSES, SCALE_KEYS, BetaSchedule, ObjectiveConfig
+from raydpo.config.rewards import RewardConfig, reward_name
+from raydpo.config.rounds import RoundsConfig
 from raydpo.config.run import CacheConfig, Config, RayConfig
 from raydpo.config.sweep import RandomConfig, StopEarlyConfig, SweepConfig
 from raydpo.config.track import TrackConfig
@@ -32,6 +35,8 @@ __all__ = [
     "RandomConfig",
     "RayConfig",
     "ReferenceConfig",
+    "RewardConfig",
+    "RoundsConfig",
     "ScoreConfig",
     "SourceConfig",
     "StopEarlyConfig",
@@ -45,6 +50,7 @@ __all__ = [
     "is_hub_name",
     "load_config",
     "lower_is_better",
+    "reward_name",
     "source_name",
     "with_setting",
 ]

@@ -93,8 +93,8 @@ def _as_eval(value: Any) -> Any:
 class DataConfig(Section):
     """Preference pairs, and how they become token ids."""
 
-    train: Annotated[tuple[SourceConfig, ...], BeforeValidator(as_sources)] = Field(min_length=1)
-    """One or more sources, or a single path."""
+    train: Annotated[tuple[SourceConfig, ...], BeforeValidator(as_sources)] = ()
+    """One or more sources, or a single path. Only rounds have none: they make their pairs."""
     eval: Annotated[EvalConfig | None, BeforeValidator(_as_eval)] = None
     """Held-out pairs; null = none."""
     max_length: Int = Field(default=1024, ge=2)

@@ -4,62 +4,17 @@ from __future__ import annotations
 
 import re
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from raydpo.config.data import SourceConfig, as_sources, source_name
+from raydpo.config.judge import JudgeConfig
+from raydpo.config.rewards import RewardConfig, check_names
 from raydpo.config.section import Float, Int, PathOrUri, Section
 
-__all__ = ["EvaluateConfig", "JudgeConfig"]
+__all__ = ["EvaluateConfig"]
 
 Mode = Literal["greedy", "sampled"]
-
-
-class JudgeConfig(Section):
-    """A model with an OpenAI-compatible API that decides which of two answers is better. It is asked twice, with the answers
-    in both orders; only equal verdicts count."""
-
-    url: str
-    """Base URL of the API, such as https://host/v1. Requests go to ``/chat/completions`` below it."""
-    model: str
-    """Name of the model in the API."""
-    key: str | None = None
-    """NAME of the environment variable with the API key, such as JUDGE_KEY; not the key itself, which is neither printed nor
-    stored. null = no key."""
-    timeout: Float = Field(default=60.0, gt=0)
-    """Seconds to wait for a reply."""
-    retries: Int = Field(default=3, ge=0)
-    """Retries after a timeout, a lost connection, or status 408, 409, 429 or 5xx. The wait doubles each time."""
-    parallel: Int = Field(default=8, ge=1)
-    """Number of concurrent requests."""
-    max_tokens: Int = Field(default=16, ge=1)
-    """Longest reply, in tokens. A model that reasons first needs hundreds. The last line of a reply is the verdict."""
-    criterion: str = "more helpful, honest and harmless"
-    """Criterion for the better answer, in the words that the judge gets."""
-
-    @field_validator("url")
-    @classmethod
-    def _url(cls, value: str) -> str:
-        parts = urlsplit(value)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError("expected an address such as https://host/v1")
-        if parts.username is not None or parts.password is not None:
-            raise ValueError(
-                "the address carries a user or password; set evaluate.judge.key to the name of an environment "
-                "variable instead"
-            )
-        return value.rstrip("/")
-
-    @field_validator("key")
-    @classmethod
-    def _key(cls, value: str | None) -> str | None:
-        # The value is not shown: it may be the key itself.
-        if value is not None and not re.fullmatch(r"[A-Z][A-Z0-9_]*", value):
-            raise ValueError(
-                "expected the NAME of an environment variable, in capitals such as JUDGE_KEY, not the key itself"
-            )
-        return value
 
 
 def _as_data(value: Any) -> Any:
@@ -84,7 +39,7 @@ class EvaluateConfig(Section):
     """Convert text prompts of evaluate.data to user messages, and completions to assistant messages."""
     beta: Float | None = Field(default=None, gt=0)
     """Scale of the implicit rewards; null = beta of the run that trained the policy, else train.beta."""
-    rewards: Literal["sum", "per_token"] | None = None
+    log_ratios: Literal["sum", "per_token"] | None = None
     """Log-ratios of completions as sums or means over tokens; null = as in the loss of the run that trained the policy, else
     in train.loss."""
     score_missing: bool = True
@@ -119,6 +74,8 @@ class EvaluateConfig(Section):
     """Directory or hub name of a reward model (a sequence classifier with one output) that judges the answers."""
     score_with: str | None = None
     """module:function of your own that scores answers: from prompt and answer as text to a number, higher is better."""
+    rewards: tuple[RewardConfig, ...] = ()
+    """Reward functions, as rounds.rewards, that score the answers of policy and reference."""
 
     @field_validator("vllm_python")
     @classmethod
@@ -129,12 +86,26 @@ class EvaluateConfig(Section):
             )
         return value
 
+    @model_validator(mode="before")
+    @classmethod
+    def _earlier_name(cls, values: Any) -> Any:
+        """Earlier versions named ``log_ratios`` rewards."""
+        if isinstance(values, dict) and isinstance(values.get("rewards"), str) and values.get("log_ratios") is None:
+            return {**values, "log_ratios": values["rewards"], "rewards": ()}
+        return values
+
+    @field_validator("rewards", mode="before")
+    @classmethod
+    def _no_rewards(cls, value: Any) -> Any:
+        return () if value is None else value
+
     @model_validator(mode="after")
     def _check(self) -> EvaluateConfig:
+        check_names(self.rewards)
         if not self.modes or len(set(self.modes)) != len(self.modes):
             raise ValueError(f"modes {list(self.modes)} is empty or names one twice; use greedy, sampled or both")
-        for name in ("judge", "reward_model", "score_with"):
-            if not self.prompts and getattr(self, name) is not None:
+        for name in ("judge", "reward_model", "score_with", "rewards"):
+            if not self.prompts and getattr(self, name):
                 raise ValueError(f"{name} has no answers to judge, since prompts is 0; set prompts")
         if not self.prompts:
             of_answers = (

@@ -426,6 +426,12 @@ def named_inputs(config: Config) -> list[tuple[str, str, bool]]:
     inputs += [(f"evaluate.data.{i}.path", source.path, False) for i, source in enumerate(config.evaluate.data or ())]
     if config.data.eval is not None:
         inputs.append(("data.eval.path", config.data.eval.path, False))
+    rewards = [("evaluate", one) for one in enumerate(config.evaluate.rewards)]
+    if config.rounds is not None:
+        inputs += [(f"rounds.prompts.{i}.path", source.path, False) for i, source in enumerate(config.rounds.prompts)]
+        inputs.append(("rounds.held_out.path", config.rounds.held_out.path, False))
+        rewards += [("rounds", one) for one in enumerate(config.rounds.rewards)]
+    inputs += [(f"{section}.rewards.{i}.reward_model", one.reward_model, True) for section, (i, one) in rewards]
     return [(key, value, is_model) for key, value, is_model in inputs if value is not None]
 
 

@@ -14,6 +14,7 @@ from raydpo.config.filter import REFERENCE_FACTS, PairFilter
 from raydpo.config.metric import check_metric, depends_on_scale, held_out_metrics
 from raydpo.config.model import ModelConfig, ReferenceConfig
 from raydpo.config.objective import LOSSES, BetaSchedule
+from raydpo.config.rounds import RoundsConfig
 from raydpo.config.section import PathOrUri, Section
 from raydpo.config.sweep import SweepConfig
 from raydpo.config.track import TrackConfig
@@ -53,12 +54,13 @@ class Config(Section):
     """The configuration of a run."""
 
     name: Annotated[str | None, Field(pattern=NAME_PATTERN)] = None
-    """Name of the directory of the run or sweep below output; null = made of model, loss and beta; of a sweep, its model."""
+    """Name of the directory of the run or sweep below output; null = made of model, loss and beta; of a sweep or rounds, its
+    model."""
     output: Annotated[PathOrUri, AfterValidator(_no_root)]
     """Directory of the run directories, a local path or URI."""
     model: ModelConfig
     reference: ReferenceConfig = Field(default_factory=ReferenceConfig)
-    data: DataConfig
+    data: DataConfig = Field(default_factory=DataConfig)
     cache: CacheConfig = Field(default_factory=CacheConfig)
     score: ScoreConfig = Field(default_factory=ScoreConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
@@ -66,6 +68,7 @@ class Config(Section):
     track: TrackConfig = Field(default_factory=TrackConfig)
     ray: RayConfig = Field(default_factory=RayConfig)
     sweep: SweepConfig | None = None
+    rounds: RoundsConfig | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Config:
@@ -100,6 +103,7 @@ class Config(Section):
                 "train.merge_adapter has no effect: model.lora and model.adapter are null, so all weights are "
                 "trained and exported. Drop it, or set model.lora"
             )
+        self._check_data()
         self._check_refinements()
         self._check_lists()
         for column in ("weight_column", "margin_column"):
@@ -124,6 +128,49 @@ class Config(Section):
                 "for example data.eval.fraction=0.05"
             )
         return self
+
+    def _check_data(self) -> None:
+        """Refuse a run without pairs, and pairs beside rounds, which make their own.
+
+        Raises:
+            ValueError: with the setting and the fix.
+        """
+        if self.rounds is None:
+            if "train" in self.data.model_fields_set and not self.data.train:
+                raise ValueError("'data.train' is empty; at least one entry is needed")
+            if not self.data.train:
+                raise ValueError(
+                    "'data.train' is missing; every run needs a model (model.path), data (data.train) and an output (output)"
+                )
+            return
+        if self.data.train:
+            raise ValueError(
+                f"data.train ({self.data.train[0].path}) has no effect beside rounds.prompts: rounds train on pairs of their "
+                "own answers. Drop one; to begin with a model that was trained on pairs, name its final/ in model.path"
+            )
+        if self.sweep is not None:
+            raise ValueError("sections sweep and rounds contradict each other; drop one")
+        why = "on rounds, which make their pairs of sampled answers; drop it"
+        of_pairs = ("eval", "fraction", "filter", "weight_column", "margin_column", "train_on", "spans_column", "ranked")
+        self.data.refuse_idle(of_pairs, why, "data.")
+        self.train.refuse_idle(
+            ["keep_best", "sample_prompts"], "on rounds, which measure held-out prompts; drop it", "train."
+        )
+        unfit = [name for name, traits in self.train.traits.items() if traits.lists]
+        if unfit:
+            raise ValueError(
+                f"train.loss {unfit[0]!r} is over ranked lists, but rounds make pairs; set it to one over pairs"
+            )
+        if not self.train.needs_reference and self.rounds.reference != "initial":
+            raise ValueError(
+                f"rounds.reference has no effect on train.loss {self.train.loss_text}, which compares with no reference; "
+                "drop it"
+            )
+        if self.rounds.sample.max_tokens >= self.data.max_length:
+            raise ValueError(
+                f"rounds.sample.max_tokens ({self.rounds.sample.max_tokens}) leaves no room for a prompt in data.max_length "
+                f"({self.data.max_length}); raise data.max_length"
+            )
 
     def _check_lists(self) -> None:
         """Refuse ranked lists with a loss of pairs, and the other way round.
@@ -228,6 +275,8 @@ class Config(Section):
         if self.name is not None:
             return self.name
         stem = re.sub(r"[^A-Za-z0-9.-]+", "-", self.model.path.rstrip("/").rsplit("/", 1)[-1]).strip("-.") or "model"
+        if self.rounds is not None:
+            return f"{stem}-rounds"
         return f"{stem}-{self.train.loss_name}-beta{self.train.beta_text}" if self.sweep is None else f"{stem}-sweep"
 
     @property

@@ -9,7 +9,7 @@ from raydpo.errors import ConfigError
 
 __all__ = ["Verb", "check_verb"]
 
-Verb = Literal["score", "train", "run", "sweep", "eval", "audit"]
+Verb = Literal["score", "train", "run", "sweep", "eval", "audit", "rounds"]
 """The verbs that read a whole configuration, by their names on the command line."""
 
 
@@ -22,6 +22,14 @@ def check_verb(config: Config, verb: Verb) -> None:
     if verb in ("train", "run") and config.sweep is not None:
         raise ConfigError(
             f"section 'sweep' has no effect on 'raydpo {verb}', which trains once; run 'raydpo sweep', or set sweep=null"
+        )
+    if verb in ("score", "train", "run", "audit") and config.rounds is not None:
+        raise ConfigError(
+            f"section 'rounds' has no effect on 'raydpo {verb}'; run 'raydpo rounds', or set rounds=null and data.train"
+        )
+    if verb == "rounds" and config.rounds is None:
+        raise ConfigError(
+            "there is nothing to sample; add a section, for example rounds: {prompts: prompts.jsonl, rewards: [{use: math}]}"
         )
     if verb == "sweep" and config.sweep is None:
         raise ConfigError(

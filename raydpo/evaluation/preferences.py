@@ -74,7 +74,7 @@ class ScoredPairs:
             raise RaydpoError(
                 f"the rewards of {np.count_nonzero(~np.isfinite(margins)):,} pairs are not finite under "
                 f"{objective.f_divergence_type}, because the policy is too far from the reference; set "
-                "evaluate.rewards=sum"
+                "evaluate.log_ratios=sum"
             )
         return margins
 

@@ -264,10 +264,10 @@ class _Evaluation:
         return found, pa.concat_tables(samples)
 
     def _objective(self) -> ObjectiveConfig:
-        """Return the objective that defines the rewards: evaluate.rewards, or else that of the policy's training."""
+        """Return the objective that defines the rewards: evaluate.log_ratios, or else that of the policy's training."""
         settings = self.config.evaluate
-        if settings.rewards is not None:
-            return ObjectiveConfig(loss="sigmoid_norm" if settings.rewards == "per_token" else "sigmoid")
+        if settings.log_ratios is not None:
+            return ObjectiveConfig(loss="sigmoid_norm" if settings.log_ratios == "per_token" else "sigmoid")
         settled = self.policy.trained
         trained = {name: settled[f"train.{name}"] for name in ObjectiveConfig.model_fields if f"train.{name}" in settled}
         objective = ObjectiveConfig(**trained) if "loss" in trained else self.config.train

@@ -78,7 +78,7 @@ def test_a_run(place, tiny_llama):
     policy = find_policy(config, "float32")
     assert policy.spec.path == str(tiny_llama) and policy.run is not None
     assert policy.beta(config) == 0.3 and rewards_per_token(config, policy)
-    asked = configured(place, tiny_llama, beta=0.7, rewards="sum")
+    asked = configured(place, tiny_llama, beta=0.7, log_ratios="sum")
     assert policy.beta(asked) == 0.7 and not rewards_per_token(asked, policy)
     with pytest.raises(ModelError, match=r"belongs to the model '/long/gone', which is not here; set evaluate\.base"):
         find_policy(configured(place, tiny_llama, policy=str(run)), "float32")

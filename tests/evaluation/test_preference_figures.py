@@ -211,7 +211,7 @@ def test_answers_of_equal_lengths_have_not_grown(kind):
 
 
 def test_rewards_that_overflow_are_an_error_with_a_way_out():
-    with pytest.raises(RaydpoError, match=r"rewards of 1 pairs are not finite under forward_kl.*evaluate\.rewards=sum"):
+    with pytest.raises(RaydpoError, match=r"rewards of 1 pairs are not finite under forward_kl.*evaluate\.log_ratios=sum"):
         measure_preferences(
             scored([10, 5], [0, 0], chosen_logratio=np.array([-800.0, 1.0])),
             0.1,

@@ -1,0 +1,115 @@
+"""Reward functions that score answers: built-in ones, the user's own, reward models and judges."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from raydpo.config.judge import JudgeConfig
+from raydpo.config.section import Float, Int, PathOrUri, Section
+
+__all__ = ["BUILT_IN", "RewardConfig", "check_names", "reward_name"]
+
+BUILT_IN = ("math", "json", "regex", "constraints", "code")
+"""Names of the built-in reward functions."""
+_OPTIONS = {
+    "column": ("math", "json", "constraints", "code"),
+    "pattern": ("regex",),
+    "instructions": ("constraints",),
+    "whole": ("json",),
+    "unsafe": ("code",),
+    "seconds": ("code", "math"),
+    "scale": ("judge",),
+    "opponents": ("judge",),
+}
+"""Options, and the reward functions that read them."""
+
+
+class RewardConfig(Section):
+    """One reward function: exactly one of ``use``, ``reward_model`` and ``judge``.
+
+    A function has TRL's interface (``reward_funcs`` of its GRPOTrainer). It gets lists with one entry for each answer, and
+    returns a list of numbers; None = it does not apply to this answer.
+    """
+
+    use: str | None = None
+    """math, json, regex, constraints, code, or module:function of your own."""
+    reward_model: PathOrUri | None = None
+    """Directory or hub name of a reward model: a sequence classifier with one output."""
+    judge: JudgeConfig | None = None
+    """Model with an OpenAI-compatible API that judges the answers of a prompt against each other."""
+    weight: Float = 1.0
+    """Factor of this function in the sum of all. 0 = it is measured only."""
+    name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    """Name in tables and pages; null = that of the function or model."""
+    timeout: Float = Field(default=60.0, gt=0)
+    """Seconds that a function may take for the answers of one block; its answers are then scored one by one, each with as
+    much time."""
+    column: str | None = None
+    """Column of the prompts that a built-in function reads: math the right answer (default: answer), json a JSON Schema,
+    code the tests (default: tests), constraints the instructions (default: IFEval's instruction_id_list and kwargs)."""
+    pattern: str | None = None
+    """Regular expression (RE2) for regex: the reward is 1 if it is found in the answer, else 0."""
+    instructions: tuple[dict[str, Any], ...] = ()
+    """Instructions for constraints that hold for every prompt, such as [{id: 'detectable_format:json_format'}, {id:
+    'length_constraints:number_words', num_words: 50, relation: at least}]."""
+    whole: bool = True
+    """Whether json reads the whole answer; false = a fenced block or the first JSON value in it counts, too."""
+    unsafe: bool = False
+    """Run code without a sandbox, where the machine allows none. Answers are programs that a model wrote: they then run with
+    your rights."""
+    seconds: Float = Field(default=5.0, gt=0)
+    """Seconds that math and code may take for one answer."""
+    scale: Literal["duels", "score"] = "duels"
+    """How a judge rewards: share of duels against other answers to the prompt that it won, or a score from 1 to 10."""
+    opponents: Int = Field(default=1, ge=1)
+    """Number of duels of each answer. Each takes two requests, one for each order."""
+
+    @model_validator(mode="after")
+    def _check(self) -> RewardConfig:
+        given = [name for name in ("use", "reward_model", "judge") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"{' and '.join(given) or 'neither use, reward_model nor judge'} given; a reward is one of use (such as "
+                "math or my_rewards:politeness), reward_model and judge"
+            )
+        if self.use is not None and self.use not in BUILT_IN and not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", self.use):
+            raise ValueError(
+                f"use {self.use!r} is neither built in ({', '.join(BUILT_IN)}) nor of the form module:function, for example "
+                "my_rewards:politeness"
+            )
+        kind = self.use if self.use in BUILT_IN else given[0]
+        for option, readers in _OPTIONS.items():
+            if kind not in readers:
+                self.refuse_idle([option], f"on {self.use or kind}; drop it, or use {' or '.join(readers)}")
+        if self.judge is not None and self.scale == "score":
+            self.refuse_idle(["opponents"], "on scale score, which asks about each answer alone; drop it")
+        if self.use == "regex" and self.pattern is None:
+            raise ValueError("regex needs a pattern, for example pattern: '^(Yes|No)$'")
+        if self.use == "constraints" and self.column is not None and self.instructions:
+            raise ValueError(f"column ({self.column}) and instructions contradict each other; keep one")
+        return self
+
+
+def reward_name(reward: RewardConfig) -> str:
+    """Name of a reward function in tables and pages."""
+    if reward.name is not None:
+        return reward.name
+    if reward.use is not None:
+        return reward.use.rpartition(":")[2]
+    named = reward.reward_model or (reward.judge.model if reward.judge else "")
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", named.rstrip("/").rsplit("/", 1)[-1]).strip("-.") or "reward"
+
+
+def check_names(rewards: tuple[RewardConfig, ...]) -> None:
+    """Refuse two reward functions of one name.
+
+    Raises:
+        ValueError: naming it.
+    """
+    names = [reward_name(one) for one in rewards]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"two rewards are both named {twice[0]!r}; give each its own name")

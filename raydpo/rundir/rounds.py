@@ -1,0 +1,139 @@
+"""Names and columns of the files in the directory of rounds, ``<output>/<name>``.
+
+Stored rounds depend on these names: they never change. The metadata of each Parquet file say what it was made from.
+"""
+
+from __future__ import annotations
+
+import pyarrow as pa
+
+__all__ = [
+    "HELD_OUT",
+    "HELD_OUT_SCHEMA",
+    "LEDGER",
+    "PROMPTS",
+    "PROMPT_SCHEMA",
+    "ROUND",
+    "ROUNDS",
+    "ROUNDS_SCHEMA",
+    "ROUND_PAIRS",
+    "SAMPLES",
+    "SAMPLE_SCHEMA",
+    "SCORES",
+    "SCORE_SCHEMA",
+    "TRAIN",
+    "round_folder",
+]
+
+LEDGER = "rounds.json"
+"""State of every round and stage. It is made anew from the files of the rounds, which alone decide what is done."""
+PROMPTS = "prompts.parquet"
+"""All prompts, training and held out."""
+ROUNDS = "rounds.parquet"
+"""The figures of each round, one row each. Round 0 is the measurement before the first round."""
+ROUND = "round.json"
+"""The figures of one round, in its folder. Written last: a round without it is not over."""
+SAMPLES = "samples.parquet"
+"""Answers of the policy with which a round begins."""
+SCORES = "scores.parquet"
+"""Rewards of these answers, in the same order."""
+ROUND_PAIRS = "pairs.parquet"
+"""Pairs that the round trains on: ``data.select.PAIR_SCHEMA`` and further columns."""
+HELD_OUT = "held_out.parquet"
+"""Answers of the trained policy to held-out prompts, with their rewards."""
+TRAIN = "train"
+"""Run directory of a round's training, in its folder."""
+
+_IDS, _ID = pa.list_(pa.int32()), pa.binary(16)
+PROMPT_SCHEMA = pa.schema(
+    [
+        ("prompt_id", _ID),  # digest of the token ids
+        ("row", pa.int64()),  # number of the record in its source, from 1
+        ("source", pa.string()),
+        ("split", pa.string()),  # train or held_out
+        ("prompt_ids", _IDS),
+        ("prompt", pa.string()),  # text or messages, as JSON
+        ("columns", pa.string()),  # the record's other columns, as a JSON object
+    ]
+)
+SAMPLE_SCHEMA = pa.schema(
+    [
+        ("prompt_id", _ID),
+        ("sample", pa.int32()),  # number among the answers to the prompt, from 0; -1 = greedy
+        ("round", pa.int32()),
+        ("seed", pa.uint64()),  # with sample it selects the random numbers; see answers.draws
+        ("answer_ids", _IDS),  # as sampled, with the token that ended it
+        ("end", pa.string()),  # stop, or length if it was cut at max_tokens
+        ("engine", pa.string()),
+    ]
+)
+SCORE_SCHEMA = pa.schema(
+    [
+        ("prompt_id", _ID),
+        ("sample", pa.int32()),
+        ("reward", pa.float64()),  # weighted sum, after rounds.cut; null = unknown
+        ("parts", pa.map_(pa.string(), pa.float64())),  # value of each function; null = it does not apply, or failed
+        ("error", pa.string()),  # what failed: "name: Type: message", one line for each function; null = nothing
+        ("details", pa.string()),  # what functions said with log_extra, as a JSON object; null = nothing
+        ("seconds", pa.float64()),
+    ]
+)
+HELD_OUT_SCHEMA = pa.unify_schemas([SAMPLE_SCHEMA, SCORE_SCHEMA, pa.schema([("log_ratio", pa.float64())])])
+"""Samples, scores, and the log-ratio of policy and initial model of each sampled answer, nats."""
+
+_MAP = pa.map_(pa.string(), pa.float64())
+ROUNDS_SCHEMA = pa.schema(
+    [
+        ("round", pa.int32()),
+        ("policy", pa.string()),  # identity of the policy after the round
+        ("reference", pa.string()),  # identity of the round's reference
+        # the answers that the round trains on
+        ("prompts", pa.int64()),
+        ("answers", pa.int64()),
+        ("reward", pa.float64()),  # mean over answers with a reward
+        ("rewards", _MAP),  # mean of each function over the answers that it applies to
+        ("success", pa.float64()),  # share of answers whose reward is above rounds.measure.success
+        ("any", pa.float64()),  # share of prompts with a success
+        ("mixed", pa.float64()),  # share of prompts whose answers have different rewards
+        ("ties", pa.int64()),  # prompts whose answers all have the same reward
+        ("errors", pa.int64()),  # answers on which a function failed
+        ("unknown", pa.int64()),  # answers without a reward
+        ("cut", pa.float64()),
+        ("tokens", pa.float64()),  # mean length with the end token
+        ("distinct", pa.float64()),  # share of different answers, mean over prompts
+        ("entropy", pa.float64()),  # of the first token among the answers of a prompt, nats, mean over prompts
+        ("pairs", pa.int64()),  # with replayed ones
+        ("replayed", pa.int64()),
+        ("wanted", pa.int64()),  # distinct completions whose reference log-probs are needed
+        ("cache_hits", pa.int64()),  # those that the cache held
+        ("steps", pa.int64()),
+        ("first_loss", pa.float64()),
+        ("last_loss", pa.float64()),
+        ("chosen_log_ratio", pa.float64()),  # log policy - log reference of chosen completions in the last step, nats
+        ("rejected_log_ratio", pa.float64()),
+        # the answers to held-out prompts after the round
+        ("eval_prompts", pa.int64()),
+        ("eval_answers", pa.int64()),
+        ("eval_reward", pa.float64()),
+        ("eval_rewards", _MAP),
+        ("eval_success", pa.float64()),
+        ("eval_success_se", pa.float64()),  # standard error over prompts
+        ("eval_success_greedy", pa.float64()),
+        ("eval_any", pa.float64()),
+        ("eval_errors", pa.int64()),
+        ("eval_tokens", pa.float64()),
+        ("eval_cut", pa.float64()),
+        ("eval_distinct", pa.float64()),
+        ("eval_entropy", pa.float64()),
+        ("eval_drift_initial", pa.float64()),  # KL(policy || initial model), nats an answer
+        ("eval_drift_initial_se", pa.float64()),
+        ("eval_drift_previous", pa.float64()),  # the same from the policy before the round
+        ("eval_drift_previous_se", pa.float64()),
+        ("seconds", _MAP),  # by stage
+    ]
+)
+
+
+def round_folder(number: int) -> str:
+    """Name of the folder of a round, below the directory of the rounds. Round 0 has the measurement before the first."""
+    return f"round-{number:03d}"
