@@ -35,7 +35,7 @@ RUN_FILES = (
 )
 """Names of files of a run directory. ``config.yaml`` is not among them: a user's own file has that name, too."""
 KNOWS_RUN_FILES = ("*/directory.py", "submit/package.py")
-MOST_ROOMS, MOST_LINES = 28, 600
+MOST_ROOMS, MOST_LINES = 30, 600
 
 
 # -- what is there --------------------------------------------------------------------------------------------------------

@@ -28,8 +28,8 @@ STAGES = ("sample", "score", "pair", "train", "measure")
 
 
 class PromptSource(Section):
-    """One file, directory, URI or hub data set of prompts. Its records have a column ``prompt``, text or messages; the reward
-    functions get every other column."""
+    """One file, directory, URI or hub data set of prompts. Its records have a column ``prompt``, text or messages; the
+    reward functions get every other column."""
 
     path: PathOrUri
     """As data.train.path."""
@@ -74,8 +74,8 @@ class SampleConfig(Section):
     seed: Int = Field(default=0, ge=0)
     """Seed of the random numbers. Each round, prompt and sample has its own."""
     engine: Literal["auto", "transformers", "vllm", "ray"] = "auto"
-    """Engine that generates the answers; auto = vllm where there are GPUs and vLLM, else transformers. ray = ray.data.llm, for
-    models that need several GPUs a replica."""
+    """Engine that generates the answers; auto = vllm where there are GPUs and vLLM, else transformers. ray = ray.data.llm,
+    for models that need several GPUs a replica."""
     vllm_python: str | None = None
     """Python of an environment with vLLM, as evaluate.vllm_python."""
     tensor_parallel: Int = Field(default=1, ge=1)
@@ -116,8 +116,8 @@ class PairingConfig(Section):
     def _check(self) -> PairingConfig:
         if self.choose == "best_worst" and self.per_prompt > 1:
             raise ValueError(
-                f"per_prompt {self.per_prompt} contradicts choose best_worst, which makes one pair of a prompt; set choose to "
-                "all"
+                f"per_prompt {self.per_prompt} contradicts choose best_worst, which makes one pair of a prompt; set "
+                "choose to all"
             )
         return self
 
@@ -158,7 +158,7 @@ def _as_held_out(value: Any) -> Any:
 
 
 class RoundsConfig(Section):
-    """On-policy rounds. Section ``train`` is that of one round: its ``steps`` are the optimizer steps between two samplings."""
+    """On-policy rounds. Section ``train`` is that of one round: its ``steps`` are the steps between two samplings."""
 
     count: Int = Field(default=3, ge=1)
     """Number of rounds. More may be added later; the first ones stay."""
@@ -167,8 +167,8 @@ class RoundsConfig(Section):
     held_out: Annotated[HeldOutConfig, BeforeValidator(_as_held_out)] = HeldOutConfig(fraction=0.15)
     """Prompts that are measured and never trained on."""
     per_round: Int = Field(default=1024, ge=1)
-    """Number of prompts of a round. Rounds take disjoint slices of the prompts in an order that sample.seed decides; once all
-    were used, they come again with new random numbers."""
+    """Number of prompts of a round. Rounds take disjoint slices of the prompts in an order that sample.seed decides; once
+    all were used, they come again with new random numbers."""
     sample: SampleConfig = Field(default_factory=SampleConfig)
     """Sampling of answers."""
     rewards: tuple[RewardConfig, ...] = Field(min_length=1)
@@ -181,8 +181,8 @@ class RoundsConfig(Section):
     pairs: PairingConfig = Field(default_factory=PairingConfig)
     """Which answers become pairs."""
     reference: Literal["initial", "previous"] | EveryConfig = "initial"
-    """The reference of a round: the model before the first round, the policy that the round begins with, or {every: k}, which
-    moves to the policy of every k-th round. R rounds with a moving reference divide beta by R."""
+    """The reference of a round: the model before the first round, the policy that the round begins with, or {every: k},
+    which moves to the policy of every k-th round. R rounds with a moving reference divide beta by R."""
     replay: Float = Field(default=0.0, ge=0, lt=1)
     """Share of the pairs of a round that come from earlier rounds."""
     offline: bool = False
@@ -202,7 +202,7 @@ class RoundsConfig(Section):
         if self.stop.drift is not None and (self.sample.top_p < 1 or self.sample.temperature != 1):
             raise ValueError(
                 f"stop.drift ({self.stop.drift:g}) is estimated on unmodified samples, but sample.top_p is "
-                f"{self.sample.top_p:g} and sample.temperature {self.sample.temperature:g}; set both to 1, or drop stop.drift"
+                f"{self.sample.top_p:g} and sample.temperature {self.sample.temperature:g}; set both to 1, or drop it"
             )
         if self.offline and self.replay:
             raise ValueError("replay has no effect on offline rounds, which all train on the same pairs; drop one")

@@ -145,8 +145,8 @@ class Config(Section):
             return
         if self.data.train:
             raise ValueError(
-                f"data.train ({self.data.train[0].path}) has no effect beside rounds.prompts: rounds train on pairs of their "
-                "own answers. Drop one; to begin with a model that was trained on pairs, name its final/ in model.path"
+                f"data.train ({self.data.train[0].path}) has no effect beside rounds.prompts: rounds train on pairs of "
+                "their own answers. Drop one; to begin with a model that was trained on pairs, name its final/ in model.path"
             )
         if self.sweep is not None:
             raise ValueError("sections sweep and rounds contradict each other; drop one")

@@ -22,15 +22,25 @@ __all__ = [
     "EVAL",
     "EVALUATION",
     "FINAL",
+    "LEDGER",
     "METRICS",
     "PAIRS",
+    "PROMPTS",
     "REPORT",
+    "ROUND",
+    "ROUNDS",
+    "ROUND_HELD_OUT",
+    "ROUND_PAIRS",
     "RUN",
+    "SAMPLES",
+    "SCORES",
     "SCRATCH",
     "SUMMARY",
     "SWEEP",
     "TENSORBOARD",
+    "TRAIN",
     "RunDirectory",
+    "round_folder",
 ]
 
 CONFIG = "config.yaml"
@@ -65,6 +75,24 @@ TENSORBOARD = "tensorboard"
 """Folder of TensorBoard's event files."""
 DRIVER_LOG = "logs/driver.log"
 """Output of libraries in the driver process; a run at a URI has none."""
+LEDGER = "rounds.json"
+"""State of every round and stage. It is made anew from the files of the rounds, which alone decide what is done."""
+PROMPTS = "prompts.parquet"
+"""All prompts, training and held out."""
+ROUNDS = "rounds.parquet"
+"""The figures of each round, one row each. Round 0 is the measurement before the first round."""
+ROUND = "round.json"
+"""The figures of one round, in its folder. Written last: a round without it is not over."""
+SAMPLES = "samples.parquet"
+"""Answers of the policy with which a round begins."""
+SCORES = "scores.parquet"
+"""Rewards of these answers, in the same order."""
+ROUND_PAIRS = "pairs.parquet"
+"""Pairs that the round trains on: ``data.select.PAIR_SCHEMA`` and further columns."""
+ROUND_HELD_OUT = "held_out.parquet"
+"""Answers of the trained policy to held-out prompts, with their rewards."""
+TRAIN = "train"
+"""Run directory of a round's training, in its folder."""
 SCRATCH = ".scratch"
 """Folder that exists while a run trains: the pairs, and a folder for each worker."""
 
@@ -94,3 +122,8 @@ class RunDirectory:
 
     def _read(self, name: str) -> Any:
         return json.loads(self.storage.read(name)) if self.storage.exists(name) else None
+
+
+def round_folder(number: int) -> str:
+    """Name of the folder of a round, below the directory of the rounds. Round 0 has the measurement before the first."""
+    return f"round-{number:03d}"

@@ -1,48 +1,13 @@
-"""Names and columns of the files in the directory of rounds, ``<output>/<name>``.
+"""Columns of the files in the directory of rounds, ``<output>/<name>``; ``directory`` has their names.
 
-Stored rounds depend on these names: they never change. The metadata of each Parquet file say what it was made from.
+Stored rounds depend on these columns: they never change. The metadata of each file say what it was made from.
 """
 
 from __future__ import annotations
 
 import pyarrow as pa
 
-__all__ = [
-    "HELD_OUT",
-    "HELD_OUT_SCHEMA",
-    "LEDGER",
-    "PROMPTS",
-    "PROMPT_SCHEMA",
-    "ROUND",
-    "ROUNDS",
-    "ROUNDS_SCHEMA",
-    "ROUND_PAIRS",
-    "SAMPLES",
-    "SAMPLE_SCHEMA",
-    "SCORES",
-    "SCORE_SCHEMA",
-    "TRAIN",
-    "round_folder",
-]
-
-LEDGER = "rounds.json"
-"""State of every round and stage. It is made anew from the files of the rounds, which alone decide what is done."""
-PROMPTS = "prompts.parquet"
-"""All prompts, training and held out."""
-ROUNDS = "rounds.parquet"
-"""The figures of each round, one row each. Round 0 is the measurement before the first round."""
-ROUND = "round.json"
-"""The figures of one round, in its folder. Written last: a round without it is not over."""
-SAMPLES = "samples.parquet"
-"""Answers of the policy with which a round begins."""
-SCORES = "scores.parquet"
-"""Rewards of these answers, in the same order."""
-ROUND_PAIRS = "pairs.parquet"
-"""Pairs that the round trains on: ``data.select.PAIR_SCHEMA`` and further columns."""
-HELD_OUT = "held_out.parquet"
-"""Answers of the trained policy to held-out prompts, with their rewards."""
-TRAIN = "train"
-"""Run directory of a round's training, in its folder."""
+__all__ = ["HELD_OUT_SCHEMA", "PROMPT_SCHEMA", "ROUNDS_SCHEMA", "SAMPLE_SCHEMA", "SCORE_SCHEMA"]
 
 _IDS, _ID = pa.list_(pa.int32()), pa.binary(16)
 PROMPT_SCHEMA = pa.schema(
@@ -56,6 +21,7 @@ PROMPT_SCHEMA = pa.schema(
         ("columns", pa.string()),  # the record's other columns, as a JSON object
     ]
 )
+"""A prompt: its tokens, its text, and the columns that reward functions get."""
 SAMPLE_SCHEMA = pa.schema(
     [
         ("prompt_id", _ID),
@@ -67,6 +33,7 @@ SAMPLE_SCHEMA = pa.schema(
         ("engine", pa.string()),
     ]
 )
+"""A sampled answer."""
 SCORE_SCHEMA = pa.schema(
     [
         ("prompt_id", _ID),
@@ -78,6 +45,7 @@ SCORE_SCHEMA = pa.schema(
         ("seconds", pa.float64()),
     ]
 )
+"""The reward of an answer."""
 HELD_OUT_SCHEMA = pa.unify_schemas([SAMPLE_SCHEMA, SCORE_SCHEMA, pa.schema([("log_ratio", pa.float64())])])
 """Samples, scores, and the log-ratio of policy and initial model of each sampled answer, nats."""
 
@@ -132,8 +100,4 @@ ROUNDS_SCHEMA = pa.schema(
         ("seconds", _MAP),  # by stage
     ]
 )
-
-
-def round_folder(number: int) -> str:
-    """Name of the folder of a round, below the directory of the rounds. Round 0 has the measurement before the first."""
-    return f"round-{number:03d}"
+"""The figures of a round. Null where there is none, such as of training in round 0."""
