@@ -29,6 +29,7 @@ SAMPLE_SCHEMA = pa.schema(
         ("round", pa.int32()),
         ("seed", pa.uint64()),  # with sample it selects the random numbers; see answers.draws
         ("answer_ids", _IDS),  # as sampled, with the token that ended it
+        ("answer", pa.string()),  # the text that reward functions get: decoded, without the token that ended it
         ("end", pa.string()),  # stop, or length if it was cut at max_tokens
         ("engine", pa.string()),
     ]
