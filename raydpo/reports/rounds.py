@@ -11,7 +11,7 @@ import yaml
 from raydpo.pages.page import render
 from raydpo.pages.text import shown
 from raydpo.reports.rounds_findings import rounds_findings, within
-from raydpo.reports.rounds_pictures import frontier, rounds_curves, seconds_part
+from raydpo.reports.rounds_pictures import cost_pictures, rounds_curves, seconds_part
 from raydpo.reports.run import SCRIPTS
 from raydpo.reports.tables import Cell, Row, Table, duration, number
 from raydpo.rundir.read_rounds import RoundsRecord
@@ -25,46 +25,46 @@ MOST_ROUNDS = 6
 """Largest number of rounds whose answers to a prompt are shown."""
 MOST_CHARACTERS = 400
 """Length from which an answer is cut. Its title, which a pointer shows, has more of it."""
-Columns = tuple[tuple[str, str, str, str | None], ...]
-"""(heading, key, format, key of the standard error) of the columns of a table."""
-HELD_OUT: Columns = (
+Figures = tuple[tuple[str, str, str, str | None], ...]
+"""(heading, key, format, key of the standard error) of the rows of a table."""
+HELD_OUT: Figures = (
     ("success", "eval_success", ".3f", "eval_success_se"),
-    ("greedy success", "eval_success_greedy", ".3f", None),
-    ("any answer succeeds", "eval_any", ".3f", None),
+    ("success of the greedy answer", "eval_success_greedy", ".3f", None),
+    ("prompts with a success", "eval_any", ".3f", None),
     ("reward", "eval_reward", ".3f", None),
-    ("drift from initial, nats", "eval_drift_initial", ".2f", "eval_drift_initial_se"),
-    ("drift from previous, nats", "eval_drift_previous", ".2f", "eval_drift_previous_se"),
-    ("tokens", "eval_tokens", ".1f", None),
-    ("cut", "eval_cut", ".1%", None),
-    ("distinct", "eval_distinct", ".1%", None),
-    ("first token, nats", "eval_entropy", ".2f", None),
-    ("errors", "eval_errors", ",.0f", None),
+    ("drift from the initial model, nats an answer", "eval_drift_initial", ".2f", "eval_drift_initial_se"),
+    ("drift from the round before", "eval_drift_previous", ".2f", "eval_drift_previous_se"),
+    ("tokens of an answer", "eval_tokens", ".1f", None),
+    ("answers cut at max_tokens", "eval_cut", ".1%", None),
+    ("different answers to a prompt", "eval_distinct", ".1%", None),
+    ("entropy of the first token, nats", "eval_entropy", ".2f", None),
+    ("answers that a reward failed on", "eval_errors", ",.0f", None),
     ("prompts", "eval_prompts", ",.0f", None),
     ("answers", "eval_answers", ",.0f", None),
 )
-TRAINING: Columns = (
+TRAINING: Figures = (
     ("prompts", "prompts", ",.0f", None),
     ("answers", "answers", ",.0f", None),
     ("success", "success", ".3f", None),
-    ("any answer succeeds", "any", ".3f", None),
+    ("prompts with a success", "any", ".3f", None),
     ("reward", "reward", ".3f", None),
     ("mixed prompts", "mixed", ".1%", None),
     ("tied prompts", "ties", ",.0f", None),
-    ("errors", "errors", ",.0f", None),
-    ("unknown", "unknown", ",.0f", None),
-    ("tokens", "tokens", ".1f", None),
-    ("cut", "cut", ".1%", None),
-    ("distinct", "distinct", ".1%", None),
-    ("first token, nats", "entropy", ".2f", None),
+    ("answers that a reward failed on", "errors", ",.0f", None),
+    ("answers without a reward", "unknown", ",.0f", None),
+    ("tokens of an answer", "tokens", ".1f", None),
+    ("answers cut at max_tokens", "cut", ".1%", None),
+    ("different answers to a prompt", "distinct", ".1%", None),
+    ("entropy of the first token, nats", "entropy", ".2f", None),
     ("pairs", "pairs", ",.0f", None),
-    ("of them replayed", "replayed", ",.0f", None),
-    ("completions to score", "wanted", ",.0f", None),
-    ("in the cache", "cache_hits", ",.0f", None),
-    ("steps", "steps", ",.0f", None),
-    ("first loss", "first_loss", ".4f", None),
-    ("last loss", "last_loss", ".4f", None),
-    ("chosen, nats", "chosen_log_ratio", ".2f", None),
-    ("rejected, nats", "rejected_log_ratio", ".2f", None),
+    ("pairs of earlier rounds among them", "replayed", ",.0f", None),
+    ("completions that the reference scores", "wanted", ",.0f", None),
+    ("of them in the cache", "cache_hits", ",.0f", None),
+    ("optimizer steps", "steps", ",.0f", None),
+    ("loss of the first step", "first_loss", ".4f", None),
+    ("loss of the last step", "last_loss", ".4f", None),
+    ("log-ratio of chosen answers, nats", "chosen_log_ratio", ".2f", None),
+    ("log-ratio of rejected answers, nats", "rejected_log_ratio", ".2f", None),
 )
 
 
@@ -78,10 +78,11 @@ def rounds_page(record: RoundsRecord) -> str:
         status=rounds_status(record),
         facts=_facts(record),
         findings=rounds_findings(record),
-        held_out=_table("Held-out prompts", record.rounds, HELD_OUT, "eval_success"),
-        training=_table("Training answers and pairs", record.trained, TRAINING, "answers"),
+        held_out=_table("Held-out prompts", record.rounds, HELD_OUT),
+        training=_table("Training answers and pairs", record.trained, TRAINING),
         threshold=_threshold(record),
-        frontier=frontier(record),
+        costs=cost_pictures(record),
+        drift=any(row["round"] and row.get("eval_drift_initial") is not None for row in record.rounds),
         curves=rounds_curves(record),
         rewards=_rewards(record),
         seconds=seconds_part(record),
@@ -92,36 +93,42 @@ def rounds_page(record: RoundsRecord) -> str:
 
 def rounds_status(record: RoundsRecord) -> str:
     """Describe in words how far the rounds are, and why they ended."""
-    done, count = len(record.trained), record.setting("rounds.count")
-    if record.stopped:
-        return f"Ended: {record.stopped}"
-    if not record.rounds:
+    done = sum(row.get("eval_success") is not None for row in record.trained)
+    count = record.setting("rounds.count")
+    said = f" {record.why}" if record.why else ""
+    if record.state == "stopped":
+        return f"Ended early after {_count(done)}.{said}"
+    if record.state == "done":
+        return f"Finished: {_count(done)}.{said}"
+    if not record.rounds and not record.why:
         return "Nothing is measured yet: the rounds are starting."
-    if count is not None and done >= count:
-        return f"Finished: {done:,} rounds."
+    of = "" if count is None else f" of {count:,}"
+    state = " The last command failed:" if record.state == "failed" else ""
     return (
-        f"Not finished: {done:,}{f' of {count:,}' if count else ''} rounds are over. The same command continues; records "
-        "are written after each round."
+        f"Not finished: {done:,}{of} rounds are over.{state}{said} The same command continues; records are "
+        "written after each round."
     )
 
 
-def _figures(row: dict[str, Any], columns: Columns) -> list[Cell]:
-    """Cells of a round: each figure, with its standard error where it has one."""
-    cells = []
-    for _, key, form, error in columns:
-        value, spread = row.get(key), row.get(error) if error else None
-        cell = number(value, form)
-        cells.append(cell if value is None or spread is None else Cell(within(value, spread, form), cell.value))
-    return cells
+def _count(rounds: int) -> str:
+    return f"{rounds:,} round{'' if rounds == 1 else 's'}"
 
 
-def _table(label: str, rows: Sequence[dict[str, Any]], columns: Columns, needed: str) -> Table | None:
-    known = [row for row in rows if row.get(needed) is not None]
-    if not known:
-        return None
-    columns = tuple(column for column in columns if any(row.get(column[1]) is not None for row in known))
-    heads = [Row(f"round {row['round']}", _figures(row, columns), f"round-{row['round']}") for row in known]
-    return Table(label, ("", *(heading for heading, *_ in columns)), heads)
+def _table(label: str, rows: Sequence[dict[str, Any]], figures: Figures) -> Table | None:
+    """A row for each figure that a round has, a column for each round; None if there is none."""
+    columns = ("", *("start" if row["round"] == 0 else f"round {row['round']}" for row in rows))
+    found = [
+        Row(heading, [_figure(row, *rest) for row in rows])
+        for heading, *rest in figures
+        if any(row.get(rest[0]) is not None for row in rows)
+    ]
+    return Table(label, columns, found) if found else None
+
+
+def _figure(row: dict[str, Any], key: str, form: str, error: str | None) -> Cell:
+    value, spread = row.get(key), row.get(error) if error else None
+    cell = number(value, form)
+    return cell if value is None or spread is None else Cell(within(value, spread, form), cell.value)
 
 
 def _threshold(record: RoundsRecord) -> str:

@@ -12,13 +12,60 @@ from raydpo.reports.rounds_findings import starts, within
 from raydpo.reports.tables import Row, Table, number
 from raydpo.rundir.read_rounds import RoundsRecord
 
-__all__ = ["frontier", "rounds_curves", "seconds_part"]
+__all__ = ["cost_pictures", "rounds_curves", "seconds_part"]
 
 STAGES = {"sample": SERIES[0], "score": SERIES[1], "pair": SERIES[6], "train": SERIES[2], "measure": SERIES[3]}
+SHARES = {"ylim": (-0.02, 1.02)}
+BOTH: tuple[tuple[str, str, str, dict[str, Any], str], ...] = (
+    ("Reward", "reward", "reward", {}, "Mean weighted sum of the reward functions."),
+    ("Length", "tokens", "tokens", {}, "Mean length of an answer, with the token that ends it."),
+    ("Cut answers", "cut", "share", SHARES, "Share of answers that reach max_tokens without an end."),
+    ("Different answers", "distinct", "share", SHARES, "Share of different answers to a prompt, mean over prompts."),
+    ("First token", "entropy", "nats", {}, "Entropy of the first token among the answers to a prompt, mean over prompts."),
+    ("Errors", "errors", "answers", {}, "Answers on which a reward function failed."),
+)
+"""(title, figure, label of the y axis, options of ``curves_picture``, caption) of figures of both kinds of answers."""
+MIXED = "Share of the prompts of a round whose answers have different rewards. The others are tied and make no pair."
+RATIOS = (
+    "Log-prob under the policy minus the reference's, in the last step of the round. Rejected answers that sink further and "
+    "further are a sign of old pairs."
+)
+LOSS = "With the initial model as reference, later rounds do not begin at ln 2: the policy has moved already."
+CACHE = (
+    "Share of the completions to score whose log-probs under the reference were in the cache. Fresh answers are not there, "
+    "unless the policy repeats itself."
+)
 
 
-def frontier(record: RoundsRecord) -> Picture | None:
-    """Draw success against drift, a mark for each round; None if no drift is measured."""
+def cost_pictures(record: RoundsRecord) -> list[Picture]:
+    """Draw success against drift, and both over the rounds. A picture without any value is left out."""
+    rows, n = record.rounds, record.setting("rounds.measure.n")
+    success = _picture(
+        "Success",
+        "Held out: after the round, with bars of one standard error over prompts. Training answers: of the policy with "
+        "which the round begins.",
+        [
+            *_both(rows, "success", "eval_success_se"),
+            points(rows, "eval_success_greedy", "held out, greedy", SERIES[2]),
+            points(rows, "eval_any", f"held out, any of {n}", SERIES[3]),
+        ],
+        "share",
+        **SHARES,
+    )
+    drift = _picture(
+        "Drift",
+        "KL(policy || model), estimated on the policy's own held-out answers, with bars of one standard error.",
+        [
+            points(rows, "eval_drift_initial", "from the initial model", GOOD, error="eval_drift_initial_se"),
+            points(rows, "eval_drift_previous", "from the round before", BAD, error="eval_drift_previous_se"),
+        ],
+        "nats an answer",
+        level=0.0,
+    )
+    return [picture for picture in (_frontier(record), success, drift) if picture is not None]
+
+
+def _frontier(record: RoundsRecord) -> Picture | None:
     spots = [
         Spot(
             row["eval_drift_initial"],
@@ -41,118 +88,48 @@ def frontier(record: RoundsRecord) -> Picture | None:
 def rounds_curves(record: RoundsRecord) -> list[Picture]:
     """Draw the figures over the rounds. A picture without any value is left out."""
     rows = record.rounds
-    n = record.setting("rounds.measure.n")
-
-    def both(key: str, error: str | None = None) -> list[Curve | None]:
-        return [
-            points(rows, f"eval_{key}", "held out", GOOD, error=error),
-            points(rows, key, "training answers", BAD, dashed=True),
-        ]
-
-    weights = {reward.name: reward.weight for reward in record.rewards}
-    names = list(dict.fromkeys(name for row in rows for name in row.get("eval_rewards") or ()))
-    named = [{"round": row["round"]} | (row.get("eval_rewards") or {}) for row in rows]
-    functions = [
-        points(
-            named,
-            name,
-            f"{name}, measured only" if weights.get(name) == 0 else name,
-            SERIES[place % len(SERIES)],
-            dashed=weights.get(name) == 0,
-        )
-        for place, name in enumerate(names)
-    ]
-    hits = [
-        {"round": row["round"], "hits": (row.get("cache_hits") or 0) / row["wanted"]} for row in rows if row.get("wanted")
-    ]
-    failed = any((row.get("errors") or 0) + (row.get("eval_errors") or 0) for row in rows)
-    shares = {"ylim": (-0.02, 1.02)}
+    mixed = [points(rows, "mixed", "mixed", GOOD), points(rows, "any", "with a success", SERIES[3], dashed=True)]
+    replayed = any(row.get("replayed") for row in rows)
+    pairs = [points(rows, "pairs", "pairs", GOOD), points(rows, "replayed", "replayed", BAD) if replayed else None]
+    wanted = [row | {"hits": (row.get("cache_hits") or 0) / row["wanted"]} for row in rows if row.get("wanted")]
+    sides = [points(rows, f"{side}_log_ratio", side, colour) for side, colour in (("chosen", GOOD), ("rejected", BAD))]
+    losses = [points(rows, f"{at}_loss", f"{at} step", colour) for at, colour in (("first", BAD), ("last", GOOD))]
     pictures = [
-        _picture(
-            "Success",
-            "Held out: after the round, with bars of one standard error over prompts. Training answers: of the policy with "
-            "which the round begins.",
-            [
-                *both("success", "eval_success_se"),
-                points(rows, "eval_success_greedy", "held out, greedy", SERIES[2]),
-                points(rows, "eval_any", f"held out, any of {n}", SERIES[3]),
-            ],
-            "share",
-            **shares,
-        ),
-        _picture("Reward", "Mean weighted sum of the reward functions.", both("reward"), "reward"),
-        _picture("Each reward function", "Mean over the held-out answers that it applies to.", functions, "value")
-        if len(names) > 1
-        else None,
-        _picture(
-            "Mixed prompts",
-            "Share of the prompts of a round whose answers have different rewards. The others are tied and make no pair.",
-            [points(rows, "mixed", "mixed", GOOD), points(rows, "any", "any answer succeeds", SERIES[3], dashed=True)],
-            "share of prompts",
-            **shares,
-        ),
-        _picture(
-            "Pairs",
-            "Pairs that the round trains on.",
-            [
-                points(rows, "pairs", "pairs", GOOD),
-                points(rows, "replayed", "of them replayed", BAD) if any(row.get("replayed") for row in rows) else None,
-            ],
-            "pairs",
-        ),
-        _picture("Errors", "Answers on which a reward function failed.", both("errors"), "answers") if failed else None,
-        _picture("Length", "Mean length of an answer, with the token that ends it.", both("tokens"), "tokens"),
-        _picture("Cut answers", "Share of answers that reach max_tokens without an end.", both("cut"), "share", **shares),
-        _picture(
-            "Different answers",
-            "Share of different answers to a prompt, mean over prompts.",
-            both("distinct"),
-            "share",
-            **shares,
-        ),
-        _picture(
-            "First token",
-            "Entropy of the first token among the answers to a prompt, mean over prompts. 0: all begin alike.",
-            both("entropy"),
-            "nats",
-        ),
-        _picture(
-            "Drift",
-            "KL(policy || model), estimated on the policy's own held-out answers, with bars of one standard error.",
-            [
-                points(rows, "eval_drift_initial", "from the initial model", GOOD, error="eval_drift_initial_se"),
-                points(rows, "eval_drift_previous", "from the round before", BAD, error="eval_drift_previous_se"),
-            ],
-            "nats an answer",
-            level=0.0,
-        ),
-        _picture(
-            "Log-ratios",
-            "Log-prob under the policy minus the reference's, in the last step of the round. Rejected answers that sink "
-            "without end are a sign of old pairs.",
-            [
-                points(rows, "chosen_log_ratio", "chosen", GOOD),
-                points(rows, "rejected_log_ratio", "rejected", BAD),
-            ],
-            "nats",
-            level=0.0,
-        ),
-        _picture(
-            "Loss",
-            "With the initial model as reference the first loss of a later round is not ln 2: the policy has moved already.",
-            [points(rows, "first_loss", "first step", BAD), points(rows, "last_loss", "last step", GOOD)],
-            "loss",
-        ),
-        _picture(
-            "Found in the cache",
-            "Share of the completions to score whose log-probs under the reference were in the cache. Fresh answers are "
-            "not there, unless the policy repeats itself.",
-            [points(hits, "hits", "hits", GOOD)],
-            "share",
-            **shares,
-        ),
+        *(_picture(title, caption, _both(rows, key), ylabel, **more) for title, key, ylabel, more, caption in BOTH),
+        _picture("Each reward function", "Mean over the held-out answers that it applies to.", _functions(record), "value"),
+        _picture("Mixed prompts", MIXED, mixed, "share of prompts", **SHARES),
+        _picture("Pairs", "Pairs that the round trains on, with those of earlier rounds.", pairs, "pairs"),
+        _picture("Log-ratios", RATIOS, sides, "nats", level=0.0),
+        _picture("Loss", LOSS, losses, "loss"),
+        _picture("Found in the cache", CACHE, [points(wanted, "hits", "hits", GOOD)], "share", **SHARES),
     ]
     return [picture for picture in pictures if picture is not None]
+
+
+def _functions(record: RoundsRecord) -> list[Curve | None]:
+    """Curves of the reward functions on held-out answers; none if there is one function, which is the reward."""
+    unused = {reward.name for reward in record.rewards if reward.weight == 0}
+    rows = [{"round": row["round"]} | (row.get("eval_rewards") or {}) for row in record.rounds]
+    names = [name for name in dict.fromkeys(name for row in rows for name in row) if name != "round"]
+    return [
+        points(
+            rows,
+            name,
+            f"{name}, measured only" if name in unused else name,
+            SERIES[place % len(SERIES)],
+            dashed=name in unused,
+        )
+        for place, name in enumerate(names)
+        if len(names) > 1
+    ]
+
+
+def _both(rows: Sequence[dict[str, Any]], key: str, error: str | None = None) -> list[Curve | None]:
+    """Curves of a figure of held-out answers and of training answers."""
+    return [
+        points(rows, f"eval_{key}", "held out", GOOD, error=error),
+        points(rows, key, "training answers", BAD, dashed=True),
+    ]
 
 
 def _picture(title: str, caption: str, curves: Sequence[Curve | None], ylabel: str, **options: Any) -> Picture | None:

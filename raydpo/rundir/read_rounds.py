@@ -52,7 +52,8 @@ class RoundsRecord:
     Attributes:
         place: local path or URI, without secrets.
         config: the resolved configuration, without secrets; {} if there is none.
-        stopped: why the rounds ended before the last one, in words; None if they did not.
+        state: of the last command: running, paused, done, stopped, interrupted or failed; None if unknown.
+        why: a sentence about the state, such as why the rounds ended before the last one; None if there is none.
         rounds: rows of rounds.parquet in order of round: ``rundir.rounds.ROUNDS_SCHEMA``, maps as dictionaries. A number
             that is not finite is None.
     """
@@ -61,7 +62,8 @@ class RoundsRecord:
     place: str
     name: str
     config: dict[str, Any]
-    stopped: str | None
+    state: str | None
+    why: str | None
     rounds: list[dict[str, Any]]
 
     @classmethod
@@ -79,7 +81,7 @@ class RoundsRecord:
         table = _table(storage, ROUNDS)
         rows = [] if table is None else [finite(row) for row in table.to_pylist(maps_as_pydicts="strict")]
         rows.sort(key=lambda row: row["round"])
-        return cls(storage, str(storage), str(name), redacted(config), ledger.get("stopped"), rows)
+        return cls(storage, str(storage), str(name), redacted(config), ledger.get("status"), ledger.get("why"), rows)
 
     def setting(self, key: str) -> Any:
         """Return the value of a key such as ``rounds.sample.n``, None if it is not set."""
@@ -95,7 +97,7 @@ class RoundsRecord:
 
     @property
     def trained(self) -> list[dict[str, Any]]:
-        """The rows of rounds that trained: all but round 0."""
+        """The rows of all rounds but round 0. The last one may have ended the rounds before it trained."""
         return [row for row in self.rounds if row["round"] > 0]
 
     def sampled(self, row: dict[str, Any], key: str = "answers") -> int:

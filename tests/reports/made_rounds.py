@@ -67,7 +67,9 @@ def made_rounds(
         first, last = key.split(".")
         tree.setdefault(first, {})[last] = value
     storage.write("config.yaml", load_config(tree).to_yaml().encode())
-    storage.write("rounds.json", json.dumps({"name": name, "stopped": stopped}).encode())
+    storage.write(
+        "rounds.json", json.dumps({"name": name, "status": "stopped" if stopped else "done", "why": stopped}).encode()
+    )
     parts = parts or {"math": [round(0.2 + 0.2 * number, 3) for number in range(rounds + 1)]}
     rows = [
         _row(number, rounds, step, {key: values[number] for key, values in parts.items()}) for number in range(rounds + 1)
