@@ -2,12 +2,12 @@
 
 JSON is read strictly: no repair, no NaN or Infinity, no name twice in an object. Spaces around it are allowed.
 
-With ``whole: false`` other text may surround the JSON: the content of a single fenced block counts, or else the first object
-or array that the text holds.
+With ``whole: false`` other text may surround the JSON: the content of the fenced block counts if there is exactly one, or else
+the object or array that begins at the first ``{`` or ``[``.
 
-A schema is an object or JSON text in ``column``; null = the reward does not apply to this prompt. ``$schema`` names its draft;
-without it it is 2020-12. References may lead to the schema itself and to the published drafts; others are refused, not
-fetched. ``format`` is not checked, as the standard has it.
+A schema is an object or JSON text in ``column``. null = the reward does not apply to this prompt. ``$schema`` names its draft;
+the default is 2020-12. References may lead to the schema itself and to the published drafts. Others are refused, not fetched.
+``format`` is not checked, as the standard has it.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ __all__ = ["check", "column", "make", "parse"]
 _FENCE = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)^[ \t]*```[ \t]*$", re.MULTILINE | re.DOTALL)
 _LONGEST_INTEGER = 4000
 """Digits of an integer that Python reads quickly. A longer one becomes a float."""
+_DEEP = "too deeply nested"
 _LONGEST_REASON = 200
 """Characters of a reason in the details."""
 
@@ -92,19 +93,20 @@ def parse(text: str, whole: bool = True) -> Any:
     try:
         return _decoder().decode(text)
     except RecursionError:
-        raise ValueError("too deeply nested") from None
+        raise ValueError(_DEEP) from None
     except ValueError:
         if whole:
             raise
     blocks: Sequence[str] = _FENCE.findall(text)
     if len(blocks) == 1:
         return parse(blocks[0])
-    for found in re.finditer(r"[\[{]", text):
-        try:
-            return _decoder().raw_decode(text, found.start())[0]
-        except (ValueError, RecursionError):
-            continue
-    raise ValueError("no object and no array in the text")
+    first = re.search(r"[\[{]", text)
+    if first is None:
+        raise ValueError("no object and no array in the text")
+    try:
+        return _decoder().raw_decode(text, first.start())[0]
+    except RecursionError:
+        raise ValueError(_DEEP) from None
 
 
 @functools.cache

@@ -1,8 +1,8 @@
 """Reward ``regex``: 1 if a regular expression is found in the answer, else 0.
 
 Expressions are RE2's, whose time is linear in the text: no answer can make one hang. RE2 has no look-around and no
-back-references. ``^`` and ``$`` are the beginning and the end of the text, and ``.`` is no line break; ``(?m)`` and ``(?s)`` at
-the beginning change that. ``\\A(?:...)\\z`` matches the whole answer.
+back-references. ``^`` and ``$`` are the beginning and the end of the text, and ``.`` matches no line break. ``(?m)`` and
+``(?s)`` at the beginning change that.
 """
 
 from __future__ import annotations

@@ -22,8 +22,8 @@ from raydpo.rewards.call import HEADER, written
 __all__ = ["RESULTS", "Caller", "FunctionProcess", "described"]
 
 RESULTS = pa.schema([("reward", pa.float64()), ("error", pa.string()), ("details", pa.string()), ("seconds", pa.float64())])
-"""What a function says of each answer: a reward, or null; what failed, as ``Type: message``; what it logged, as a JSON object;
-its share of the seconds of the call."""
+"""What a function says of each answer: a reward, or null; what failed, as ``Type: message``; what it logged, as a JSON
+object; its share of the seconds of the call."""
 START_SECONDS = 300.0
 """Seconds in which a function's module is imported."""
 HANGS = 3
@@ -154,8 +154,8 @@ class Caller:
         if process.about["digest"] != self.digest:
             process.end()
             raise RaydpoError(
-                f"the reward {reward_name(self.reward)} ({self.reward.use}) has another source on {os.uname().nodename} than "
-                "where the command was started, or it was edited meanwhile; run the command again, with the same files on "
+                f"the reward {reward_name(self.reward)} ({self.reward.use}) has another source on {os.uname().nodename} "
+                "than where the command was started, or it was edited meanwhile; run the command again, with the same files on "
                 "all machines"
             )
         return process

@@ -34,7 +34,7 @@ ANSWERS = pa.unify_schemas([pa.schema([("prompt_id", pa.binary(16)), ("sample", 
 class RewardTask:
     """Work that turns rows of ``ROWS`` into rows of ``RESULTS``; see ``cluster.work.BlockTask``.
 
-    The function runs in a process of its own, which a kill, a hang or a crash of it does not outlive; see ``process.Caller``.
+    The function runs in a process of its own, so whatever it does costs only its answers; see ``process.Caller``.
 
     Attributes:
         round, step: of ``trainer_state``.
