@@ -2,12 +2,12 @@
 
 JSON is read strictly: no repair, no NaN or Infinity, no name twice in an object. Spaces around it are allowed.
 
-With ``whole: false`` other text may surround the JSON: the content of the fenced block counts if there is exactly one, or else
-the object or array that begins at the first ``{`` or ``[``.
+With ``whole: false`` other text may surround the JSON. The content of the fenced block counts if there is exactly one, else the
+object or array that begins at the first ``{`` or ``[``.
 
-A schema is an object or JSON text in ``column``. null = the reward does not apply to this prompt. ``$schema`` names its draft;
-the default is 2020-12. References may lead to the schema itself and to the published drafts. Others are refused, not fetched.
-``format`` is not checked, as the standard has it.
+A schema is an object or JSON text in ``column``. null = the reward does not apply to this prompt. ``$schema`` names its
+draft; the default is 2020-12. References may lead to the schema itself and to the published drafts. Others are refused, not
+fetched. ``format`` is not checked, as the standard has it.
 """
 
 from __future__ import annotations

@@ -155,8 +155,8 @@ class Caller:
             process.end()
             raise RaydpoError(
                 f"the reward {reward_name(self.reward)} ({self.reward.use}) has another source on {os.uname().nodename} "
-                "than where the command was started, or it was edited meanwhile; run the command again, with the same files on "
-                "all machines"
+                "than where the command was started, or it was edited meanwhile; run the command again, with the same files "
+                "on all machines"
             )
         return process
 
