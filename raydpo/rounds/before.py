@@ -20,7 +20,6 @@ from raydpo.rounds.ledger import Ledger
 from raydpo.rounds.measuring import measure_settings
 from raydpo.rounds.prompts import held_out_of, read_prompts, slice_of
 from raydpo.rounds.sampling import sample_settings
-from raydpo.rounds.scoring import reward_settings
 from raydpo.rounds.stage import made_of, refusal
 from raydpo.rundir.directory import PROMPTS, RUN, SWEEP, TRAIN, round_folder
 from raydpo.rundir.fingerprint import changed_settings
@@ -129,7 +128,7 @@ def refuse_changes(inputs: Inputs, ledger: Ledger) -> None:
     storage = inputs.storage
     now = {
         "sample": sample_settings(inputs),
-        "score": reward_settings(inputs),
+        "score": inputs.reward_settings,
         "pair": pair_settings(inputs),
         "measure": measure_settings(inputs),
     }
@@ -137,7 +136,9 @@ def refuse_changes(inputs: Inputs, ledger: Ledger) -> None:
     prompts = made_of(storage, PROMPTS)
     if prompts is not None:
         digests = {"rounds.prompts (content)": inputs.prompts_digest}
-        changed.append((PROMPTS, changed_settings({**prompts.settings, **prompts.inputs}, prompt_settings(inputs) | digests)))
+        changed.append(
+            (PROMPTS, changed_settings({**prompts.settings, **prompts.inputs}, prompt_settings(inputs) | digests))
+        )
     for name, made in ledger.stages():
         made_again = made.stage in ("score", "pair") and not storage.exists(f"{round_folder(made.number)}/{TRAIN}/{RUN}")
         if made.failed is None and not made_again:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -13,19 +13,17 @@ import pyarrow as pa
 from raydpo.cluster.resources import resources_for
 from raydpo.cluster.work import BlockTask, do_work
 from raydpo.config import Config
-from raydpo.config.rounds import EveryConfig, RoundsConfig
+from raydpo.config.rewards import RewardConfig, reward_name
+from raydpo.config.rounds import RoundsConfig
 from raydpo.data.tokenise import Tokeniser
-from raydpo.errors import FilesError
-from raydpo.evaluation.policy import find_policy
-from raydpo.pipeline.prepare import native_dtype
-from raydpo.reference.identity import identify, resolve_model
 from raydpo.reference.score import ReferenceSpec
+from raydpo.rewards.functions import resolve
 from raydpo.rounds.stage import content_digest
-from raydpo.rundir.directory import TRAIN, round_folder
+from raydpo.rounds.training import policy_spec
 from raydpo.storage.files import Storage
 from raydpo.terminal.console import Console
 
-__all__ = ["Inputs", "reference_round"]
+__all__ = ["Inputs"]
 
 WORK_BLOCK = 64
 """Least number of answers that a worker makes and stores together; a kill loses one such block for each worker."""
@@ -37,14 +35,12 @@ class Inputs:
 
     Attributes:
         prompts: all prompts, rows of ``rundir.rounds.PROMPT_SCHEMA``.
-        known: identities of the policies of rounds that are over, by round.
     """
 
     config: Config
     console: Console
     tokeniser: Tokeniser
     prompts: pa.Table
-    known: dict[int, str] = field(default_factory=dict)
 
     @property
     def rounds(self) -> RoundsConfig:
@@ -57,11 +53,6 @@ class Inputs:
     def storage(self) -> Storage:
         """The directory of the rounds."""
         return Storage(self.config.run_dir)
-
-    @functools.cached_property
-    def dtype(self) -> str:
-        """Precision of all policies."""
-        return native_dtype() if self.config.model.dtype == "auto" else self.config.model.dtype
 
     @functools.cached_property
     def prompts_digest(self) -> str:
@@ -77,42 +68,21 @@ class Inputs:
         """Find and identify the policy after round ``number``; 0 = the initial model.
 
         Raises:
-            FilesError: if it is not the policy that the round trained.
-            RaydpoError: if it is not there.
+            FilesError: if the round is not trained, or its policy is not the one that it wrote.
         """
-        found = self._policies.get(number)
-        if found is None:
-            found = self._policies[number] = self._initial() if number == 0 else self._trained(number)
-        if self.known.get(number, found.identity.digest) != found.identity.digest:
-            raise FilesError(
-                f"the policy of round {number} in {self.storage}/{round_folder(number)}/{TRAIN} is not the one that the round "
-                f"trained (identity {self.known[number]}, now {found.identity.digest}): its files were changed. Put them "
-                "back, or start again with --fresh"
-            )
-        return found
+        if number not in self._policies:
+            self._policies[number] = policy_spec(self.config, number)
+        return self._policies[number]
 
     @functools.cached_property
     def _policies(self) -> dict[int, ReferenceSpec]:
         return {}
 
-    def _initial(self) -> ReferenceSpec:
-        model = self.config.model
-        files = resolve_model(model.path), self.dtype, model.adapter and resolve_model(model.adapter)
-        identity = identify(*files, model.quantization, model.trust_remote_code, max_length=self.config.data.max_length)
-        return ReferenceSpec(
-            path=files[0],
-            adapter=files[2],
-            identity=identity,
-            quantization=model.quantization,
-            trust_remote_code=model.trust_remote_code,
-            layout=model.layout,
-            fused=model.fused,
-        )
-
-    def _trained(self, number: int) -> ReferenceSpec:
-        place = f"{self.config.run_dir}/{round_folder(number)}/{TRAIN}"
-        evaluate = self.config.evaluate.model_copy(update={"policy": place, "base": self.config.model.path})
-        return find_policy(self.config.model_copy(update={"evaluate": evaluate}), self.dtype).spec
+    @functools.cached_property
+    def reward_settings(self) -> dict[str, Any]:
+        """Settings that decide the rewards, by their keys. Of a function they are the digests of its source and options."""
+        found = {f"rounds.rewards ({reward_name(one)})": _reward_settings(one) for one in self.rounds.rewards}
+        return found | {"rounds.cut": self.rounds.cut}
 
     def work(self, task: BlockTask, tables: Sequence[pa.Table], doing: str) -> list[pa.Table]:
         """Do work on tables in blocks of whole prompts; see ``cluster.work.do_work``."""
@@ -130,11 +100,15 @@ class Inputs:
             )
 
 
-def reference_round(rounds: RoundsConfig, number: int) -> int:
-    """Number of the round whose policy is the reference of round ``number``; 0 = the initial model."""
-    if isinstance(rounds.reference, EveryConfig):
-        return (number - 1) // rounds.reference.every * rounds.reference.every
-    return 0 if rounds.reference == "initial" else number - 1
+def _reward_settings(reward: RewardConfig) -> dict[str, Any]:
+    told: dict[str, Any] = {"weight": reward.weight}
+    if reward.use is not None:
+        function = resolve(reward)
+        return told | {"use": reward.use, "source": function.digest, "options": dict(function.options)}
+    chosen = reward.model_dump(mode="json", exclude_defaults=True, exclude={"weight", "name", "timeout", "judge"})
+    if reward.judge is not None:
+        chosen["judge"] = reward.judge.model_dump(mode="json", exclude={"key", "timeout", "retries", "parallel"})
+    return told | chosen
 
 
 @contextlib.contextmanager

@@ -80,9 +80,9 @@ class Ledger:
         """Number of steps that were trained in rounds up to ``number``."""
         return sum(int(one["figures"].get("steps") or 0) for key, one in self.records.items() if key <= number)
 
-    def policies(self) -> dict[int, str]:
-        """Identities of the policies of rounds that are over, by round."""
-        return {number: one["figures"]["policy"] for number, one in self.records.items() if one["ended"] is None}
+    def rows(self) -> list[dict[str, Any]]:
+        """The figures of all rounds that have some, in order: rows of ``rundir.rounds.ROUNDS_SCHEMA``."""
+        return [{name: one["figures"].get(name) for name in ROUNDS_SCHEMA.names} for _, one in sorted(self.records.items())]
 
     def stages(self) -> list[tuple[str, Made]]:
         """Names of the Parquet files of all rounds, and what they were made from.
@@ -116,8 +116,7 @@ class Ledger:
 
     def write(self) -> None:
         """Write rounds.parquet and rounds.json."""
-        rows = [{name: one["figures"].get(name) for name in ROUNDS_SCHEMA.names} for _, one in sorted(self.records.items())]
-        if rows:
+        if rows := self.rows():
             sink = io.BytesIO()
             pq.write_table(pa.Table.from_pylist([_maps(row) for row in rows], ROUNDS_SCHEMA), sink, compression="zstd")
             self.storage.write(ROUNDS, sink.getvalue())

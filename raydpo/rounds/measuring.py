@@ -16,20 +16,21 @@ from raydpo.reference.store import ReferenceCache
 from raydpo.rounds.inputs import Inputs
 from raydpo.rounds.prompts import held_out_of, round_seed
 from raydpo.rounds.sampling import GREEDY, answer, sample_settings
-from raydpo.rounds.scoring import reward_settings, score
+from raydpo.rounds.scoring import score
 from raydpo.rundir.rounds import HELD_OUT_SCHEMA
 
 __all__ = ["measure", "measure_settings"]
+
+
+_OF_TRAINING = ("rounds.sample.n", "rounds.per_round")
+"""Settings of sampling that a measurement does not depend on."""
 
 
 def measure_settings(inputs: Inputs) -> dict[str, Any]:
     """Settings that decide the measurement, by their keys."""
     measured = inputs.rounds.measure.model_dump(mode="json")
     answers = {key: value for key, value in sample_settings(inputs).items() if key not in _OF_TRAINING}
-    return {f"rounds.measure.{name}": value for name, value in measured.items()} | answers | reward_settings(inputs)
-
-
-_OF_TRAINING = ("rounds.sample.n", "rounds.per_round")
+    return {f"rounds.measure.{name}": value for name, value in measured.items()} | answers | inputs.reward_settings
 
 
 def measure(inputs: Inputs, number: int, *, step: int) -> tuple[pa.Table, str | None]:
@@ -41,7 +42,7 @@ def measure(inputs: Inputs, number: int, *, step: int) -> tuple[pa.Table, str | 
         step: number of steps that were trained before.
 
     Returns:
-        Rows of ``rundir.rounds.HELD_OUT_SCHEMA``, sampled answers before greedy ones; and which reward function failed too
+        Rows of ``rundir.rounds.HELD_OUT_SCHEMA``, all answers of the first prompt first; and which reward function failed too
         often, as ``scoring.score``.
     """
     rounds, policy = inputs.rounds, inputs.policy(number)
@@ -79,7 +80,9 @@ def _log_ratios(inputs: Inputs, number: int, samples: pa.Table) -> dict[str, np.
     prompts = inputs.prompts["prompt_ids"].take(
         pa.array([place[name] for name in chosen["prompt_id"].to_pylist()], pa.int64())
     )
-    pairs = answer_pairs(*([np.array(ids, np.int32) for ids in column.to_pylist()] for column in (prompts, chosen["answer_ids"])))
+    pairs = answer_pairs(
+        *([np.array(ids, np.int32) for ids in column.to_pylist()] for column in (prompts, chosen["answer_ids"]))
+    )
     sums = {0: np.empty(0)}
     for other in dict.fromkeys((number, 0, number - 1)):
         words = {number: "trained policy", 0: "initial model"}.get(other, "policy before the round")

@@ -48,7 +48,7 @@ def answering(inputs: Inputs, spec: ReferenceSpec) -> Answering:
 def answer(
     inputs: Inputs, spec: ReferenceSpec, rows: np.ndarray, *, n: int, seed: int, number: int, greedy: bool = False
 ) -> pa.Table:
-    """Answer prompts: ``n`` sampled answers to each, then a greedy one to each if ``greedy``.
+    """Answer prompts: ``n`` sampled answers to each, and a greedy one if ``greedy``.
 
     Args:
         spec: the policy.
@@ -57,7 +57,7 @@ def answer(
         number: number of the round.
 
     Returns:
-        Rows of ``rundir.rounds.SAMPLE_SCHEMA``, all answers of the first prompt first; greedy ones behind all others.
+        Rows of ``rundir.rounds.SAMPLE_SCHEMA``, all answers of the first prompt first, its greedy answer last of them.
     """
     prompts = inputs.prompts.take(rows)
     ids, names = prompts["prompt_ids"].to_pylist(), prompts["prompt_id"].to_pylist()
@@ -80,20 +80,19 @@ def answer(
     answers = [one for table in found for one in table["answer_ids"].to_pylist()]
     stop = set(work.stop)
     ended = [one[-1] in stop for one in answers]
-    numbers = np.concatenate(samples)
-    decode = inputs.tokeniser.tokenizer.batch_decode
-    return pa.table(
+    numbers, of = np.concatenate(samples), np.concatenate(places)
+    texts = [one[:-1] if end else one for one, end in zip(answers, ended, strict=True)]
+    made = pa.table(
         {
-            "prompt_id": [names[place] for place in np.concatenate(places)],
+            "prompt_id": [names[place] for place in of.tolist()],
             "sample": numbers,
             "round": [number] * len(answers),
             "seed": pa.array([None if sample == GREEDY else seed for sample in numbers.tolist()], pa.uint64()),
             "answer_ids": answers,
-            "answer": decode(
-                [one[:-1] if end else one for one, end in zip(answers, ended, strict=True)], skip_special_tokens=True
-            ),
+            "answer": inputs.tokeniser.tokenizer.batch_decode(texts, skip_special_tokens=True),
             "end": ["stop" if end else "length" for end in ended],
             "engine": [work.engine] * len(answers),
         },
         schema=SAMPLE_SCHEMA,
     )
+    return made.take(np.argsort(of, kind="stable"))

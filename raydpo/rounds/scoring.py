@@ -2,41 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pyarrow as pa
 
-from raydpo.config.rewards import RewardConfig, reward_name
-from raydpo.reference.identity import resolve_model
 from raydpo.rewards.apply import account, apply, too_many
-from raydpo.rewards.functions import resolve
 from raydpo.rewards.task import ANSWERS
 from raydpo.rounds.inputs import Inputs
 from raydpo.rounds.pairing import final_rewards
 from raydpo.rundir.rounds import SCORE_SCHEMA
 
-__all__ = ["reward_settings", "score"]
-
-_SPEED = {"timeout"}
-"""Settings of a reward that change no value."""
-
-
-def reward_settings(inputs: Inputs) -> dict[str, Any]:
-    """Settings that decide the rewards, by their keys. Of a function it is the digest of its source and options."""
-    found = {f"rounds.rewards ({reward_name(one)})": _settings(one) for one in inputs.rounds.rewards}
-    return found | {"rounds.cut": inputs.rounds.cut}
-
-
-def _settings(reward: RewardConfig) -> dict[str, Any]:
-    told: dict[str, Any] = {"weight": reward.weight}
-    if reward.use is not None:
-        return told | {"use": reward.use, "source": resolve(reward).digest}
-    chosen = reward.model_dump(mode="json", exclude_defaults=True, exclude=_SPEED | {"weight", "name"})
-    if reward.judge is not None:
-        chosen["judge"] = reward.judge.model_dump(mode="json", exclude={"key", "timeout", "retries", "parallel"})
-    if reward.reward_model is not None:
-        chosen["reward_model"] = resolve_model(reward.reward_model)
-    return told | chosen
+__all__ = ["score"]
 
 
 def score(inputs: Inputs, samples: pa.Table, *, number: int, step: int) -> tuple[pa.Table, str | None]:
