@@ -33,8 +33,8 @@ class Goal:
         match = re.fullmatch(r"(\d+)(?:\.(\w+))?", until)
         if match is None or (match[2] is not None and match[2] not in STAGES):
             raise ConfigError(
-                f"--until {until!r} is no stage; give a round, such as 2, or a round and one of {', '.join(STAGES)}, such as "
-                "2.score"
+                f"--until {until!r} is no stage; give a round, such as 2, or a round and one of {', '.join(STAGES)}, such "
+                "as 2.score"
             )
         number = int(match[1])
         if number > rounds.count:
@@ -71,6 +71,6 @@ def few_mixed(number: int, figures: Mapping[str, Any], stop: StopConfig) -> str 
         return None
     return (
         f"round {number}: {mixed:.1%} of its prompts have answers of different reward, less than rounds.stop.mixed "
-        f"({stop.mixed:g}), so there is little to learn and the rounds end here; use other prompts, or set rounds.stop.mixed "
-        "to null"
+        f"({stop.mixed:g}), so there is little to learn and the rounds end here; use other prompts, or set "
+        "rounds.stop.mixed to null"
     )

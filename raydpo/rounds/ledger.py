@@ -1,5 +1,5 @@
-"""The state of rounds: rounds.json, rounds.parquet and round.json. It is read from the files of the rounds, which alone decide
-what is done."""
+"""The state of rounds: rounds.json, rounds.parquet and round.json. It is read from the files of the rounds, which alone
+decide what is done."""
 
 from __future__ import annotations
 

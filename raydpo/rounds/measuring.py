@@ -42,8 +42,8 @@ def measure(inputs: Inputs, number: int, *, step: int) -> tuple[pa.Table, str | 
         step: number of steps that were trained before.
 
     Returns:
-        Rows of ``rundir.rounds.HELD_OUT_SCHEMA``, all answers of the first prompt first; and which reward function failed too
-        often, as ``scoring.score``.
+        Rows of ``rundir.rounds.HELD_OUT_SCHEMA``, all answers of the first prompt first; and which reward function failed
+        too often, as ``scoring.score``.
     """
     rounds, policy = inputs.rounds, inputs.policy(number)
     samples = answer(
@@ -64,8 +64,8 @@ def measure(inputs: Inputs, number: int, *, step: int) -> tuple[pa.Table, str | 
 
 
 def _log_ratios(inputs: Inputs, number: int, samples: pa.Table) -> dict[str, np.ndarray]:
-    """Log-ratios of the policy and the initial model, and of the policy and the one before the round, of each sampled answer:
-    float64 [answers], nats; NaN for greedy answers, and if the samples are not of the policy's own distribution."""
+    """Log-ratios of the policy and the initial model, and of the policy and the one before the round, of each sampled
+    answer: float64 [answers], nats. NaN for greedy answers, and if the samples are not of the policy's own distribution."""
     sample = inputs.rounds.sample
     drawn = samples["sample"].to_numpy() != GREEDY
     found = {name: np.full(samples.num_rows, np.nan) for name in ("log_ratio", "log_ratio_previous")}
@@ -77,13 +77,11 @@ def _log_ratios(inputs: Inputs, number: int, samples: pa.Table) -> dict[str, np.
         return found
     chosen = samples.filter(pa.array(drawn))
     place = {name: row for row, name in enumerate(inputs.prompts["prompt_id"].to_pylist())}
-    prompts = inputs.prompts["prompt_ids"].take(
-        pa.array([place[name] for name in chosen["prompt_id"].to_pylist()], pa.int64())
-    )
-    pairs = answer_pairs(
-        *([np.array(ids, np.int32) for ids in column.to_pylist()] for column in (prompts, chosen["answer_ids"]))
-    )
-    sums = {0: np.empty(0)}
+    asked = [place[name] for name in chosen["prompt_id"].to_pylist()]
+    prompts = inputs.prompts["prompt_ids"].take(pa.array(asked, pa.int64()))
+    columns = (prompts, chosen["answer_ids"])
+    pairs = answer_pairs(*([np.array(ids, np.int32) for ids in column.to_pylist()] for column in columns))
+    sums: dict[int, np.ndarray] = {}
     for other in dict.fromkeys((number, 0, number - 1)):
         words = {number: "trained policy", 0: "initial model"}.get(other, "policy before the round")
         inputs.console.say(f"log-probs of the {words}, for the drift:")

@@ -208,8 +208,8 @@ class Round:
         self.figures["seconds"][stage] = stored.seconds
         if stored.failed is not None:
             raise RaydpoError(
-                f"round {self.number}: {stored.failed}. All answers and rewards are stored: 'raydpo rounds show' prints them. "
-                "The same command scores the answers that failed again"
+                f"round {self.number}: {stored.failed}. All rewards are stored; 'raydpo rounds show' prints them. The same "
+                "command scores answers that failed again"
             )
         return table
 

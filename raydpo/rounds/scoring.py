@@ -21,8 +21,8 @@ def score(inputs: Inputs, samples: pa.Table, *, number: int, step: int) -> tuple
         number: number of the round. step: number of steps that were trained before; both are told to the functions.
 
     Returns:
-        Rows of ``rundir.rounds.SCORE_SCHEMA`` in the order of ``samples``, after ``rounds.cut``; and which function failed on
-        more answers than ``rounds.max_errors`` allows, None if none did.
+        Rows of ``rundir.rounds.SCORE_SCHEMA`` in the order of ``samples``, after ``rounds.cut``; and which function failed
+        on more answers than ``rounds.max_errors`` allows, None if none did.
     """
     answers = _answers(inputs.prompts, samples)
     rewards = inputs.rounds.rewards

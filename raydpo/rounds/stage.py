@@ -175,6 +175,6 @@ def _read(storage: Storage, name: str) -> pa.Table:
 
 def _damaged(storage: Storage, name: str, error: Exception) -> RaydpoError:
     return RaydpoError(
-        f"{storage}/{name} is damaged ({one_line(error, 200) or type(error).__name__}); delete it, and the same command makes "
-        "it again"
+        f"{storage}/{name} is damaged ({one_line(error, 200) or type(error).__name__}); delete it, and the same command "
+        "makes it again"
     )
