@@ -31,11 +31,12 @@ from raydpo.model.rotary import ROTARY, rope_line
 from raydpo.model.router import router_loss_coef
 from raydpo.pipeline.checks import check, check_labels, check_models
 from raydpo.pipeline.tokenised import Tokenised
-from raydpo.reference.identity import ReferenceIdentity, earlier_identity, identify, resolve_model
+from raydpo.reference.identity import ReferenceIdentity, earlier_identity, identify, origin_of, resolve_model
 from raydpo.reference.score import ReferenceSpec
 from raydpo.reference.store import ReferenceCache
 from raydpo.rundir.fingerprint import TRAINING_PAIRS
 from raydpo.terminal.console import Console
+from raydpo.training.job import Continued
 
 __all__ = [
     "Prepared",
@@ -86,6 +87,7 @@ class Prepared:
         own: the pairs.
         sets: ``own``, with the mismatched completions that the loss needs.
         pairs_digest: digest of the training pairs. Computed once; copies made with ``dataclasses.replace`` share it.
+        continued: what the training of a round takes over from earlier ones; None outside of rounds.
     """
 
     config: Config
@@ -97,6 +99,7 @@ class Prepared:
     reference: ReferenceSpec
     cache: ReferenceCache
     pairs_digest: Callable[[], str]
+    continued: Continued | None = None
 
     @classmethod
     def of(cls, config: Config, console: Console, tokenised: Tokenised | None = None) -> Prepared:
@@ -200,6 +203,7 @@ class Prepared:
             | ({"data.filter": config.data.filter} if self.filter_by_reference else {})
             | {f"train.{key}": value for key, value in train.items()}
             | {f"train.loss (source of {name})": digest for name, digest in own_sources(config.train).items()}
+            | ({} if self.continued is None else self.continued.deciding(config.train))
         )
 
 
@@ -232,6 +236,7 @@ def open_reference(config: Config, native: str) -> tuple[ReferenceSpec, Referenc
         trust_remote_code=trusted,
         layout=config.model.layout,
         fused=config.model.fused,
+        origin=origin_of(config.reference_adapter or config.reference_path),
     )
     return spec, ReferenceCache.open(config.cache_uri, identity, unverified=config.cache.allow_unverified)
 
