@@ -45,6 +45,7 @@ __all__ = [
     "native_dtype",
     "open_reference",
     "reference_line",
+    "training_settings",
     "wait_for_workers",
 ]
 
@@ -181,7 +182,7 @@ class Prepared:
     def fingerprint(self) -> dict[str, Any]:
         """Everything that the trained policy depends on, by the name of the setting."""
         config, policy = self.config, self.policy_identity()
-        train = config.train.model_dump(mode="json", include=_DECIDING) | config.train.shaped()
+        train = training_settings(config)
         router = {"router_aux_loss_coef": coef} if (coef := self.router_loss_coef) else {}
         train = {key: value for key, value in train.items() if key != "router_aux_loss_coef"} | router
         lora = config.model.lora.model_dump(mode="json") if config.model.lora else None
@@ -204,6 +205,11 @@ class Prepared:
             | {f"train.loss (source of {name})": digest for name, digest in own_sources(config.train).items()}
             | ({} if self.continued is None else self.continued.deciding(config.train))
         )
+
+
+def training_settings(config: Config) -> dict[str, Any]:
+    """Settings of section ``train`` that decide the result of a training, by name."""
+    return config.train.model_dump(mode="json", include=_DECIDING) | config.train.shaped()
 
 
 def native_dtype() -> str:
