@@ -248,21 +248,21 @@ def _plan(args: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 
 def _plan_rounds(config: Config, answer_tokens: float | None, asked: dict[str, Any], console: Console) -> dict[str, Any]:
+    import pyarrow.compute as pc
+
     from raydpo.estimate.rounds import RoundPrompts
     from raydpo.estimate.rounds_display import estimate_rounds, print_rounds
     from raydpo.pipeline.tokenised import open_tokeniser
     from raydpo.rewards.models import requests_of
-    from raydpo.rounds.prompts import prompt_lengths
+    from raydpo.rounds.prompts import held_out_of, read_prompts, slice_of
 
+    rounds = config.rounds
     with console.quiet():
-        train, held_out = prompt_lengths(config, open_tokeniser(config))
-        rounds = config.rounds
-        asking = (
-            (min(len(train), rounds.per_round), rounds.sample.n),
-            (len(held_out), rounds.measure.n + rounds.measure.greedy),
-        )
-        requests = sum(requests_of(reward, prompts, n) for reward in rounds.rewards for prompts, n in asking)
-        prompts = RoundPrompts(train=train, held_out=held_out)
+        found = read_prompts(config, open_tokeniser(config))
+        lengths = pc.list_value_length(found["prompt_ids"]).to_numpy()
+        prompts = RoundPrompts(train=lengths[slice_of(found, rounds, 1)], held_out=lengths[held_out_of(found, rounds)])
+        asking = (len(prompts.train), rounds.sample.n), (len(prompts.held_out), rounds.measure.n + rounds.measure.greedy)
+        requests = sum(requests_of(reward, *each) for reward in rounds.rewards for each in asking)
         plan = estimate_rounds(config, prompts, requests=requests, answer_tokens=answer_tokens, **asked)
     print_rounds(plan, console)
     return plan.to_dict()
