@@ -191,6 +191,8 @@ def _reward(value: Any) -> tuple[float | None, str | None]:
     """A number as TRL takes it, which may also be a bool, an element of an array, or a tensor of one."""
     if value is None:
         return None, None
+    if isinstance(value, Exception):  # a built-in function says so what failed on this answer alone
+        return None, _told(value)
     try:
         if isinstance(value, (str, bytes, bytearray)):
             raise TypeError(f"returned {value[:40]!r}; expected a number or None")

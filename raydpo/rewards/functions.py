@@ -19,7 +19,7 @@ from raydpo.rewards.process import described
 __all__ = ["RewardFunction", "answer_text", "built_in", "built_in_digest", "open_built_in", "resolve"]
 
 _MODULES = {
-    "math": (("mathematics",), ("math-verify", "latex2sympy2-extended")),
+    "math": (("mathematics", "equality"), ("math-verify", "latex2sympy2-extended")),
     "json": (("json_schema",), ("jsonschema",)),
     "regex": (("pattern",), ("google-re2",)),
     "constraints": (("constraints",), ()),

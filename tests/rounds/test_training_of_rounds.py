@@ -11,11 +11,9 @@ from tiny import make_tokenizer, preferences
 
 from raydpo.cluster.session import session
 from raydpo.config import load_config
-from raydpo.config.verbs import check_verb
 from raydpo.data.keys import completion_key
 from raydpo.data.select import PAIR_SCHEMA
-from raydpo.errors import ConfigError, FilesError
-from raydpo.rounds.training import check_training, policy_spec, round_config, start_of, train_round
+from raydpo.rounds.training import start_of, train_round
 from raydpo.terminal.console import Console
 
 TRAIN = {"pairs_per_step": 4, "lr": 1e-3, "steps": 3, "tokens_per_batch": 1024, "warmup": 0.3, "gate_pairs": 3}
