@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from raydpo.cli.cache import add_cache_verbs, with_json
 from raydpo.cli.configured import load_first_pairs, quietly
+from raydpo.cli.rounds import add_rounds, joined
 from raydpo.errors import ConfigError, TrainError
 from raydpo.submit.command import add_jobs, add_submit, as_submit
 from raydpo.terminal.arguments import at_least
@@ -46,7 +47,7 @@ def _interrupted(args: argparse.Namespace) -> str:
     """What is kept of a command that is interrupted, and how to continue it."""
     if args.verb == "gpu":
         return f"blocks that ended are in {args.out}. The same command starts again; --blocks runs single ones"
-    if args.verb not in ("score", "train", "run", "sweep"):
+    if args.verb not in ("score", "train", "run", "sweep", "rounds"):
         return "the same command starts again"
     again = "Run the same command without --fresh" if getattr(args, "fresh", False) else "Run the same command again"
     return f"what was committed is kept. {again} to continue"
@@ -55,7 +56,7 @@ def _interrupted(args: argparse.Namespace) -> str:
 def parsed(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line. Settings (``key.sub=value``) may stand before and after options."""
     parser = _parser()
-    args, rest = parser.parse_known_args(argv)
+    args, rest = parser.parse_known_args(joined(sys.argv[1:] if argv is None else argv))
     settings = [word for word in rest if "=" in word and not word.startswith("-")]
     if rest != (settings if hasattr(args, "overrides") else []):
         from raydpo.storage.uri import hidden
@@ -103,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
         verb.add_argument("--fresh", action="store_true", help="start again; rename an earlier run of this name")
     sweep = configured("sweep", _sweep, "train with many settings and one cache, or continue an interrupted sweep")
     sweep.add_argument("--fresh", action="store_true", help="start again; rename an earlier sweep of this name")
+    add_rounds(add, configured)
     show = configured("show", _show, "print pairs as the model sees them")
     show.add_argument("-n", "--count", type=at_least(1), default=3, help="number of pairs (default: %(default)s)")
     audit = configured("audit", with_json(_audit), "write a page on what the pairs teach, by lengths and cached log-probs")
