@@ -117,6 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--memory", type=float, metavar="GIB", help="memory of a device in GiB (default: as --device)")
     plan.add_argument("--price", type=float, metavar="D", help="dollars for a GPU hour")
     plan.add_argument("--runs", type=int, metavar="K", help="number of trainings with this reference, as in a sweep")
+    plan.add_argument("--answer-tokens", type=float, metavar="X", help="mean length of a sampled answer, of rounds")
     plan.add_argument("--measure", action="store_true", help="measure the rate on this machine")
     plan.add_argument("--measured", metavar="FILE", help="take rates and memory from a report of 'raydpo gpu check'")
     for verb in (audit, evaluate, plan):
@@ -233,13 +234,39 @@ def _plan(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     config = _config(args)
     from raydpo.estimate.display import plan_run, print_plan
 
+    names = ("measure", "measured", "device", "mfu_score", "mfu_train", "workers", "price", "runs", "memory")
+    asked = {name: getattr(args, name) for name in names}
+    if config.rounds is not None:
+        return _plan_rounds(config, args.answer_tokens, asked, console)
+    if args.answer_tokens is not None:
+        raise ConfigError(f"--answer-tokens {args.answer_tokens:g} has no effect without section rounds; drop it")
     with console.quiet():
         first, _ = load_first_pairs(config, _PLANNED_RECORDS, console)
-        asked = ("measure", "measured", "device", "mfu_score", "mfu_train", "workers", "price", "runs", "memory")
-        plan = plan_run(config, first.sets, first=first, **{name: getattr(args, name) for name in asked})
+        plan = plan_run(config, first.sets, first=first, **asked)
     for line in (*first.lines(), *first.sets.report.lines()):
         console.say(line)
     print_plan(plan, console)
+    return plan.to_dict()
+
+
+def _plan_rounds(config: Config, answer_tokens: float | None, asked: dict[str, Any], console: Console) -> dict[str, Any]:
+    import pyarrow.compute as pc
+
+    from raydpo.estimate.rounds import RoundPrompts
+    from raydpo.estimate.rounds_display import estimate_rounds, print_rounds
+    from raydpo.pipeline.tokenised import open_tokeniser
+    from raydpo.rewards.models import requests_of
+    from raydpo.rounds.prompts import held_out_of, read_prompts, slice_of
+
+    rounds = config.rounds
+    with console.quiet():
+        found = read_prompts(config, open_tokeniser(config))
+        lengths = pc.list_value_length(found["prompt_ids"]).to_numpy()
+        prompts = RoundPrompts(train=lengths[slice_of(found, rounds, 1)], held_out=lengths[held_out_of(found, rounds)])
+        asking = (len(prompts.train), rounds.sample.n), (len(prompts.held_out), rounds.measure.n + rounds.measure.greedy)
+        requests = sum(requests_of(reward, *each) for reward in rounds.rewards for each in asking)
+        plan = estimate_rounds(config, prompts, requests=requests, answer_tokens=answer_tokens, **asked)
+    print_rounds(plan, console)
     return plan.to_dict()
 
 
