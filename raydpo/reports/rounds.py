@@ -141,7 +141,6 @@ def _facts(record: RoundsRecord) -> list[tuple[str, str]]:
     sample = setting("rounds.sample") or {}
     path, reference = setting("model.path"), setting("rounds.reference")
     lora = setting("model.lora")
-    seconds = sum(value or 0.0 for row in rows for value in (row.get("seconds") or {}).values())
     ends = [row for row in rows if row.get("eval_success") is not None]
     facts = [
         ("model", path and path.rstrip("/").rsplit("/", 1)[-1]),
@@ -156,7 +155,7 @@ def _facts(record: RoundsRecord) -> list[tuple[str, str]]:
         ("longest answer, tokens", sample.get("max_tokens")),
         ("answers sampled", f"{sum(map(record.sampled, rows)):,}" if rows else None),
         ("optimizer steps", f"{sum(row.get('steps') or 0 for row in rows):,}" if rows else None),
-        ("time of all stages", duration(seconds) if seconds else None),
+        ("time of all stages", duration(record.seconds) if record.seconds else None),
     ]
     return [(name, str(value)) for name, value in facts if value is not None] if record.config or rows else []
 

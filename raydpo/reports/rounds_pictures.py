@@ -95,7 +95,11 @@ def rounds_curves(record: RoundsRecord) -> list[Picture]:
     sides = [points(rows, f"{side}_log_ratio", side, colour) for side, colour in (("chosen", GOOD), ("rejected", BAD))]
     losses = [points(rows, f"{at}_loss", f"{at} step", colour) for at, colour in (("first", BAD), ("last", GOOD))]
     pictures = [
-        *(_picture(title, caption, _both(rows, key), ylabel, **more) for title, key, ylabel, more, caption in BOTH),
+        *(
+            _picture(title, caption, _both(rows, key), ylabel, **more)
+            for title, key, ylabel, more, caption in BOTH
+            if key != "errors" or any((row.get("errors") or 0) + (row.get("eval_errors") or 0) for row in rows)
+        ),
         _picture("Each reward function", "Mean over the held-out answers that it applies to.", _functions(record), "value"),
         _picture("Mixed prompts", MIXED, mixed, "share of prompts", **SHARES),
         _picture("Pairs", "Pairs that the round trains on, with those of earlier rounds.", pairs, "pairs"),

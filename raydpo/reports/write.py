@@ -43,27 +43,38 @@ def write_report(place: str) -> str:
 
 
 def write_comparison(places: Sequence[str], out: Path) -> None:
-    """Write a page that compares runs. A sweep counts as all its trials that have begun.
+    """Write a page that compares runs, or runs of rounds. A sweep counts as all its trials that have begun.
 
     Raises:
-        ConfigError: if one of the places is neither a run nor a sweep, or there are fewer than two runs in all.
+        ConfigError: if one of the places holds none of these, if runs of rounds are among other runs, or if there are fewer
+            than two runs in all.
         RaydpoError: if a file is damaged, naming it.
     """
     from raydpo.reports.compare import comparison_page
+    from raydpo.reports.rounds_compared import rounds_comparison_page
 
     runs: list[RunRecord] = []
+    rounds: list[RoundsRecord] = []
     for place in places:
         storage = Storage(place)
-        if is_sweep(storage):
+        if is_rounds(storage):
+            rounds.append(RoundsRecord.read(storage))
+        elif is_sweep(storage):
             runs += [trial.run for trial in SweepRecord.read(storage).trials if trial.run is not None]
         else:
             runs.append(RunRecord.read(storage))
-    if len(runs) < 2:
+    if rounds and runs:
         raise ConfigError(
-            f"a comparison needs two runs, but {', '.join(map(redact, places))} hold {len(runs)} run(s) that "
+            f"runs of rounds compare with each other only: {rounds[0].place} is one, {runs[0].place} is not. Name runs of "
+            "rounds alone (offline rounds are rounds.offline=true), or the training of a round, its folder 'train'"
+        )
+    if len(runs) + len(rounds) < 2:
+        raise ConfigError(
+            f"a comparison needs two runs, but {', '.join(map(redact, places))} hold {len(runs) + len(rounds)} run(s) that "
             "have begun; name another"
         )
-    Storage(str(out.absolute().parent)).write(out.name, comparison_page(runs).encode())
+    page = rounds_comparison_page(rounds) if rounds else comparison_page(runs)
+    Storage(str(out.absolute().parent)).write(out.name, page.encode())
 
 
 def write_report_or_warn(place: str, console: Console) -> None:

@@ -100,6 +100,11 @@ class RoundsRecord:
         """The rows of all rounds but round 0. The last one may have ended the rounds before it trained."""
         return [row for row in self.rounds if row["round"] > 0]
 
+    @property
+    def seconds(self) -> float:
+        """Seconds of all stages of all rounds."""
+        return sum(value or 0.0 for row in self.rounds for value in (row.get("seconds") or {}).values())
+
     def sampled(self, row: dict[str, Any], key: str = "answers") -> int:
         """Return a count of a round's training answers; 0 where the round sampled none of its own: round 0, and offline
         rounds after the first."""
