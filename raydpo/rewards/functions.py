@@ -22,8 +22,8 @@ _MODULES = {
     "math": (("mathematics", "equality"), ("math-verify", "latex2sympy2-extended")),
     "json": (("json_schema",), ("jsonschema",)),
     "regex": (("pattern",), ("google-re2",)),
-    "constraints": (("constraints",), ()),
-    "code": (("code", "sandbox"), ()),
+    "constraints": (("constraints", "instructions"), ()),
+    "code": (("programs", "sandbox", "inside"), ()),
 }
 """Modules of a built-in function, the first with its ``make``, and the packages that its rewards depend on."""
 _NO_OPTIONS = {"use", "reward_model", "judge", "weight", "name", "timeout"}
