@@ -114,14 +114,16 @@ def _about_pairs(answers: Answers, pairs: Sequence[dict[str, Any]], config: Conf
     margin = rounds.pairs.margin
     if pairs:
         return [
-            f"pair: {one['good']} over {one['bad']}, whose rewards differ by {one['reward_good'] - one['reward_bad']:g}, more "
-            f"than rounds.pairs.margin ({margin:g})"
+            f"pair: {one['good']} over {one['bad']}, whose rewards differ by {one['reward_good'] - one['reward_bad']:g}, "
+            f"more than rounds.pairs.margin ({margin:g})"
             for one in pairs
         ]
     usable = [row for row in answers if row["reward"] is not None and not (rounds.cut == "drop" and row["end"] == "length")]
     rewards = {row["reward"] for row in usable}
     if len(usable) < 2:
-        return [f"no pair: {len(usable)} of {len(answers)} answers may be in one (they have a reward, and rounds.cut allows it)"]
+        return [
+            f"no pair: {len(usable)} of {len(answers)} answers may be in one (they have a reward, and rounds.cut allows it)"
+        ]
     if len(rewards) == 1:
         return [f"no pair: all answers have reward {rewards.pop():g}"]
     if max(rewards) - min(rewards) <= margin:
