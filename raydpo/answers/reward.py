@@ -1,33 +1,44 @@
-"""A reward model as a judge of answers: a sequence classifier with one output."""
+"""A reward model that scores answers: a sequence classifier with one output."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import json
 import math
 import platform
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
+from raydpo.answers.classifier import Classifier
 from raydpo.data.messages import Text
 from raydpo.data.template import ChatTemplate
 from raydpo.data.tokenise import load_tokenizer
-from raydpo.errors import FilesError, ModelError, one_line, some_of
+from raydpo.errors import FilesError, ModelError, RaydpoError, one_line, some_of
 from raydpo.model.limits import ModelLimits
 from raydpo.model.load import torch_dtype
 from raydpo.model.weights import check_weights, refuse_gaps
 from raydpo.reference.identity import ReferenceIdentity, identify, on_this_machine, proved_here
 from raydpo.reference.score import ReferenceSpec
 
-__all__ = ["RewardModel", "check_prompts", "check_reward_model"]
+__all__ = ["RESULT", "RewardModel", "check_prompts", "check_reward_model"]
 
 _WRONG_OUTPUTS = "the reward model {path} has {outputs} outputs (num_labels in its config.json); expected one"
+
+RESULT = pa.schema([("score", pa.float64()), ("error", pa.string()), ("alone", pa.string()), ("seconds", pa.float64())])
+"""Score of an answer; null with an ``error`` that says why it has none. ``alone`` says why the model does not score batches;
+null if it does. ``seconds`` is the answer's share of the time that its block took."""
+PROBE = """The sky is blue because the air scatters blue light more than red light. In the evening its way through the air is
+longer, so more of the blue light is lost and the sky turns red."""
+"""Words of the texts with which batches are checked."""
+PROBE_WORDS = (1, 3, 9, 34)
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -42,9 +53,10 @@ _TOKENIZER_FILES = (
 
 @dataclass(frozen=True, kw_only=True)
 class RewardModel:
-    """Work that turns ``prompt`` (text or messages, as JSON) and ``answer`` into ``score``, float64.
+    """Work that scores answers: it turns ``prompt`` (text or messages, as JSON) and ``answer`` into the columns ``RESULT``.
 
     The reward model's own chat template renders conversations. A text prompt is followed by its answer without a template.
+    Equal rows of a block have equal scores. Those of equal rows in two blocks may differ by rounding.
     """
 
     path: str
@@ -64,7 +76,7 @@ class RewardModel:
 
     @property
     def identity(self) -> dict[str, Any]:
-        return {"reward": 1, "weights": self.weights.to_dict(), "tokenizer": self.tokenizer}
+        return {"reward": 2, "weights": self.weights.to_dict(), "tokenizer": self.tokenizer}
 
     def open(self, device: str) -> Callable[[pa.Table], pa.Table]:
         """Load the model and return a function that scores a table of rows.
@@ -84,10 +96,23 @@ class RewardModel:
                 f"the reward model {spec.path} has another tokenizer on {platform.node()} than where the run was started"
             )
 
+        classifier = Classifier(model, reader.probes())
+
         def act(rows: pa.Table) -> pa.Table:
-            asked = zip(rows["prompt"].to_pylist(), rows["answer"].to_pylist(), strict=True)
-            scores = [_score(model, reader.ids(json.loads(prompt), answer), answer) for prompt, answer in asked]
-            return pa.table({"score": pa.array(scores, pa.float64())})
+            asked = list(zip(rows["prompt"].to_pylist(), rows["answer"].to_pylist(), strict=True))
+            found = {one: _Score() for one in asked}
+            readable: dict[tuple[str, str], list[int]] = {}
+            for one in found:
+                try:
+                    readable[one] = reader.ids(json.loads(one[0]), one[1])
+                except RaydpoError as error:
+                    found[one] = _Score(error=str(error))
+            started = time.perf_counter()
+            scores = classifier.scores(list(readable.values()))
+            seconds = (time.perf_counter() - started) / max(len(readable), 1)
+            for one, score in zip(readable, scores.tolist(), strict=True):
+                found[one] = _Score.of(score, one[1], seconds)
+            return pa.Table.from_pylist([{**vars(found[one]), "alone": classifier.alone} for one in asked], schema=RESULT)
 
         return act
 
@@ -110,6 +135,24 @@ class RewardModel:
         if model.config.num_labels != 1:
             raise FilesError(_WRONG_OUTPUTS.format(path=self.path, outputs=model.config.num_labels))
         return model.eval()
+
+
+@dataclass(frozen=True)
+class _Score:
+    score: float | None = None
+    error: str | None = None
+    seconds: float | None = None
+
+    @classmethod
+    def of(cls, score: float, answer: str, seconds: float) -> _Score:
+        if math.isfinite(score):
+            return cls(score, None, seconds)
+        return cls(
+            None,
+            f"the reward model gives the answer {answer[:80]!r} a score of {score}; score in float32 "
+            "(score.dtype=float32) or check its weights",
+            seconds,
+        )
 
 
 def _tokenizer_digest(path: str) -> str:
@@ -172,6 +215,10 @@ class _Reader:
         tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
         return cls(path, tokenizer, ModelLimits.of(path, trust_remote_code))
 
+    @functools.cached_property
+    def _template(self) -> ChatTemplate:
+        return ChatTemplate(self.tokenizer)
+
     def ids(self, prompt: Text, answer: str) -> list[int]:
         """Token ids.
 
@@ -186,13 +233,29 @@ class _Reader:
                     f"the prompts are conversations, but the reward model {self.path} has no chat template; add one to its "
                     "tokenizer"
                 )
-            template = ChatTemplate(self.tokenizer)
-            text = template.render(template.fitted([*prompt, {"role": "assistant", "content": answer}], set()))
+            template = self._template
+            try:
+                text = template.render(template.fitted([*prompt, {"role": "assistant", "content": answer}], set()))
+            except Exception as error:  # templates raise what they like
+                raise FilesError(
+                    f"the chat template of the reward model {self.path} cannot write a conversation: {one_line(error, 200)}"
+                ) from error
             ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         self.check(ids)
         return ids
 
+    def probes(self) -> list[list[int]]:
+        """Token ids of texts and conversations of different lengths that the model can read."""
+        found, words = [], PROBE.split()
+        for count in PROBE_WORDS:
+            for prompt in ("Why?", [{"role": "user", "content": "Why?"}]):
+                with contextlib.suppress(RaydpoError):
+                    found.append(self.ids(prompt, " ".join(words[:count])))
+        return found
+
     def check(self, ids: Sequence[int]) -> None:
+        if not ids:
+            raise FilesError(f"a prompt and its answer have no token for the reward model {self.path}")
         rows, positions = self.limits.rows, self.limits.positions
         if rows is not None and max(ids, default=0) >= rows:
             token = self.tokenizer.convert_ids_to_tokens(max(ids))
@@ -206,15 +269,3 @@ class _Reader:
                 f"a prompt and its answer have {len(ids):,} tokens, but the reward model takes at most {positions:,}; "
                 "lower evaluate.max_tokens or data.max_length"
             )
-
-
-@torch.no_grad()
-def _score(model: Any, ids: Sequence[int], answer: str) -> float:
-    """Score one answer. Batches would need padding, which not every classifier masks."""
-    score = float(model(input_ids=torch.tensor([ids], device=model.device)).logits[0, 0].float())
-    if not math.isfinite(score):
-        raise ModelError(
-            f"the reward model gives the answer {answer[:80]!r} a score of {score}; score in float32 "
-            "(score.dtype=float32) or check its weights"
-        )
-    return score

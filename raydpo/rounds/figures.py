@@ -52,11 +52,11 @@ def sampled_figures(prompts: pa.Table, samples: pa.Table, scores: pa.Table, roun
 
 
 def held_out_figures(held_out: pa.Table, rounds: RoundsConfig) -> dict[str, Any]:
-    """Return the figures of the answers to held-out prompts: ``eval_prompts`` to ``eval_drift_initial_se``.
+    """Return the figures of the answers to held-out prompts: ``eval_prompts`` to ``eval_drift_previous_se``.
 
     All but ``eval_success_greedy`` and ``eval_errors`` are of sampled answers; errors are of greedy ones, too. The drift is
     the mean of ``log_ratio``, which estimates KL(policy || initial model) since the policy drew the answers; None if an
-    answer lacks it. That from the policy before the round cannot be told from this table.
+    answer lacks it. That from the policy before the round is the mean of ``log_ratio_previous``.
 
     Args:
         held_out: rows of ``HELD_OUT_SCHEMA``.
@@ -68,10 +68,11 @@ def held_out_figures(held_out: pa.Table, rounds: RoundsConfig) -> dict[str, Any]
     found["eval_success_se"] = _error(_successes(sampled, rounds).astype(float), groups)
     found["eval_success_greedy"] = _mean(_successes(alone, rounds))
     found["eval_errors"] = held_out["error"].length() - held_out["error"].null_count
-    ratios = sampled["log_ratio"]
-    measured = len(ratios) > 0 and not ratios.null_count
-    found["eval_drift_initial"] = _mean(ratios.to_numpy()) if measured else None
-    found["eval_drift_initial_se"] = _error(ratios.to_numpy(), groups) if measured else None
+    for name, column in (("initial", "log_ratio"), ("previous", "log_ratio_previous")):
+        ratios = sampled[column]
+        measured = len(ratios) > 0 and not ratios.null_count
+        found[f"eval_drift_{name}"] = _mean(ratios.to_numpy()) if measured else None
+        found[f"eval_drift_{name}_se"] = _error(ratios.to_numpy(), groups) if measured else None
     return found
 
 
