@@ -86,10 +86,7 @@ class Answering:
 
         def act(rows: pa.Table) -> pa.Table:
             prompts = [np.array(ids, np.int32) for ids in rows["prompt_ids"].to_pylist()]
-            draws = [
-                None if row["sample"] is None else Draw(**row)
-                for row in rows.select(["seed", "sample", "temperature"]).to_pylist()
-            ]
+            draws = [None if row["sample"] is None else Draw(**row) for row in rows.drop_columns(["prompt_ids"]).to_pylist()]
             return pa.table({"answer_ids": pa.array(answer(prompts, draws), ROWS.field("prompt_ids").type)})
 
         return act

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 
-__all__ = ["ROWS", "Draw", "uniforms"]
+__all__ = ["ROWS", "Draw", "answer_rows", "rows_of_block", "uniforms"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,12 +24,51 @@ class Draw:
     seed: int
     sample: int
     temperature: float = 1.0
+    top_p: float = 1.0
+    """Smallest probability of the tokens that are sampled from, of which the most likely are taken; 1 = all tokens."""
 
 
 ROWS = pa.schema(
     [("prompt_ids", pa.list_(pa.int32())), ("seed", pa.int64()), ("sample", pa.int32()), ("temperature", pa.float64())]
 )
-"""Rows of prompts to answer. For a greedy answer, all columns but the prompt are null."""
+"""Rows of prompts to answer. For a greedy answer, all columns but the prompt are null.
+
+A column ``top_p``, float64, is there only where it is below 1: names of stored answers depend on the columns.
+"""
+
+
+def answer_rows(
+    prompts: Sequence[Sequence[int]], *, samples: int = 0, seed: int = 0, temperature: float = 1.0, top_p: float = 1.0
+) -> pa.Table:
+    """Return rows that ask for ``samples`` sampled answers to each prompt, or for one greedy answer if that is 0.
+
+    The answers to a prompt are next to each other. Work on them in blocks of ``rows_of_block`` rows.
+
+    Args:
+        prompts: token ids of each.
+    """
+    each, sampled = max(1, samples), samples > 0
+    count = len(prompts) * each
+    settings = {"seed": seed, "temperature": temperature} if sampled else {}
+    columns = {
+        "prompt_ids": [ids for ids in prompts for _ in range(each)],
+        "sample": list(range(samples)) * len(prompts) if sampled else [None] * count,
+        **{name: [settings.get(name)] * count for name in ("seed", "temperature")},
+    }
+    rows = pa.table({name: columns[name] for name in ROWS.names}, schema=ROWS)
+    return rows.append_column("top_p", pa.array([top_p] * count, pa.float64())) if sampled and top_p < 1 else rows
+
+
+def rows_of_block(samples: int, least: int) -> int:
+    """Return how many rows of ``answer_rows`` a block should have: whole prompts, and at least ``least`` rows.
+
+    Answers to a prompt share its prefill within a block. The batches of a block depend on its rows alone. So with borders
+    that only settings decide, a block that is computed again gives the same answers.
+
+    Args:
+        samples: answers to each prompt.
+    """
+    return -(-least // max(1, samples)) * max(1, samples)
 
 
 def uniforms(draw: Draw, prompt: np.ndarray, count: int) -> np.ndarray:

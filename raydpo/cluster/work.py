@@ -7,14 +7,18 @@ read the stored results.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import io
 import json
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from itertools import chain
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -55,12 +59,13 @@ def do_work(
     work: BlockTask,
     tables: Sequence[pa.Table],
     storage: Storage,
-    resources: Resources,
+    resources: Resources | int,
     *,
     block: int,
     progress: Callable[[int, int], None],
     doing: str,
     warn: Callable[[str], None],
+    again: Callable[[pa.Table], pa.Array] | None = None,
 ) -> list[pa.Table]:
     """Return the results of each table, in the order of its rows.
 
@@ -68,11 +73,12 @@ def do_work(
         work: what the actors do.
         tables: tables with equal columns and at least one row each; each is cut into blocks.
         storage: storage of the cache.
-        resources: workers and devices of the actors.
+        resources: workers and devices of the actors; a number = that many threads of this process do the work, without Ray.
         block: number of rows that are computed and stored together.
         progress: called with (rows done, rows to do) at the start and after each block, unless all results are stored.
         doing: word for messages, such as "answering".
         warn: called with one sentence for each damaged result, which is computed again.
+        again: says which rows of a stored result are computed again, such as those that failed: a boolean for each.
 
     Raises:
         RaydpoError: if an actor fails, or a stored result cannot be read. Finished blocks stay stored.
@@ -82,20 +88,67 @@ def do_work(
     by_name = dict(zip(chain(*names), chain(*blocks), strict=True))
     done = {name: load(storage, name, warn) for name in by_name}
     missing = {name: one for name, one in by_name.items() if done[name] is None}
+    parts: dict[str, list[tuple[str, np.ndarray]]] = {}  # rows of a stored block that are computed again
+    for name, result in done.items():
+        if again is not None and result is not None and (rows := np.flatnonzero(again(result))).size:
+            part = by_name[name].take(rows).combine_chunks()
+            missing[of_part := stored_name(work.identity, part)] = part
+            parts.setdefault(of_part, []).append((name, rows))
     if missing:
         finished, total = 0, sum(one.num_rows for one in missing.values())
         progress(0, total)
-        for name in _on_ray(work, missing, storage, resources, doing):
-            wrong = [f"{storage}/{name} was written but is not there"]
-            done[name] = load(storage, name, wrong.append)
-            if done[name] is None:
-                raise RaydpoError(f"{doing}: {wrong[-1]}; run it again")
-            finished += missing[name].num_rows
-            progress(finished, total)
+        do = _in_threads if isinstance(resources, int) else _on_ray
+        with contextlib.closing(do(work, missing, storage, resources, doing)) as finishing:
+            for name in finishing:
+                wrong = [f"{storage}/{name} was written but is not there"]
+                result = load(storage, name, wrong.append)
+                if result is None:
+                    raise RaydpoError(f"{doing}: {wrong[-1]}; run it again")
+                if name in done:
+                    done[name] = result
+                for whole, rows in parts.get(name, ()):
+                    done[whole] = _replaced(done[whole], rows, result)
+                    store(storage, whole, done[whole])
+                finished += missing[name].num_rows
+                progress(finished, total)
     return [pa.concat_tables([done[name] for name in each]) for each in names]
 
 
-def _on_ray(work: BlockTask, blocks: dict[str, pa.Table], storage: Storage, resources: Resources, doing: str) -> Any:
+def _replaced(result: pa.Table, rows: np.ndarray, by: pa.Table) -> pa.Table:
+    """``result`` with other rows in the places ``rows``."""
+    order = np.arange(result.num_rows)
+    order[rows] = result.num_rows + np.arange(len(rows))
+    return pa.concat_tables([result, by]).take(order).combine_chunks()
+
+
+def _in_threads(work: BlockTask, blocks: dict[str, pa.Table], storage: Storage, threads: int, doing: str) -> Iterator[str]:
+    """As ``_on_ray``, in threads of this process. Each opens the work once; what it opens has a method ``close``."""
+    acts: list[Any] = []
+    mine, stopped = threading.local(), threading.Event()
+
+    def act(name: str) -> str:
+        if not hasattr(mine, "act"):
+            mine.act = work.open("cpu")
+            acts.append(mine.act)
+            if stopped.is_set():
+                mine.act.close()
+        store(storage, name, mine.act(blocks[name]))
+        return name
+
+    with ThreadPoolExecutor(min(threads, len(blocks)), thread_name_prefix=doing.replace(" ", "-")) as pool:
+        try:
+            for done in as_completed([pool.submit(act, name) for name in blocks]):
+                yield done.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+            stopped.set()
+            for each in acts:
+                each.close()
+
+
+def _on_ray(
+    work: BlockTask, blocks: dict[str, pa.Table], storage: Storage, resources: Resources, doing: str
+) -> Iterator[str]:
     """Yield the name of each block when it is done."""
     encoded = ((name, pa.array([_encode(one)], pa.large_binary())) for name, one in blocks.items())
     tables = (pa.table({"name": [name], "rows": rows}) for name, rows in encoded)
@@ -110,20 +163,20 @@ class _Actor:
     """A Ray Data actor. Each call computes one block and stores it before it returns its name."""
 
     def __init__(self, work: BlockTask, uri: str, resources: Resources) -> None:
-        import torch
-
         self.threads = resources.threads
-        if self.threads is not None:
-            torch.set_num_threads(self.threads)
+        self._set_threads()
         self.storage = Storage(uri)
         divided = resources.partition > 1 or resources.offload is not None
         self.act = work.open_team(resources) if divided else work.open(resources.device)
 
-    def __call__(self, block: pa.Table) -> pa.Table:
-        import torch
-
+    def _set_threads(self) -> None:
         if self.threads is not None:
-            torch.set_num_threads(self.threads)  # OpenMP sets its threads for each calling thread
+            import torch  # takes seconds, and reward functions need none
+
+            torch.set_num_threads(self.threads)
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        self._set_threads()  # OpenMP sets its threads for each calling thread
         name = block["name"][0].as_py()
         store(self.storage, name, self.act(pq.read_table(pa.BufferReader(block["rows"][0].as_buffer()))))
         return pa.table({"name": [name]})

@@ -166,6 +166,11 @@ class Config(Section):
                 f"rounds.reference has no effect on train.loss {self.train.loss_text}, which compares with no reference; "
                 "drop it"
             )
+        if self.rounds.optimizer == "carry" and self.train.steps is None:
+            raise ValueError(
+                "rounds.optimizer carry continues one schedule over all rounds, but train.steps is null, so that its length "
+                "would depend on the number of pairs of rounds to come; set train.steps, the steps of one round"
+            )
         if self.rounds.sample.max_tokens >= self.data.max_length:
             raise ValueError(
                 f"rounds.sample.max_tokens ({self.rounds.sample.max_tokens}) leaves no room for a prompt in data.max_length "

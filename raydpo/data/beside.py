@@ -9,11 +9,11 @@ from typing import Any
 
 from raydpo.data.messages import Notes, Text, content_text, from_text, names_media, role_of
 
-__all__ = ["PROMPTS", "asking", "look_beside", "may_be_prompt", "possible_prompts"]
+__all__ = ["BESIDE", "PROMPTS", "asking", "look_beside", "may_be_prompt", "possible_prompts"]
 
 PROMPTS = ("context", "question", "instruction", "query", "problem", "history", "input")
 """Columns that hold the prompt if there is no column of that name."""
-_BESIDE = (*PROMPTS, "passage", "passages", "document", "documents", "docs", "background", "evidence", "knowledge")
+BESIDE = (*PROMPTS, "passage", "passages", "document", "documents", "docs", "background", "evidence", "knowledge")
 """Columns of which even one word may belong to the prompt."""
 _SYSTEM = re.compile(r"sys(tem)?([_\- ]?(prompt|message|instructions?|text|content))?", re.IGNORECASE)
 """Columns whose text is a system message."""
@@ -94,7 +94,7 @@ def _sorted(
     """The columns of a system message, those that may belong to the prompt, and the others, each with whether it describes
     the record."""
     systems = tuple(filter(_SYSTEM.fullmatch, present))
-    beside = tuple(name for name in present if name.lower() in _BESIDE and name not in used)
+    beside = tuple(name for name in present if name.lower() in BESIDE and name not in used)
     return systems, beside, tuple((name, _describes(name)) for name in _others(present, used))
 
 
@@ -102,7 +102,7 @@ def _sorted(
 def _others(present: tuple[str, ...], used: tuple[str, ...]) -> tuple[str, ...]:
     known = {"prompt", "chosen", "rejected", "tools", "chat_template_kwargs", *used}
     return tuple(
-        name for name in present if name not in known and name.lower() not in _BESIDE and not _SYSTEM.fullmatch(name)
+        name for name in present if name not in known and name.lower() not in BESIDE and not _SYSTEM.fullmatch(name)
     )
 
 

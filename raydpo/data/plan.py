@@ -181,6 +181,7 @@ class BatchPlan:
         weights: weight of each source, float [sources].
         pairs_per_step: pairs of one optimizer step over all ranks; an epoch's last step may have fewer.
         starts: of ranked lists, see ``lists.starts_of``. Then lists are what is counted, drawn and assigned as a whole.
+        first: steps that an earlier training took on the same pairs; step 0 is the next one in their order.
         tokens_per_batch: token positions of one micro-batch.
         layout, work: how a micro-batch is computed, and what that costs.
         steps: total number of steps, or None for ``epochs`` whole epochs.
@@ -202,8 +203,9 @@ class BatchPlan:
         layout: LayoutName = "tree",
         work: PositionCost = POSITIONS_ONLY,
         starts: np.ndarray | None = None,
+        first: int = 0,
     ) -> None:
-        self.starts = starts
+        self.starts, self.first = starts, first
         sources = sources if starts is None else sources[starts[:-1]]
         self.shapes_of, self.layout, self.work = shapes_of, layout, work
         self.sources, self.weights = sources, weights
@@ -225,7 +227,7 @@ class BatchPlan:
 
     def _items(self, step: int) -> np.ndarray:
         """Numbers of the pairs or lists of ``step``."""
-        epoch, index = divmod(step, self.steps_per_epoch)
+        epoch, index = divmod(self.first + step, self.steps_per_epoch)
         if self._order is None or self._order[0] != epoch:
             self._order = (epoch, epoch_order(self.sources, self.weights, seed=self.seed, epoch=epoch, shuffle=self.shuffle))
         return self._order[1][index * self.pairs_per_step : (index + 1) * self.pairs_per_step].astype(np.int64)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from raydpo.data.beside import look_beside, possible_prompts
+from raydpo.data.beside import BESIDE, look_beside, possible_prompts
 from raydpo.data.foreign import Ranks, pairs_of, prompt_of
 from raydpo.data.implicit import Parts, are_transcripts, implicit, shared_turns, transcripts
 from raydpo.data.labels import split_conversation
@@ -34,7 +34,7 @@ from raydpo.data.messages import (
 )
 from raydpo.data.spans import Spans
 
-__all__ = ["Preference", "as_text", "normalise"]
+__all__ = ["Preference", "PromptAlone", "as_text", "normalise", "prompt_alone"]
 
 # A row must not decide how it is rendered and tokenised; 'chat_template' would even be code.
 _RESERVED = frozenset({
@@ -113,6 +113,21 @@ class Preference:
         return count if self.tools is None else count + _characters(self.tools)
 
 
+@dataclass(frozen=True)
+class PromptAlone(Preference):
+    """A prompt without any answer; ``chosen`` and ``rejected`` are empty.
+
+    Attributes:
+        columns: columns that hold the prompt.
+    """
+
+    columns: tuple[str, ...] = ()
+
+    @property
+    def sides(self) -> tuple[tuple[str, Text], ...]:
+        return ()
+
+
 def _characters(value: Any) -> int:
     """Characters of all texts inside ``value``."""
     if isinstance(value, str):
@@ -147,9 +162,7 @@ def normalise(
     notes: Notes = {}
     record = _of_columns(record, notes)
     tools = _tools(_given_tools(record), notes) or _functions(record.get("functions"), notes)
-    kwargs = _json(record.get("chat_template_kwargs"), "chat_template_kwargs", dict) or {}
-    for key in sorted(_RESERVED & kwargs.keys()):
-        raise Malformed(f"chat_template_kwargs must not set {key!r}")
+    kwargs = _template_kwargs(record)
     present = tuple([key for key, value in record.items() if value is not None])
     check_media(record, present)
     chosen, rejected = record.get("chosen"), record.get("rejected")
@@ -186,6 +199,50 @@ def normalise(
         for part, pair in zip(parts, pairs, strict=True)
     ]
     return _of_a_list(preferences, ranks) if ranks else preferences
+
+
+def prompt_alone(record: Mapping[str, Any]) -> PromptAlone:
+    """The prompt of a record: the column ``prompt``, text or messages; or where records of pairs have it. It is read as that
+    of a pair, with ``system``, ``tools`` and ``chat_template_kwargs``.
+
+    Raises:
+        Malformed: with the reason.
+    """
+    notes: Notes = {}
+    record = _of_columns(record, notes)
+    present = tuple([key for key, value in record.items() if value is not None])
+    check_media(record, present)
+    prompt, used = prompt_of(record, present, notes)
+    if prompt is None and "chosen" in present and "rejected" in present:
+        pair = normalise(record)[0]
+        empty: Text = [] if pair.conversational else ""
+        return PromptAlone(pair.prompt, empty, empty, pair.tools, pair.template_kwargs, notes=pair.notes)
+    if prompt is None:
+        names = possible_prompts(record, present)
+        told = f", but {', '.join(map(repr, names[:5]))} may be it: name it with the source's 'columns'" if names else ""
+        raise Malformed(f"missing column 'prompt'{told}")
+    if isinstance(prompt, str):
+        prompt = _mixed(prompt, notes)
+    if not isinstance(prompt, str):
+        prompt = _as_prompt(prompt, notes)
+    elif prompt and not prompt.strip():
+        raise Malformed("prompt is empty")
+    _check_texts(prompt, (), notes)
+    # Only columns that may belong to the prompt are looked at: reward functions read the others.
+    others = tuple(name for name in present if name.lower() not in BESIDE)
+    system, _ = look_beside(record, present, (*used, *others), (prompt,), notes)
+    if system is not None:
+        prompt = _with_system((prompt, "", "", None), system, notes)[0]
+    tools = _tools(_given_tools(record), notes) or _functions(record.get("functions"), notes)
+    empty = "" if isinstance(prompt, str) else []
+    return PromptAlone(prompt, empty, empty, tools, _template_kwargs(record), notes=tuple(notes), columns=used)
+
+
+def _template_kwargs(record: Mapping[str, Any]) -> dict[str, Any]:
+    kwargs = _json(record.get("chat_template_kwargs"), "chat_template_kwargs", dict) or {}
+    for key in sorted(_RESERVED & kwargs.keys()):
+        raise Malformed(f"chat_template_kwargs must not set {key!r}")
+    return kwargs
 
 
 def _of_a_list(preferences: Sequence[Preference], ranks: Ranks) -> list[Preference]:
@@ -408,7 +465,7 @@ def _check_texts(prompt: Text, answers: Sequence[Text], notes: Notes) -> None:
                     f"warning: the prompt begins or ends with {placeholder!r}, which stands for an image, audio or a video, "
                     "but only text is read; remove the records that need it, or the placeholder"
                 ] = None
-    names = ("chosen", "rejected") if len(answers) > 1 else ("completion",)
+    names = ("chosen", "rejected") if len(answers) > 1 else ("completion",) * len(answers)
     kinds = {
         name: kind
         for name, said in zip(("prompt", *names), (prompt, *answers), strict=True)
@@ -419,7 +476,7 @@ def _check_texts(prompt: Text, answers: Sequence[Text], notes: Notes) -> None:
             notes[
                 f"warning: {name} is {kind}, as JSON or Python writes it, and is read with its signs; write the text itself"
             ] = None
-    if kinds and all(name in kinds for name in names) and kinds[names[0]] in MAY_BE_MEANT:
+    if names and all(name in kinds for name in names) and kinds[names[0]] in MAY_BE_MEANT:
         notes[LITERALS] = None
 
 

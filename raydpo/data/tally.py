@@ -283,7 +283,7 @@ class SourceReport:
             )
         if not self.kept:
             raise DataError(
-                f"data {self.name}: none of the {self.records:,} records of {self.path} gives a usable pair"
+                f"data {self.name}: none of the {self.records:,} records of {self.path} gives a usable {self.unit[:-1]}"
                 + (f": {self.malformed}" if self.malformed.total else "")
                 + (f"; dropped: {self.dropped}" if self.dropped.total else "")
             )

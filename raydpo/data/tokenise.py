@@ -156,7 +156,7 @@ def _glued(preference: Preference) -> str:
         begins = first.isupper() and (last.islower() or last.isdecimal())
         if not (begins or (last in _SENTENCE_ENDS and (first.isupper() or first.islower() or first.isdecimal()))):
             return ""
-    return f"{preference.prompt[-_SHORT:]}{answers[0][:_SHORT]}"
+    return f"{preference.prompt[-_SHORT:]}{answers[0][:_SHORT]}" if answers else ""
 
 
 class Tokeniser:
@@ -197,9 +197,9 @@ class Tokeniser:
         """Tokenise preferences.
 
         Prompt, prompt + chosen and prompt + rejected are each tokenised as a whole; of a completion alone, prompt and
-        prompt + completion. The completions begin where these differ, since tokens may merge across the boundary. The EOS
-        token is appended to completions of plain text where it is missing; conversations are as the chat template renders
-        them.
+        prompt + completion; of a ``PromptAlone``, the prompt, and both completions are empty. The completions begin where
+        these differ, since tokens may merge across the boundary. The EOS token is appended to completions of plain text
+        where it is missing; conversations are as the chat template renders them.
 
         Returns:
             Token ids of each preference, or what is wrong with it.
@@ -339,10 +339,10 @@ class Tokeniser:
                 "the data are conversations, but the tokenizer has no chat template; set data.chat_template "
                 "to one, or use prompt, chosen and rejected as text"
             )
-        names, answers = zip(*preference.sides, strict=True)
+        names, answers = [name for name, _ in preference.sides], [answer for _, answer in preference.sides]
         prompt = preference.prompt
         changes: set[str] = set()
-        if not (self.template.fits(prompt) and self.template.fits(answers[0]) and self.template.fits(answers[-1])):
+        if not (self.template.fits(prompt) and all(map(self.template.fits, answers))):
             prompt = self.template.fitted(prompt, changes)
             answers = [self.template.fitted(part, changes, len(prompt)) for part in answers]
         tools, arguments = preference.tools, preference.template_kwargs
@@ -358,7 +358,7 @@ class Tokeniser:
         except Exception as error:  # templates raise what their authors wrote
             self._refuse_template(error)
             told = refusal(error, self.tokenizer.chat_template)
-            told += self.template.probes.hint(prompt + max(answers, key=len))
+            told += self.template.probes.hint(prompt + max(answers, key=len, default=[]))
             raise Malformed(f"the chat template refuses it: {told}") from None
         found = self._check.remarks(preference, *texts)
         for part, before, messages in (("prompt", [], prompt), *zip(names, (prompt, prompt), answers, strict=False)):
@@ -412,6 +412,9 @@ class Tokeniser:
         prompt, *wholes = texts
         if not conversational and self._adds_eos:
             prompt = prompt[: -_ID.itemsize]
+        if not wholes:
+            none = np.empty(0, _ID)
+            return TokenisedPair(np.frombuffer(prompt, _ID), none, none) if prompt else Malformed("prompt has no tokens")
         if not (wholes[0].startswith(prompt) and wholes[-1].startswith(prompt)):
             ids = np.frombuffer(prompt, _ID)
             common = min(common_prefix(ids, np.frombuffer(whole, _ID)) for whole in wholes)

@@ -17,13 +17,40 @@ from raydpo.data.tokenise import Tokeniser
 from raydpo.evaluation.prompts import Prompt
 from raydpo.evaluation.style import is_cut, length_growth, measure_style
 
-__all__ = ["Answers"]
+__all__ = ["Answers", "answer_pairs"]
 
 _IDS = pa.list_(pa.int32())
 JUDGES = ("reward_model", "score_with", "judge")
 """Settings of section ``evaluate`` that name a judge of answers."""
 SHOWN = 5
 """Number of prompts whose answers are in evaluation.json; samples.parquet has all answers."""
+
+
+def answer_pairs(prompts: Sequence[np.ndarray], answers: Sequence[np.ndarray]) -> pa.Table:
+    """Return answers as rows of ``data.pairs.PAIR_SCHEMA``, with which a cache is filled.
+
+    Chosen and rejected are both the answer; the same completion is scored once.
+
+    Args:
+        prompts, answers: token ids, int32, one prompt for each answer.
+    """
+    keys = [completion_key(*pair) for pair in zip(prompts, answers, strict=True)]
+    columns: dict[str, Any] = {
+        f"{side}_{name}": values
+        for side in ("chosen", "rejected")
+        for name, values in (
+            ("ids", pa.array(answers, _IDS)),
+            ("key", pa.array(keys, pa.binary(16))),
+            ("full", pa.array([len(one) for one in answers], pa.int32())),
+        )
+    }
+    columns |= {
+        "prompt_ids": pa.array(prompts, _IDS),
+        "source": ["answers"] * len(keys),
+        "weight": np.ones(len(keys)),
+        "pair_id": [f"answers:{number}" for number in range(1, len(keys) + 1)],
+    }
+    return pa.table({name: columns[name] for name in PAIR_SCHEMA.names}, schema=PAIR_SCHEMA)
 
 
 @dataclass(frozen=True)
@@ -52,28 +79,8 @@ class Answers:
         return measured | {"length_growth": length_growth(self.policy, self.reference, self.places)}
 
     def pairs(self) -> pa.Table:
-        """Return the policy's answers as rows of ``data.pairs.PAIR_SCHEMA``, with which a cache is filled.
-
-        Chosen and rejected are both the answer; the same completion is scored once.
-        """
-        prompts = [prompt.ids for prompt in self.prompts]
-        keys = [completion_key(*pair) for pair in zip(prompts, self.policy, strict=True)]
-        columns: dict[str, Any] = {
-            f"{side}_{name}": values
-            for side in ("chosen", "rejected")
-            for name, values in (
-                ("ids", pa.array(self.policy, _IDS)),
-                ("key", pa.array(keys, pa.binary(16))),
-                ("full", pa.array([len(one) for one in self.policy], pa.int32())),
-            )
-        }
-        columns |= {
-            "prompt_ids": pa.array(prompts, _IDS),
-            "source": ["answers"] * len(keys),
-            "weight": np.ones(len(keys)),
-            "pair_id": [f"answers:{number}" for number in range(1, len(keys) + 1)],
-        }
-        return pa.table({name: columns[name] for name in PAIR_SCHEMA.names}, schema=PAIR_SCHEMA)
+        """Return the policy's answers as rows with which a cache is filled; see ``answer_pairs``."""
+        return answer_pairs([prompt.ids for prompt in self.prompts], self.policy)
 
     def table(
         self, log_ratios: np.ndarray | None, exact_steps: np.ndarray | None, verdicts: Mapping[str, np.ndarray]

@@ -2,7 +2,7 @@
 // Curves: a figure with data-readout shows the values at the step that the pointer, a finger or the arrow keys select.
 for (const figure of document.querySelectorAll("figure[data-readout]")) {
   const svg = figure.querySelector("svg"), out = figure.querySelector(".readout");
-  const { box, xlim, curves } = JSON.parse(figure.dataset.readout);
+  const { box, xlim, unit, curves } = JSON.parse(figure.dataset.readout);
   const [left, top, right, bottom] = box;
   const steps = [...new Set(curves.flatMap(curve => curve.x))].sort((a, b) => a - b);
   const line = document.createElementNS("http://www.w3.org/2000/svg", "line");
@@ -18,10 +18,10 @@ for (const figure of document.querySelectorAll("figure[data-readout]")) {
     line.setAttribute("x1", x);
     line.setAttribute("x2", x);
     if (!line.isConnected) svg.append(line);
-    out.textContent = `step ${step.toLocaleString("en")}: ` + curves.map(curve => {
-      const near = nearest(curve.x, step), value = curve.y[near];
-      const where = curve.x[near] === step ? "" : ` (step ${curve.x[near].toLocaleString("en")})`;
-      return `${curve.name} ${value === null ? "-" : value}${where}`;
+    out.textContent = `${unit} ${step.toLocaleString("en")}: ` + curves.map(curve => {
+      const near = nearest(curve.x, step), value = curve.y[near], error = curve.e ? ` ± ${curve.e[near]}` : "";
+      const where = curve.x[near] === step ? "" : ` (${unit} ${curve.x[near].toLocaleString("en")})`;
+      return `${curve.name} ${value === null ? "-" : value}${error}${where}`;
     }).join(" · ");
   };
   const hide = () => {

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -398,7 +397,7 @@ class _Evaluation:
             if settings.score_with is not None:
                 count("score_with", settings.score_with, mode, by_scores(*own_scores(settings.score_with, each)))
             if settings.judge is not None:
-                with Judge(settings.judge) as judge, _progress(self.console, "judging") as progress:
+                with Judge(settings.judge) as judge, self.console.part("judging") as progress:
                     judged = judge_contests(judge, each, Storage(self.config.cache_uri), progress, self.console.warn)
                     count("judge", judge.name, mode, judged)
         return found, verdicts
@@ -407,7 +406,7 @@ class _Evaluation:
         self, work: BlockTask, tables: Sequence[pa.Table], doing: str, resources: Resources | None = None
     ) -> list[pa.Table]:
         storage, resources = Storage(self.config.cache_uri), resources or resources_for("score", self.config)
-        with _progress(self.console, doing) as progress:
+        with self.console.part(doing) as progress:
             warn = self.console.warn
             return do_work(work, tables, storage, resources, block=WORK_BLOCK, progress=progress, doing=doing, warn=warn)
 
@@ -431,20 +430,3 @@ def _reward_of(objective: ObjectiveConfig) -> str:
         return "log-probs of the policy alone"
     plain = objective.f_divergence_type == "reverse_kl"
     return "log-ratios" if plain else f"log-ratios under {objective.f_divergence_type}"
-
-
-@contextlib.contextmanager
-def _progress(console: Console, doing: str) -> Iterator[Callable[[int, int], None]]:
-    """Show a progress line from the first call on; if there is no call, say that everything was stored already."""
-    line = None
-    with contextlib.ExitStack() as stack:
-
-        def update(done: int, total: int) -> None:
-            nonlocal line
-            if line is None:
-                line = stack.enter_context(console.progress(doing, total, "rows"))
-            line.update(done)
-
-        yield update
-    if line is None:
-        console.say(f"  {doing}: all found in the cache")

@@ -31,11 +31,12 @@ from raydpo.model.rotary import ROTARY, rope_line
 from raydpo.model.router import router_loss_coef
 from raydpo.pipeline.checks import check, check_labels, check_models
 from raydpo.pipeline.tokenised import Tokenised
-from raydpo.reference.identity import ReferenceIdentity, earlier_identity, identify, resolve_model
+from raydpo.reference.identity import ReferenceIdentity, earlier_identity, identify, origin_of, resolve_model
 from raydpo.reference.score import ReferenceSpec
 from raydpo.reference.store import ReferenceCache
 from raydpo.rundir.fingerprint import TRAINING_PAIRS
 from raydpo.terminal.console import Console
+from raydpo.training.job import Continued
 
 __all__ = [
     "Prepared",
@@ -44,6 +45,7 @@ __all__ = [
     "native_dtype",
     "open_reference",
     "reference_line",
+    "training_settings",
     "wait_for_workers",
 ]
 
@@ -85,6 +87,7 @@ class Prepared:
         own: the pairs.
         sets: ``own``, with the mismatched completions that the loss needs.
         pairs_digest: digest of the training pairs. Computed once; copies made with ``dataclasses.replace`` share it.
+        continued: what the training of a round takes over from earlier ones; None outside of rounds.
     """
 
     config: Config
@@ -96,6 +99,7 @@ class Prepared:
     reference: ReferenceSpec
     cache: ReferenceCache
     pairs_digest: Callable[[], str]
+    continued: Continued | None = None
 
     @classmethod
     def of(cls, config: Config, console: Console, tokenised: Tokenised | None = None) -> Prepared:
@@ -178,7 +182,7 @@ class Prepared:
     def fingerprint(self) -> dict[str, Any]:
         """Everything that the trained policy depends on, by the name of the setting."""
         config, policy = self.config, self.policy_identity()
-        train = config.train.model_dump(mode="json", include=_DECIDING) | config.train.shaped()
+        train = training_settings(config)
         router = {"router_aux_loss_coef": coef} if (coef := self.router_loss_coef) else {}
         train = {key: value for key, value in train.items() if key != "router_aux_loss_coef"} | router
         lora = config.model.lora.model_dump(mode="json") if config.model.lora else None
@@ -199,7 +203,13 @@ class Prepared:
             | ({"data.filter": config.data.filter} if self.filter_by_reference else {})
             | {f"train.{key}": value for key, value in train.items()}
             | {f"train.loss (source of {name})": digest for name, digest in own_sources(config.train).items()}
+            | ({} if self.continued is None else self.continued.deciding(config.train))
         )
+
+
+def training_settings(config: Config) -> dict[str, Any]:
+    """Settings of section ``train`` that decide the result of a training, by name."""
+    return config.train.model_dump(mode="json", include=_DECIDING) | config.train.shaped()
 
 
 def native_dtype() -> str:
@@ -226,6 +236,7 @@ def open_reference(config: Config, native: str) -> tuple[ReferenceSpec, Referenc
         trust_remote_code=trusted,
         layout=config.model.layout,
         fused=config.model.fused,
+        origin=origin_of(config.reference_adapter or config.reference_path),
     )
     return spec, ReferenceCache.open(config.cache_uri, identity, unverified=config.cache.allow_unverified)
 

@@ -21,10 +21,11 @@ from raydpo.data.ragged import tokens_in_use
 from raydpo.model.cost import ModelCost
 from raydpo.pipeline.checks import check_labels
 from raydpo.pipeline.prepare import Prepared, checked, measured_pairs, wait_for_workers
+from raydpo.reference.identity import ReferenceIdentity, identify, origin_of, resolve_model
 from raydpo.reference.pairs import SIDES, place_reference
 from raydpo.reports.write import write_report_or_warn
 from raydpo.rundir.card import model_card
-from raydpo.rundir.directory import CONFIG, EVAL, METRICS, PAIRS, RUN, SUMMARY
+from raydpo.rundir.directory import CONFIG, EVAL, FINAL, METRICS, PAIRS, RUN, SUMMARY
 from raydpo.rundir.display import TrainingDisplay
 from raydpo.rundir.earlier import begin_again, finished_summary, neutral_changes, other_held_out
 from raydpo.rundir.pairs import pairs_record
@@ -176,6 +177,7 @@ def _training_job(prepared: Prepared, resources: Resources, fused: frozenset[boo
             layout=config.model.layout,
             fused=config.model.fused,
             identity=policy.digest,
+            origin=origin_of(config.model.adapter or config.model.path),
         ),
         work=ModelCost.of(prepared.policy_dir).work,
         memory_share=resources.memory_share,
@@ -186,6 +188,7 @@ def _training_job(prepared: Prepared, resources: Resources, fused: frozenset[boo
         stop_after=until,
         sample_prompts=_sample_prompts(prepared),
         sample_stop=prepared.tokeniser.stop_ids,
+        continued=prepared.continued,
     )
 
 
@@ -242,12 +245,25 @@ def train_prepared(
             console.say(f"stopped after step {trained['steps']:,}; its checkpoint is in {redact(config.run_dir)}")
             raise KeyboardInterrupt
         summary = _summarise(prepared, storage, trained, hit_rate, job, joined.training_pairs)
+        if prepared.continued is not None:
+            summary["policy"] = trained_policy(prepared, storage).digest
         summary["startup_seconds"] = {name: round(seconds, 2) for name, seconds in console.phases.seconds.items()}
         storage.write("final/README.md", model_card(config, summary).encode())
         storage.write(SUMMARY, json.dumps(finite(summary), indent=2, allow_nan=False).encode())
     print_summary(console, summary)
     write_report_or_warn(config.run_dir, console)
     return summary
+
+
+def trained_policy(prepared: Prepared, storage: Storage) -> ReferenceIdentity:
+    """Identity of the policy in ``final/`` of the run directory ``storage``."""
+    model, final = (
+        prepared.config.model,
+        resolve_model(f"{storage.uri}/{FINAL}"),
+    )
+    base, adapter = (prepared.policy_dir, final) if model.adapts else (final, None)
+    length = prepared.config.data.max_length
+    return identify(base, prepared.dtype, adapter, model.quantization, model.trust_remote_code, max_length=length)
 
 
 def _sample_prompts(prepared: Prepared) -> tuple[tuple[str, Any], ...]:

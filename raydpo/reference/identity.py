@@ -27,7 +27,10 @@ from raydpo.config import is_hub_name
 from raydpo.errors import FilesError, ModelError, one_line, some_of
 from raydpo.model.files import ADAPTER, AdapterFiles, ModelFiles, adapter_files, model_files, read_header, weights_lacking
 from raydpo.model.rotary import rope_length
+from raydpo.storage.files import Storage
+from raydpo.storage.local_copy import RemoteDirectory
 from raydpo.storage.memory import remembered, stamp
+from raydpo.storage.uri import is_uri
 
 __all__ = [
     "QUANTIZED",
@@ -37,6 +40,7 @@ __all__ = [
     "earlier_identity",
     "identify",
     "on_this_machine",
+    "origin_of",
     "proved_here",
     "resolve_model",
     "zero_matrices",
@@ -197,12 +201,23 @@ def earlier_identity(identity: ReferenceIdentity) -> tuple[ReferenceIdentity, st
     return dataclasses.replace(identity, scoring_version=SCORING_VERSION, rope_length=None), "; ".join(changed)
 
 
+def origin_of(path: str) -> RemoteDirectory | None:
+    """The remote directory of a model or adapter at a URI, such as the policy of an earlier round; None for other paths."""
+    if not is_uri(path):
+        return None
+    above, _, name = path.rstrip("/").rpartition("/")
+    return RemoteDirectory.now(Storage(above), name)
+
+
 def resolve_model(path: str) -> str:
-    """Local directory of a model or adapter. A hub name is downloaded if it is not on this machine yet.
+    """Local directory of a model or adapter. A hub name is downloaded if it is not on this machine yet, and what is at a URI
+    is copied to it.
 
     Raises:
         ModelError: if it is neither a directory nor on the hub.
     """
+    if (origin := origin_of(path)) is not None:
+        return origin.here()
     if Path(path).is_dir():
         return str(Path(path).absolute())
     if not is_hub_name(path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import TypeVar
 
 from raydpo.config import SCALE_KEYS
 from raydpo.pages.page import render
@@ -13,10 +14,13 @@ from raydpo.reports.run import SCRIPTS, status_of
 from raydpo.reports.tables import Row, Table, interval, number, setting
 from raydpo.rundir.fingerprint import flatten_settings
 from raydpo.rundir.read import RunRecord, different_tokens, length_growth
+from raydpo.rundir.read_rounds import RoundsRecord
 from raydpo.rundir.summary import EVALUATION_TABLE
 from raydpo.version import __version__
 
-__all__ = ["comparison_page", "differences", "overlaid"]
+__all__ = ["MOST", "comparison_page", "differences", "overlaid", "told_apart"]
+
+Record = TypeVar("Record", RunRecord, RoundsRecord)
 
 MOST = 16
 """Largest number of runs whose curves are drawn: eight colours, then the same eight dashed."""
@@ -37,7 +41,7 @@ CURVES = (
 
 def comparison_page(runs: Sequence[RunRecord]) -> str:
     """Render the page of several runs."""
-    runs = _told_apart(runs)
+    runs = told_apart(runs)
     different = differences(runs)
     incomparable = any(row.head == key or row.head.startswith(f"{key}.") for row in different.rows for key in SCALE_KEYS)
     return render(
@@ -57,7 +61,7 @@ def comparison_page(runs: Sequence[RunRecord]) -> str:
     )
 
 
-def differences(runs: Sequence[RunRecord]) -> Table:
+def differences(runs: Sequence[Record]) -> Table:
     """Return a row for each key whose value differs between runs."""
     settings = [flatten_settings(run.config, lists=True) for run in runs]
     keys = [key for key in dict.fromkeys(key for each in settings for key in each) if key not in OURS]
@@ -111,7 +115,7 @@ def _without_empty(table: Table) -> Table:
     return Table(table.label, (head, *(columns[index] for index in kept)), rows)
 
 
-def _told_apart(runs: Sequence[RunRecord]) -> list[RunRecord]:
+def told_apart(runs: Sequence[Record]) -> list[Record]:
     """Name runs that share a name by their path or URI."""
     names = [run.name for run in runs]
     return [dataclasses.replace(run, name=run.place) if names.count(run.name) > 1 else run for run in runs]

@@ -1,4 +1,4 @@
-"""Draws metrics over the steps: thinned, smoothed, and with the values that are shown under the pointer."""
+"""Draws metrics over steps or rounds: thinned, smoothed, and with the values that are shown under the pointer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 
 from raydpo.pages.plot import PALE, Picture, figure, svg, variable
 
-__all__ = ["POINTS", "Curve", "curve", "curves_picture", "phases_picture"]
+__all__ = ["POINTS", "Curve", "bars_picture", "curve", "curves_picture", "phases_picture", "points"]
 
 POINTS = 240
 """Largest number of points of a curve, for runs of any length: about its width in pixels on a phone."""
@@ -24,12 +24,13 @@ SMOOTH_FROM = 40
 
 @dataclass(frozen=True)
 class Curve:
-    """One line of a picture. Each point stands for ``each`` rows of the table: their mean, lowest and highest value.
+    """One line of a picture. Each point stands for ``each`` rows of the table: their mean, lowest and highest value. A point
+    of one row may have a standard error: ``low`` and ``high`` are then one below and above its value.
 
     Attributes:
-        steps: the last step of each point, [points].
+        steps: the last step, or the round, of each point, [points].
         smooth: draw a running mean over the line; otherwise draw points on it.
-        rows: what a row of the table is, in the plural: steps or evaluations.
+        rows: what a row of the table is, in the plural: steps, evaluations or rounds.
     """
 
     name: str
@@ -73,6 +74,32 @@ def curve(
     return Curve(name, colour, thin["step"].to_numpy(), mean, low, high, each, len(mean) >= SMOOTH_FROM, dashed, rows)
 
 
+def points(
+    rows: Sequence[dict[str, Any]],
+    key: str,
+    name: str,
+    colour: str,
+    *,
+    error: str | None = None,
+    at: str = "round",
+    dashed: bool = False,
+) -> Curve | None:
+    """Make a curve of a figure of each round; None if no round has it.
+
+    Args:
+        rows: have ``at``, ``key`` and ``error``; those without a value of ``key`` are left out.
+        error: key of the standard error.
+        at: key of the place on the x axis.
+        name, colour, dashed: see ``Curve``.
+    """
+    known = [row for row in rows if row.get(key) is not None]
+    if not known:
+        return None
+    places, mean = np.array([row[at] for row in known]), np.array([float(row[key]) for row in known])
+    spread = np.array([float((error and row.get(error)) or 0.0) for row in known])
+    return Curve(name, colour, places, mean, mean - spread, mean + spread, 1, False, dashed, "rounds")
+
+
 def curves_picture(
     title: str,
     caption: str,
@@ -82,6 +109,7 @@ def curves_picture(
     ylim: tuple[float, float] | None = None,
     level: float | None = None,
     log: bool = False,
+    unit: str = "step",
 ) -> Picture | None:
     """Draw curves over one another; return None if there are none.
 
@@ -89,6 +117,7 @@ def curves_picture(
         ylim: range of the y axis; None = set by the values.
         level: value of a dotted horizontal line.
         log: use a logarithmic axis if all values are positive and the largest is above 30 times the median.
+        unit: what a whole number on the x axis counts.
     """
     curves = [one for one in curves if one is not None]
     if not curves:
@@ -103,9 +132,11 @@ def curves_picture(
                 axes.plot(one.steps, one.running_mean, dash, color=one.colour, linewidth=1.6)
             else:
                 axes.plot(one.steps, one.mean, dash, color=one.colour, linewidth=1.4, marker="o", markersize=2.2)
+            if (errors := _errors(one)) is not None:
+                axes.errorbar(one.steps, one.mean, errors, fmt="none", ecolor=one.colour, elinewidth=0.8, alpha=0.6)
         if level is not None:
             axes.axhline(level, color=PALE, linewidth=0.9, linestyle=":")
-        axes.set(xlabel="step", ylabel=ylabel)
+        axes.set(xlabel=unit, ylabel=ylabel)
         _count_steps(axes)
         axes.set_ylim(*ylim or _range(curves, level))
         values = np.concatenate([one.mean for one in curves])
@@ -115,7 +146,26 @@ def curves_picture(
             axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
             axes.yaxis.set_minor_formatter(lambda value, _: "")
         drawn = svg(made, title, caption)
-    return Picture(title, drawn, f"{caption} {_point_text(curves)}".strip(), _legend(curves), _readout(made, axes, curves))
+    return Picture(
+        title, drawn, f"{caption} {_point_text(curves)}".strip(), _legend(curves), _readout(made, axes, curves, unit)
+    )
+
+
+def bars_picture(title: str, caption: str, curves: Sequence[Curve | None], ylabel: str, unit: str) -> Picture | None:
+    """Draw the values of curves as bars, stacked from the bottom upwards; return None if there are none."""
+    curves = [one for one in curves if one is not None]
+    if not curves:
+        return None
+    with figure(aligned=True) as (made, axes):
+        base: dict[float, float] = {}
+        for one in curves:
+            axes.bar(one.steps, one.mean, 0.6, [base.get(step, 0.0) for step in one.steps], color=one.colour, alpha=0.8)
+            base |= {step: base.get(step, 0.0) + value for step, value in zip(one.steps, one.mean, strict=True)}
+        axes.set(xlabel=unit, ylabel=ylabel)
+        axes.grid(False, axis="x")
+        _count_steps(axes)
+        drawn = svg(made, title, caption)
+    return Picture(title, drawn, caption, _legend(curves), _readout(made, axes, curves, unit))
 
 
 def phases_picture(table: pl.DataFrame, phases: dict[str, str]) -> Picture | None:
@@ -165,15 +215,21 @@ def _count_steps(axes: Axes) -> None:
     axes.xaxis.set_major_formatter(lambda step, _: f"{step:,.0f}")
 
 
+def _errors(one: Curve) -> np.ndarray | None:
+    """Return the standard errors of a curve's points; None if it has none."""
+    return one.high - one.mean if one.each == 1 and (one.high > one.mean).any() else None
+
+
 def _legend(curves: Sequence[Curve]) -> tuple[tuple[str, str, bool], ...]:
     return tuple((one.name, variable(one.colour), one.dashed) for one in curves) if len(curves) > 1 else ()
 
 
-def _readout(made: Figure, axes: Axes, curves: Sequence[Curve]) -> dict[str, Any]:
+def _readout(made: Figure, axes: Axes, curves: Sequence[Curve], unit: str = "step") -> dict[str, Any]:
     """Return the data with which plots.js shows the values under the pointer.
 
     ``box``: left, top, right and bottom of the axes, in points from the upper left corner of the SVG. ``xlim``: steps at the
-    left and right edge. ``curves``: steps x and values y, null where a value is missing.
+    left and right edge. ``unit``: what a step is. ``curves``: steps x, values y, null where a value is missing, and
+    standard errors e, if there are any.
     """
     width, height = made.get_size_inches() * 72
     place = axes.get_position()
@@ -181,8 +237,11 @@ def _readout(made: Figure, axes: Axes, curves: Sequence[Curve]) -> dict[str, Any
     return {
         "box": [round(float(edge), 2) for edge in box],
         "xlim": [float(edge) for edge in axes.get_xlim()],
+        "unit": unit,
         "curves": [
-            {"name": one.name, "x": one.steps.tolist(), "y": [_rounded(value) for value in one.mean]} for one in curves
+            {"name": one.name, "x": one.steps.tolist(), "y": [_rounded(value) for value in one.mean]}
+            | ({} if (errors := _errors(one)) is None else {"e": [_rounded(value) for value in errors]})
+            for one in curves
         ],
     }
 

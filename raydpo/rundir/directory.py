@@ -16,6 +16,7 @@ __all__ = [
     "AUDIT_JSON",
     "AUDIT_PAGE",
     "BEGUN_BY",
+    "CACHE_HITS",
     "CHECKPOINTS",
     "CONFIG",
     "DRIVER_LOG",
@@ -69,6 +70,8 @@ BEGUN_BY = "begun-by.json"
 """The job that began this run with --fresh."""
 FINAL = "final"
 """Folder of the exported policy."""
+CACHE_HITS = "cache-hits.json"
+"""Of a round: how many of the completions of its pairs the cache held before its training began to score the others."""
 CHECKPOINTS = "checkpoints"
 """Folder of the checkpoints, in Ray Train's layout."""
 TENSORBOARD = "tensorboard"

@@ -20,7 +20,7 @@ from raydpo.rundir.directory import CONFIG, EVAL, EVALUATION, METRICS, RUN, SUMM
 from raydpo.storage.files import Storage
 from raydpo.storage.uri import redacted
 
-__all__ = ["RunRecord", "SweepRecord", "TrialRecord", "different_tokens", "is_sweep", "length_growth"]
+__all__ = ["RunRecord", "SweepRecord", "TrialRecord", "different_tokens", "is_sweep", "length_growth", "read_file"]
 
 T = TypeVar("T")
 RUN_FILES = (CONFIG, RUN, METRICS, EVAL, SUMMARY, EVALUATION)
@@ -63,7 +63,7 @@ class RunRecord:
                 f"there is no run at {storage}: it holds none of {', '.join(RUN_FILES)}{hint}. Give the path "
                 f"of a run directory, <output>/<name>, or of a sweep's, which holds {SWEEP}"
             )
-        config = _read(storage, CONFIG, yaml.safe_load) or {}
+        config = read_file(storage, CONFIG, yaml.safe_load) or {}
         evals = _table(storage, EVAL)
         name = config.get("name") or str(storage).rstrip("/").rsplit("/", 1)[-1]
         return cls(
@@ -72,9 +72,9 @@ class RunRecord:
             redacted(config),
             _table(storage, METRICS),
             evals.rename({column: column.removeprefix("eval_") for column in evals.columns}),
-            _read(storage, SUMMARY, json.loads),
-            _read(storage, EVALUATION, json.loads),
-            (_read(storage, RUN, json.loads) or {}).get("held_out"),
+            read_file(storage, SUMMARY, json.loads),
+            read_file(storage, EVALUATION, json.loads),
+            (read_file(storage, RUN, json.loads) or {}).get("held_out"),
         )
 
     @property
@@ -151,7 +151,7 @@ class SweepRecord:
         Raises:
             RaydpoError: if one of its files is damaged, naming it.
         """
-        tree = _read(storage, SWEEP, json.loads)
+        tree = read_file(storage, SWEEP, json.loads)
         try:
             trials = [_trial(storage, entry) for entry in tree["trials"]]
             parameters, cache = list(tree.get("parameters") or ()), redacted(tree.get("cache") or {})
@@ -202,7 +202,12 @@ def _trial(sweep: Storage, entry: dict[str, Any]) -> TrialRecord:
     return TrialRecord(name, settings, status, entry.get("error"), entry.get("seconds"), scores, evaluation, run)
 
 
-def _read(storage: Storage, name: str, parse: Callable[[bytes], T]) -> T | None:
+def read_file(storage: Storage, name: str, parse: Callable[[bytes], T]) -> T | None:
+    """Return what ``parse`` makes of a file's bytes; None if there is no such file.
+
+    Raises:
+        RaydpoError: if ``parse`` raises ValueError, naming the file.
+    """
     if not storage.exists(name):
         return None
     try:
@@ -214,7 +219,7 @@ def _read(storage: Storage, name: str, parse: Callable[[bytes], T]) -> T | None:
 
 
 def _table(storage: Storage, name: str) -> pl.DataFrame:
-    table = _read(storage, name, lambda data: pl.read_parquet(io.BytesIO(data)))
+    table = read_file(storage, name, lambda data: pl.read_parquet(io.BytesIO(data)))
     if table is None:
         return pl.DataFrame({"step": []}, schema={"step": pl.Int64})
     floats = pl.col(pl.Float64)

@@ -29,6 +29,7 @@ SAMPLE_SCHEMA = pa.schema(
         ("round", pa.int32()),
         ("seed", pa.uint64()),  # with sample it selects the random numbers; see answers.draws
         ("answer_ids", _IDS),  # as sampled, with the token that ended it
+        ("answer", pa.string()),  # the text that reward functions get: decoded, without the token that ended it
         ("end", pa.string()),  # stop, or length if it was cut at max_tokens
         ("engine", pa.string()),
     ]
@@ -46,8 +47,20 @@ SCORE_SCHEMA = pa.schema(
     ]
 )
 """The reward of an answer."""
-HELD_OUT_SCHEMA = pa.unify_schemas([SAMPLE_SCHEMA, SCORE_SCHEMA, pa.schema([("log_ratio", pa.float64())])])
-"""Samples, scores, and the log-ratio of policy and initial model of each sampled answer, nats."""
+HELD_OUT_SCHEMA = pa.unify_schemas(
+    [
+        SAMPLE_SCHEMA,
+        SCORE_SCHEMA,
+        pa.schema(
+            [
+                ("log_ratio", pa.float64()),  # log policy - log initial model of a sampled answer, nats
+                ("log_ratio_previous", pa.float64()),  # the same from the policy before the round
+            ]
+        ),
+    ]
+)
+"""Samples, scores, and log-ratios of the policy. Log-ratios are null of greedy answers, and if samples are no samples of the
+policy itself, since rounds.sample has a temperature other than 1 or a top_p below 1."""
 
 _MAP = pa.map_(pa.string(), pa.float64())
 ROUNDS_SCHEMA = pa.schema(

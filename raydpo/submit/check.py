@@ -52,7 +52,13 @@ def check_files(file: str, config: Config, packed: Collection[str]) -> None:
     if (template := template_file(config)) is not None:
         needed.append(("data.chat_template", template))
     functions = [("train.loss", name) for name in config.train.terms]
-    for key, name in [*functions, ("evaluate.score_with", config.evaluate.score_with or "")]:
+    functions.append(("evaluate.score_with", config.evaluate.score_with or ""))
+    for key, rewards in (
+        ("evaluate.rewards", config.evaluate.rewards),
+        ("rounds.rewards", getattr(config.rounds, "rewards", ())),
+    ):
+        functions += [(key, reward.use or "") for reward in rewards]
+    for key, name in functions:
         module, colon, _ = name.partition(":")
         place = module.replace(".", "/")
         if colon:  # other modules are installed packages

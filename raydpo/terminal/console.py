@@ -100,6 +100,23 @@ class Console:
             yield line
             line.finish()
 
+    @contextlib.contextmanager
+    def part(self, label: str, unit: str = "rows") -> Iterator[Callable[[int, int], None]]:
+        """Show progress of work whose results may be stored already. Yields a function to call with (done, total); if it is
+        never called, a line says that all was found."""
+        line = None
+        with contextlib.ExitStack() as stack:
+
+            def update(done: int, total: int) -> None:
+                nonlocal line
+                if line is None:
+                    line = stack.enter_context(self.progress(label, total, unit))
+                line.update(done)
+
+            yield update
+        if line is None:
+            self.say(f"  {label}: all found in the cache")
+
     def counter(self, label: str, unit: str) -> Callable[[int], None]:
         """Show progress without a known total. Call the returned function with the number done so far."""
         start = printed = time.monotonic()

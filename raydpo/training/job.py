@@ -9,10 +9,44 @@ from typing import Any
 import numpy as np
 
 from raydpo.config import TrainConfig
+from raydpo.config.objective import BetaSchedule
 from raydpo.data.shapes import POSITIONS_ONLY, PositionCost
 from raydpo.training.policy.engine import PolicySpec
 
-__all__ = ["TrainJob", "TrainSummary"]
+__all__ = ["SCHEDULE_STEPS", "Continued", "TrainJob", "TrainSummary"]
+
+SCHEDULE_STEPS = "rounds: steps of the schedule"
+"""The key of a fingerprint with the steps of a schedule over all rounds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Continued:
+    """What a training takes over from those of the rounds before it.
+
+    Attributes:
+        begins_as: the policy that it begins with, in words, such as "the policy of round 1".
+        compared: what is known of the cached log-probs where the gate cannot compare them, as a sentence without full stop.
+        position: steps that earlier rounds took on the same pairs. Their order goes on from there.
+        first, total: steps of the schedule before this training, and all of its steps; ``total`` None = its own schedule.
+        checkpoint: folder, at a local path or URI, of the checkpoint with the weights and moments to begin with; None = new
+            moments.
+    """
+
+    begins_as: str
+    compared: str = ""
+    position: int = 0
+    first: int = 0
+    total: int | None = None
+    checkpoint: str | None = None
+
+    def deciding(self, train: TrainConfig) -> dict[str, Any]:
+        """What of it the trained policy depends on, by name; without the length of a schedule on which no step depends."""
+        found: dict[str, Any] = {"rounds: steps before on the same pairs": self.position} if self.position else {}
+        if self.total is not None:
+            found |= {"rounds.optimizer": "carry", "rounds: steps before in the schedule": self.first}
+            if train.schedule != "constant" or 0 < train.warmup < 1 or isinstance(train.beta, BetaSchedule):
+                found[SCHEDULE_STEPS] = self.total
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +68,7 @@ class TrainJob:
         stop_after: stop with a checkpoint after this step; None = train to the end.
         sample_prompts: (text to show, token ids) of the prompts to answer before and after training.
         sample_stop: ids of the tokens that end such an answer.
+        continued: what it takes over from earlier rounds; None = nothing.
     """
 
     train: TrainConfig
@@ -50,6 +85,7 @@ class TrainJob:
     stop_after: int | None = None
     sample_prompts: tuple[tuple[str, np.ndarray], ...] = ()
     sample_stop: tuple[int, ...] = ()
+    continued: Continued | None = None
 
 
 @dataclass

@@ -1,10 +1,13 @@
-"""The learning rate as a pure function of the step."""
+"""Learning rate and beta as pure functions of the step."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
-__all__ = ["learning_rate", "warmup_steps"]
+from raydpo.config import TrainConfig
+
+__all__ = ["Schedule", "learning_rate", "warmup_steps"]
 
 
 def warmup_steps(warmup: float, total_steps: int) -> int:
@@ -24,3 +27,27 @@ def learning_rate(step: int, *, peak: float, schedule: str, warmup: int, total_s
         return peak
     progress = (step - warmup) / max(1, total_steps - warmup)
     return peak * (1 - progress if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Learning rate and beta of the steps of a training, which may be a part of a longer schedule.
+
+    Attributes:
+        total_steps: steps of the whole schedule.
+        first: its steps before the first one of this training.
+    """
+
+    train: TrainConfig
+    total_steps: int
+    first: int = 0
+
+    def rate(self, step: int) -> float:
+        """Learning rate of step ``step`` of this training, counted from 0."""
+        train, total = self.train, self.total_steps
+        warmup = warmup_steps(train.warmup, total)
+        return learning_rate(self.first + step, peak=train.lr, schedule=train.schedule, warmup=warmup, total_steps=total)
+
+    def beta(self, step: int) -> float:
+        """Beta of step ``step`` of this training, counted from 0, before ``dynamic_beta``."""
+        return self.train.beta_at(self.first + step, self.total_steps)

@@ -26,7 +26,7 @@ from raydpo.training.metrics import PairSums
 from raydpo.training.pairs import TrainingPairs
 from raydpo.training.policy.engine import StepEngine
 from raydpo.training.router import RouterLoss
-from raydpo.training.schedule import learning_rate, warmup_steps
+from raydpo.training.schedule import Schedule
 from raydpo.training.whole_step import WholeStep
 
 __all__ = ["Step", "StepRequests", "StepResult", "Stepper", "explained_memory"]
@@ -82,6 +82,7 @@ class Stepper:
     Attributes:
         plan: which pairs make up a step.
         memory: state of the objective after the last step that was taken.
+        schedule: of learning rate and beta; None = over the steps of the plan.
     """
 
     train: TrainConfig
@@ -91,6 +92,10 @@ class Stepper:
     objective: Objective
     clock: StepClock
     memory: ObjectiveState
+    schedule: Schedule | None = None
+
+    def __post_init__(self) -> None:
+        self.schedule = self.schedule or Schedule(self.train, self.plan.total_steps)
 
     def prepared(self, first: int = 0) -> Iterator[Step]:
         """All steps from number ``first``, counted from 0. Each is laid out in another thread while the one before it is
@@ -116,16 +121,15 @@ class Stepper:
             return self._take(step, requests or StepRequests(), gate)
 
     def _take(self, step: Step, requests: StepRequests, gate: StepGate | None) -> StepResult:
-        train, plan, engine, clock, number = self.train, self.plan, self.engine, self.clock, step.number
-        beta = train.beta_at(number, plan.total_steps)
+        train, engine, clock, number = self.train, self.engine, self.clock, step.number
+        beta = self.schedule.beta(number)
         whole = self._first_pass(step, beta)
         router = RouterLoss.asked(engine, train)
         sums, losses = self._forward_and_backward(step, beta, whole, gate, router)
         if gate is not None:
             gate.close()
         metrics, (stop, checkpoint, uploading), busy = _add_up(sums, router, requests, clock.busy, engine)
-        warmup = warmup_steps(train.warmup, plan.total_steps)
-        rate = learning_rate(number, peak=train.lr, schedule=train.schedule, warmup=warmup, total_steps=plan.total_steps)
+        rate = self.schedule.rate(number)
         with clock.phase("optimizer"):
             grad_norm = engine.step(rate)
         what = "loss" if not np.isfinite(metrics["loss"]) else "gradient norm" if not np.isfinite(grad_norm) else None
@@ -202,7 +206,7 @@ class Stepper:
         times = self.clock.lap()
         seconds = sum(times[f"time/{phase}"] for phase in ("data", "forward", "backward", "optimizer", "wait", "other"))
         return {
-            "epoch": (step.number + 1) / self.plan.steps_per_epoch,
+            "epoch": (self.plan.first + step.number + 1) / self.plan.steps_per_epoch,
             "pairs": float(step.count),
             "tokens": tokens,
             "seconds": seconds,

@@ -16,7 +16,7 @@ from raydpo.errors import ConfigError, TrainError
 from raydpo.losses import Objective, ObjectiveState
 from raydpo.model.budget import PROBES, TIGHT, before_first_step, share_of_first_step
 from raydpo.rundir.watch import TrainingWatch
-from raydpo.training.checkpoint.files import load_checkpoint
+from raydpo.training.checkpoint.files import load_checkpoint, load_earlier
 from raydpo.training.checkpoint.preemption import PreemptionGuard
 from raydpo.training.checkpoint.saver import CheckpointSaver
 from raydpo.training.clock import StepClock
@@ -27,6 +27,7 @@ from raydpo.training.job import TrainJob, TrainSummary
 from raydpo.training.pairs import TrainingPairs
 from raydpo.training.policy.engine import Engine
 from raydpo.training.policy.sample import greedy_answers
+from raydpo.training.schedule import Schedule
 from raydpo.training.step import Stepper, StepRequests, StepResult, explained_memory
 
 __all__ = ["Trainer", "train_policy"]
@@ -43,6 +44,7 @@ def train_policy(
     hooks: TrainHooks,
     checkpoint: Path | None,
     scratch: Path,
+    earlier: Path | None = None,
 ) -> TrainSummary:
     """Train the policy of ``engine`` to the last step, or until ``hooks`` requests a stop. Either ends with a checkpoint.
 
@@ -51,6 +53,7 @@ def train_policy(
         held_out: pairs to evaluate on, or None.
         checkpoint: directory of the checkpoint to continue from, or None to begin.
         scratch: directory in which checkpoints are written before they are uploaded.
+        earlier: directory of the checkpoint of an earlier round whose weights and moments a new training begins with.
 
     Raises:
         ConfigError: if the checkpoint is of a run with other settings, ``train.keep_best`` names no metric, or the objective
@@ -60,7 +63,7 @@ def train_policy(
             stored, or if the one to continue from is damaged.
         DeviceMemoryError: if memory runs out.
     """
-    train, objective = job.train, Objective(job.train)
+    train, objective, continued = job.train, Objective(job.train), job.continued
     for each in (pairs, held_out):
         _check_tokens(each, train)
     hooks.note(engine.layout_line)
@@ -71,7 +74,10 @@ def train_policy(
     fused = bool(engine.module.head.fused)
     if pairs.has_reference and job.reference_fused - {fused}:
         hooks.note(_differently_fused(job, fused=fused))
-    summary = TrainSummary() if checkpoint is None else _resumed(job, engine, hooks, checkpoint)
+    if checkpoint is not None:
+        summary = _resumed(job, engine, hooks, checkpoint)
+    else:
+        summary = TrainSummary() if earlier is None else _carried(engine, hooks, earlier)
     summary.load_seconds, summary.load_bytes = engine.load_seconds, engine.load_bytes
     hooks.note(
         f"policy loaded in {engine.load_seconds:.1f} s{', each worker its share' if engine.zero == 3 else ''}; at most "
@@ -94,11 +100,16 @@ def train_policy(
         layout=engine.module.method.layout,
         work=job.work,
         starts=pairs.starts,
+        first=0 if continued is None else continued.position,
     )
     facts = {"pairs": pairs.count, "steps_per_epoch": plan.steps_per_epoch, "world_size": engine.world_size}
     facts |= {"unit": pairs.unit, "held_out": 0 if held_out is None else held_out.count}
     hooks.begin(summary.steps, plan.total_steps, facts)
-    stepper = Stepper(train, plan, pairs, engine, objective, StepClock(engine.device), ObjectiveState(**summary.memory))
+    schedule = None
+    if continued is not None and continued.total is not None:
+        schedule = Schedule(train, continued.total, continued.first)
+    memory = ObjectiveState(**summary.memory)
+    stepper = Stepper(train, plan, pairs, engine, objective, StepClock(engine.device), memory, schedule)
     saver = CheckpointSaver(engine, hooks, scratch, job.fingerprint)
     if summary.steps < plan.total_steps:
         saver.check_room()
@@ -162,10 +173,13 @@ class Trainer:
         if not pairs.has_reference:
             line = f"step-0 gate: loss {job.train.loss_text} has no reference, so there is nothing to compare"
         elif not job.starts_as_reference:
-            line = (
-                f"step-0 gate: the policy starts from another model than the reference {job.reference_identity}, so "
-                "cached and live log-probs are not compared"
-            )
+            line = f"step-0 gate: the policy starts from another model than the reference {job.reference_identity}, so "
+            line += "cached and live log-probs are not compared"
+            if job.continued is not None:
+                line = (
+                    f"step-0 gate: the policy starts as {job.continued.begins_as}, not as the reference "
+                    f"{job.reference_identity}; {job.continued.compared}"
+                )
         else:
             seed, first = job.train.seed, np.unique(plan.pairs(0))
             others = self._compared(pairs, gate_rows(pairs, first, count=job.train.gate_pairs, seed=seed))
@@ -185,8 +199,8 @@ class Trainer:
         return [self._judged(pairs, compare(self.engine, pairs, rows, tokens))] if rows else []
 
     def _judged(self, pairs: TrainingPairs, found: Comparison) -> GateReport:
-        job, plan = self.job, self.stepper.plan
-        beta, identities = job.train.beta_at(0, plan.total_steps), (str(job.policy.identity), job.reference_identity)
+        job = self.job
+        beta, identities = self.stepper.schedule.beta(0), (str(job.policy.identity), job.reference_identity)
         return judge(found, pairs, self.stepper.objective, beta, job.coarser_dtype, *identities)
 
     def _stored_held_out(self) -> TrainingPairs | None:
@@ -204,7 +218,7 @@ class Trainer:
         if self.held_out is None:
             return
         # The beta is that of the last step.
-        beta, plan = self.job.train.beta_at(max(0, step - 1), self.stepper.plan.total_steps), self.stepper.plan
+        beta, plan = self.stepper.schedule.beta(max(0, step - 1)), self.stepper.plan
         with self.stepper.explained_memory("an evaluation"):
             row = evaluate(
                 self.engine,
@@ -302,10 +316,12 @@ class Trainer:
         """Report the gap between the first loss and the loss of a policy that equals the reference. Warn if it is more than
         rounding."""
         job, stepper = self.job, self.stepper
+        if job.continued is not None and not job.starts_as_reference and stepper.pairs.has_reference:
+            self.hooks.note(f"first loss {result.row['loss']:.6f} = these pairs under {job.continued.begins_as}")
         # WPO's weights depend on the policy, so the loss is not known beforehand.
         if not job.starts_as_reference or not stepper.pairs.has_reference or result.skipped or job.train.use_weighting:
             return
-        loss, beta = result.row["loss"], job.train.beta_at(0, stepper.plan.total_steps)
+        loss, beta = result.row["loss"], stepper.schedule.beta(0)
         expected = expected_first_loss(stepper.objective, stepper.pairs, stepper.plan.pairs(0), beta)
         tolerance = max(1.0, abs(expected)) * (1e-5 if job.coarser_dtype == "float32" else 1e-3)
         gap = abs(loss - expected)
@@ -366,6 +382,15 @@ def _resumed(job: TrainJob, engine: Engine, hooks: TrainHooks, checkpoint: Path)
             "are equal up to the order of sums"
         )
     return TrainSummary(**state.summary)
+
+
+def _carried(engine: Engine, hooks: TrainHooks, earlier: Path) -> TrainSummary:
+    """Load the weights and moments that an earlier round ended with. Return the beginning of a summary."""
+    state = load_earlier(engine, earlier)
+    hooks.note(f"weights and moments continue those of the round before after its step {state.step}")
+    # The same micro-batches as before, hence the same bits as one training over both rounds.
+    kept = {name: state.summary[name] for name in ("memory", "tokens_per_batch")}
+    return TrainSummary(**kept)
 
 
 def _differently_fused(job: TrainJob, *, fused: bool) -> str:

@@ -22,9 +22,10 @@ from raydpo.rundir.fingerprint import changed_settings
 from raydpo.training.job import TrainSummary
 from raydpo.training.policy.engine import Engine
 
-__all__ = ["PendingCheckpoint", "load_checkpoint"]
+__all__ = ["FACTS", "PendingCheckpoint", "load_checkpoint", "load_earlier"]
 
-_FILE = "raydpo.json"
+FACTS = "raydpo.json"
+"""File of a checkpoint with all facts but the tensors."""
 FORMAT = 2
 
 
@@ -76,7 +77,7 @@ class PendingCheckpoint:
         if engine.rank == 0:
             state = {"format": FORMAT, "step": step, "world_size": engine.world_size, "zero": engine.zero}
             state |= {"state": engine.state.facts, "fingerprint": dict(fingerprint), "summary": dataclasses.asdict(summary)}
-            (directory / _FILE).write_text(json.dumps(state), encoding="utf-8")
+            (directory / FACTS).write_text(json.dumps(state), encoding="utf-8")
 
     def write(self) -> None:
         """Write what is not written yet. May run in another thread than the one that trains; after an error, again.
@@ -101,23 +102,37 @@ def load_checkpoint(engine: Engine, directory: Path, fingerprint: Mapping[str, A
         TrainError: if it is incomplete or damaged, or written by another version of raydpo.
     """
     state = _read(directory)
-    if state.get("format") != FORMAT:
-        raise TrainError(
-            f"the checkpoint in {directory} has format {state.get('format', 1)}, this version of raydpo reads "
-            f"format {FORMAT}; finish the run with the version that started it, or start again with --fresh"
-        )
     changes = changed_settings(state["fingerprint"], fingerprint)
     if changes:
         raise ConfigError(f"the checkpoint belongs to a run with other settings ({'; '.join(changes)})")
+    return _load(engine, directory, state)
+
+
+def load_earlier(engine: Engine, directory: Path) -> CheckpointState:
+    """Load the last checkpoint of an earlier training, which this one continues with settings of its own.
+
+    Raises:
+        TrainError: as ``load_checkpoint``.
+    """
+    return _load(engine, directory, _read(directory))
+
+
+def _load(engine: Engine, directory: Path, state: dict[str, Any]) -> CheckpointState:
     engine.state.read(directory, state["state"], state["world_size"])
     return CheckpointState(state["step"], state["world_size"], state["zero"], state["summary"])
 
 
 def _read(directory: Path) -> dict[str, Any]:
     try:
-        return json.loads((directory / _FILE).read_text(encoding="utf-8"))
+        state = json.loads((directory / FACTS).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise TrainError(f"the checkpoint in {directory} is incomplete or damaged: {error}") from None
+    if state.get("format") != FORMAT:
+        raise TrainError(
+            f"the checkpoint in {directory} has format {state.get('format', 1)}, this version of raydpo reads "
+            f"format {FORMAT}; finish the run with the version that started it, or start again with --fresh"
+        )
+    return state
 
 
 def _as_os_error(error: SafetensorError) -> OSError:

@@ -185,12 +185,16 @@ def _train(payload: WorkerInput, tokens_per_batch: int | None) -> None:
     check_rows = pairs.groups(range(min(CHECK_ROWS, len(pairs))))
     engine = PolicyEngine(job.policy, job.train, device, check_rows=check_rows, note=hooks.note)
     held_out = None if payload.held_out is None else payload.held_out.open()
-    checkpoint = ray.train.get_checkpoint()
+    checkpoint, earlier = ray.train.get_checkpoint(), None
+    if checkpoint is None and job.continued is not None and job.continued.checkpoint is not None:
+        earlier = Storage(job.continued.checkpoint)
+        earlier = ray.train.Checkpoint(earlier.path(), earlier.fs)
     with (
         _scratch(storage, rank, engine.world_size) as scratch,
-        checkpoint.as_directory() if checkpoint else contextlib.nullcontext() as directory,
+        _directory(checkpoint) as directory,
+        _directory(earlier) as before,
     ):
-        summary = train_policy(job, pairs, held_out, engine, hooks, None if directory is None else Path(directory), scratch)
+        summary = train_policy(job, pairs, held_out, engine, hooks, directory, scratch, before)
         final = scratch / "final"
         if not summary.interrupted:
             names, merge = (payload.base_name, payload.tokenizer), job.train.merge_adapter
@@ -202,6 +206,13 @@ def _train(payload: WorkerInput, tokens_per_batch: int | None) -> None:
             hooks.records.close()
             hooks.trackers.close()
             ray.get(payload.board.finish.remote(dataclasses.asdict(summary)))
+
+
+@contextlib.contextmanager
+def _directory(checkpoint: Any | None) -> Iterator[Path | None]:
+    """The files of a checkpoint of Ray Train on this machine, within the block."""
+    with checkpoint.as_directory() if checkpoint else contextlib.nullcontext() as directory:
+        yield None if directory is None else Path(directory)
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from raydpo.model.budget import Budget
 from raydpo.model.layout import Layout, PromptGroup
 from raydpo.model.logps import LogpModel
 from raydpo.model.selfcheck import Wish
+from raydpo.storage.local_copy import RemoteDirectory
 from raydpo.training.policy.state import TrainedState
 
 __all__ = ["Engine", "PolicySpec", "StepEngine"]
@@ -156,6 +157,7 @@ class PolicySpec:
             under it; with None they remember nothing.
         rope_length: of its identity, see ``model.rotary``.
         layout, fused: as in ``config.ModelConfig``.
+        origin: remote directory that the adapter, or without one the model, was copied from; None if every machine has it.
     """
 
     path: str
@@ -169,6 +171,7 @@ class PolicySpec:
     layout: Wish = "auto"
     fused: bool = False
     identity: str | None = None
+    origin: RemoteDirectory | None = None
 
     @property
     def adapts(self) -> bool:

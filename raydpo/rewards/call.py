@@ -1,0 +1,260 @@
+"""The process in which a reward function runs. It imports the function, and calls it for one request after another.
+
+``process`` starts it and ends it. It imports no torch, no pyarrow and no Ray; the function may. The function runs in the
+main thread, so SIGALRM works. What it prints goes to standard error; its standard input is empty.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import importlib
+import inspect
+import json
+import math
+import os
+import select
+import signal
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any, BinaryIO
+
+from raydpo.errors import one_line
+
+__all__ = ["answer_to", "imported", "main", "read_message", "sources_digest", "written"]
+
+HEADER = 8
+"""Bytes before each message: its length, big-endian."""
+MOST_TEXT = 300
+"""Characters of an exception's message that are kept."""
+MOST_DETAIL = 2000
+"""Characters of a logged value of an unknown type that are kept."""
+NO_COLUMNS = ("prompt", "prompts", "completion", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+"""Columns that functions do not get. TRL leaves out the singular ones; the others are names of arguments."""
+_PACKAGES = ("site-packages", "dist-packages")
+
+
+def main() -> None:
+    """Serve requests of the parent process until it closes the pipe."""
+    requests, replies = os.dup(0), os.dup(1)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(2, 1)
+    _end_with(requests, replies)
+    stream = os.fdopen(requests, "rb")
+    opening = read_message(stream)
+    if opening is None:
+        return
+    try:
+        function, about = _opened(opening["reward"])
+    except BaseException as error:  # a module may do anything when it is imported
+        _send(replies, {"failed": _told(error)})
+        return
+    _send(replies, about)
+    while (request := read_message(stream)) is not None:
+        reply = answer_to(function, request)
+        signal.setitimer(signal.ITIMER_REAL, 0)  # an alarm that the function has left would end a later call
+        sys.stdout.flush()
+        _send(replies, reply)
+
+
+def _end_with(requests: int, replies: int) -> None:
+    """Fork a process that waits until the parent has closed its end of ``requests``, or has died, and then ends this process
+    with its children. Not even a function that hangs in C code outlives the parent."""
+    group = os.getpid()
+    if os.fork():
+        return
+    os.setsid()
+    for descriptor in (replies, 0, 1, 2):
+        os.close(descriptor)
+    closed = select.poll()
+    closed.register(requests, 0)  # 0 = hang-ups only
+    closed.poll()
+    with contextlib.suppress(OSError):
+        os.killpg(group, signal.SIGKILL)
+    os._exit(0)
+
+
+def _opened(reward: Mapping[str, Any]) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """The function of a ``RewardConfig`` as plain data, and what the parent asks about it."""
+    if ":" not in reward["use"]:
+        from raydpo.config.rewards import RewardConfig
+        from raydpo.rewards.functions import built_in_digest, open_built_in
+
+        made = RewardConfig.model_validate(reward)
+        return open_built_in(made), {"digest": built_in_digest(reward["use"])}
+    module, function = imported(reward["use"])
+    try:
+        kinds = [(one.name, one.kind.name, one.default is not one.empty) for one in _parameters(function)]
+    except (TypeError, ValueError):  # a function of C code may not tell its parameters
+        kinds = None
+    return function, {"digest": sources_digest(module), "file": getattr(module, "__file__", None), "parameters": kinds}
+
+
+def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
+    return list(inspect.signature(function).parameters.values())
+
+
+def imported(path: str) -> tuple[ModuleType, Callable[..., Any]]:
+    """Import ``module:function`` from the working directory or an installed package.
+
+    Raises:
+        AttributeError: if the module has no such function.
+        BaseException: what the module raises.
+    """
+    name, _, attribute = path.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    module = importlib.import_module(name)
+    function = getattr(module, attribute)
+    if not callable(function):
+        raise TypeError(f"{attribute} is not a function but a {type(function).__name__}")
+    return module, function
+
+
+def sources_digest(module: ModuleType) -> str:
+    """Digest of the source files of a module and of the modules in its directory and below that it has imported.
+
+    It does not cover modules that are imported while the function runs, installed packages, and data files.
+    """
+    file = getattr(module, "__file__", None)
+    digest = hashlib.sha256(module.__name__.encode())
+    if file is None:
+        return digest.hexdigest()[:32]
+    top, found = Path(file).resolve().parent, {Path(file).resolve()}
+    for other in list(sys.modules.values()):
+        with contextlib.suppress(Exception):  # some modules compute their attributes
+            place = Path(str(other.__file__)).resolve()
+            if place.is_relative_to(top) and not set(_PACKAGES) & set(place.relative_to(top).parts):
+                found.add(place)
+    for place in sorted(found):
+        digest.update(f"\0{place.relative_to(top)}\0".encode() + hashlib.sha256(place.read_bytes()).digest())
+    return digest.hexdigest()[:32]
+
+
+def answer_to(function: Callable[..., Any], request: Mapping[str, Any]) -> dict[str, Any]:
+    """Call the function for the answers of a request.
+
+    Args:
+        request: ``prompts`` as JSON texts, ``completions``, ``completion_ids``, ``columns`` as JSON objects, one entry for
+            each answer; ``round`` and ``step``.
+
+    Returns:
+        Lists ``rewards`` (number or None), ``errors`` and ``details`` (text or None); or ``failed``, what the call raised.
+    """
+    try:
+        prompts = [json.loads(prompt) for prompt in request["prompts"]]
+        completions = [
+            [{"role": "assistant", "content": text}] if isinstance(prompt, list) else text
+            for prompt, text in zip(prompts, request["completions"], strict=True)
+        ]
+        rows = [json.loads(columns) for columns in request["columns"]]
+        names = dict.fromkeys(name for row in rows for name in row if name not in NO_COLUMNS)
+        extra: dict[str, list[Any]] = {}
+        metrics: dict[str, list[float]] = {}
+        returned = function(
+            prompts=prompts,
+            completions=completions,
+            completion_ids=request["completion_ids"],
+            trainer_state=SimpleNamespace(global_step=request["step"], round=request["round"]),
+            log_extra=lambda column, values: extra.setdefault(column, []).extend(values),
+            log_metric=lambda name, value: metrics.setdefault(name, []).append(float(value)),
+            **{name: [row.get(name) for row in rows] for name in names},
+        )
+        if inspect.isawaitable(returned):
+            returned = asyncio.run(_awaited(returned))
+        rewards, errors = _rewards(returned, len(prompts))
+        details = _details(extra, metrics, len(prompts))
+    except BaseException as error:  # a function may also raise SystemExit
+        return {"failed": _told(error)}
+    return {"rewards": rewards, "errors": errors, "details": details}
+
+
+async def _awaited(returned: Any) -> Any:
+    return await returned
+
+
+def _rewards(returned: Any, count: int) -> tuple[list[float | None], list[str | None]]:
+    """The reward of each answer, and what is wrong with those that are no numbers."""
+    if isinstance(returned, (str, bytes, bytearray, Mapping)) or not hasattr(returned, "__iter__"):
+        raise TypeError(f"returned a {type(returned).__name__}; expected a list of numbers, one for each answer")
+    values = list(returned)
+    if len(values) != count:
+        raise ValueError(f"returned {len(values):,} values for {count:,} answer(s)")
+    made = [_reward(value) for value in values]
+    return [reward for reward, _ in made], [error for _, error in made]
+
+
+def _reward(value: Any) -> tuple[float | None, str | None]:
+    """A number as TRL takes it, which may also be a bool, an element of an array, or a tensor of one."""
+    if value is None:
+        return None, None
+    if isinstance(value, Exception):  # a built-in function says so what failed on this answer alone
+        return None, _told(value)
+    try:
+        if isinstance(value, (str, bytes, bytearray)):
+            raise TypeError(f"returned {value[:40]!r}; expected a number or None")
+        number = float(value)
+        if not math.isfinite(number):
+            raise ValueError(f"returned {number}; expected a finite number, or None if the function does not apply")
+    except Exception as error:
+        return None, _told(error)
+    return number, None
+
+
+def _details(extra: Mapping[str, list[Any]], metrics: Mapping[str, list[float]], count: int) -> list[str | None]:
+    """What the function has logged about each answer, as JSON objects; and the mean of each metric of the call."""
+    for column, values in extra.items():
+        if len(values) != count:
+            raise ValueError(f"log_extra({column!r}) was given {len(values):,} values for {count:,} answer(s)")
+    shared = {name: _plain(math.fsum(values) / len(values)) for name, values in metrics.items()}
+    if not extra and not shared:
+        return [None] * count
+    return [
+        json.dumps(shared | {str(column): _plain(values[row]) for column, values in extra.items()}) for row in range(count)
+    ]
+
+
+def _plain(value: Any) -> Any:
+    """``value`` as JSON can hold it."""
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    return str(value)[:MOST_DETAIL]
+
+
+def _told(error: BaseException) -> str:
+    """``Type: message`` of an exception, on one line."""
+    try:
+        message = one_line(error, MOST_TEXT)
+    except Exception:
+        message = ""
+    return f"{type(error).__name__}: {message or 'no message'}"
+
+
+# -- messages -------------------------------------------------------------------------------------------------------------
+
+
+def written(message: Mapping[str, Any]) -> bytes:
+    """A message as it goes through a pipe."""
+    data = json.dumps(message).encode("ascii")
+    return len(data).to_bytes(HEADER, "big") + data
+
+
+def read_message(stream: BinaryIO) -> dict[str, Any] | None:
+    """The next message; None at the end of the stream."""
+    header = stream.read(HEADER)
+    return json.loads(stream.read(int.from_bytes(header, "big"))) if len(header) == HEADER else None
+
+
+def _send(descriptor: int, message: Mapping[str, Any]) -> None:
+    data = memoryview(written(message))
+    while data:
+        data = data[os.write(descriptor, data) :]

@@ -1,0 +1,151 @@
+"""Everything that can be refused before Ray is started."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pyarrow.compute as pc
+
+from raydpo.config import Config
+from raydpo.errors import ConfigError, FilesError
+from raydpo.model.limits import tokenizer_warnings
+from raydpo.pipeline.checks import check, check_models
+from raydpo.pipeline.prepare import training_settings
+from raydpo.pipeline.tokenised import limits_of, open_tokeniser
+from raydpo.reference.identity import resolve_model
+from raydpo.rewards.apply import check_rewards
+from raydpo.rounds.inputs import Inputs
+from raydpo.rounds.ledger import Ledger
+from raydpo.rounds.measuring import measure_settings
+from raydpo.rounds.prompts import held_out_of, read_prompts, slice_of
+from raydpo.rounds.sampling import sample_settings
+from raydpo.rounds.stage import made_of, refusal
+from raydpo.rundir.directory import PROMPTS, RUN, SWEEP, TRAIN, round_folder
+from raydpo.rundir.fingerprint import changed_settings
+from raydpo.storage.files import Storage
+from raydpo.terminal.console import Console
+
+__all__ = ["check_inputs", "pair_settings", "prompt_settings", "refuse_changes", "train_settings"]
+
+
+def check_inputs(config: Config, console: Console) -> Inputs:
+    """Check settings, models, prompts and reward functions, and read the prompts.
+
+    Raises:
+        ConfigError: if settings contradict each other or the files.
+        DataError: if the prompts cannot be read, or none is held out.
+        ModelError: if a model cannot be used.
+    """
+    console.begin("checks")
+    check(config, "rounds", console)
+    storage = Storage(config.run_dir)
+    for file, what in ((RUN, "a single run"), (SWEEP, "a sweep")):
+        if storage.exists(file):
+            raise ConfigError(f"{storage} is the directory of {what}; give the rounds another name (name=...)")
+    console.begin("reading prompts")
+    tokeniser = open_tokeniser(config)
+    inputs = Inputs(config, console, tokeniser, read_prompts(config, tokeniser, console))
+    _check_prompts(inputs)
+    console.begin("checking reward functions")
+    columns = {name for text in inputs.prompts["columns"].to_pylist() for name in json.loads(text)}
+    check_rewards(inputs.rounds.rewards, columns, config)
+    console.begin("checking model files")
+    check_models(config, "rounds", console)
+    models = {path: resolve_model(path) for path in (config.model.path, config.reference_path)}
+    for line in tokenizer_warnings(tokeniser.tokenizer, models, config.model.trust_remote_code):
+        console.warn(line)
+    return inputs
+
+
+def _check_prompts(inputs: Inputs) -> None:
+    """Compare the prompts with the limits of the models and with the size of a round."""
+    config, rounds, prompts = inputs.config, inputs.rounds, inputs.prompts
+    if not len(held_out_of(prompts, rounds)):
+        raise ConfigError(
+            "no prompt is held out, so nothing could be measured; raise rounds.held_out.fraction, or name a file in "
+            "rounds.held_out.path"
+        )
+    longest, most = int(pc.max(pc.list_value_length(prompts["prompt_ids"])).as_py()), rounds.sample.max_tokens
+    highest = int(pc.max(pc.list_flatten(prompts["prompt_ids"])).as_py())
+    for path, limits in limits_of(config).items():
+        if limits.positions is not None and longest + most > limits.positions:
+            raise ConfigError(
+                f"rounds.sample.max_tokens {most} after a prompt of {longest} tokens is more than the {limits.positions} "
+                f"positions of {path}; lower it, or data.max_length"
+            )
+        if limits.rows is not None and highest >= limits.rows:
+            raise FilesError(
+                f"the prompts have token ids up to {highest:,}, but the embedding of {path} has {limits.rows:,} rows; set "
+                "model.tokenizer to the tokenizer that belongs to the model"
+            )
+    of_round = len(slice_of(prompts, rounds, 1))
+    if of_round < rounds.per_round:
+        inputs.console.say(
+            f"rounds.per_round is {rounds.per_round:,}, but there are {of_round:,} prompts to train on: each round samples "
+            "all of them, with new random numbers"
+        )
+
+
+def prompt_settings(inputs: Inputs) -> dict[str, Any]:
+    """Settings that decide which prompts there are, by their keys. What the files hold is compared by content."""
+    return {"rounds.held_out.fraction": inputs.rounds.held_out.fraction}
+
+
+def pair_settings(inputs: Inputs) -> dict[str, Any]:
+    """Settings that decide which answers become pairs, by their keys."""
+    rounds = inputs.rounds
+    chosen = {f"rounds.pairs.{name}": value for name, value in rounds.pairs.model_dump(mode="json").items()}
+    return chosen | {"rounds.cut": rounds.cut, "rounds.replay": rounds.replay, "rounds.offline": rounds.offline}
+
+
+def train_settings(inputs: Inputs) -> dict[str, Any]:
+    """Settings that decide what a round trains, by their keys, besides its pairs and its models."""
+    config = inputs.config
+    rounds = inputs.rounds.model_dump(mode="json", include={"reference", "optimizer"})
+    model = config.model.model_dump(mode="json", include={"lora", "freeze", "dtype", "quantization"})
+    data = config.data.model_dump(mode="json", include={"max_length", "shuffle"})
+    return {
+        f"{section}.{name}": value
+        for section, settings in (
+            ("rounds", rounds),
+            ("model", model),
+            ("data", data),
+            ("train", training_settings(config)),
+        )
+        for name, value in settings.items()
+    }
+
+
+def refuse_changes(inputs: Inputs, ledger: Ledger) -> None:
+    """Refuse settings with which stored rounds would have come out differently. Needs no Ray.
+
+    Scores and pairs that nothing was trained on yet are not refused: they are made again.
+
+    Raises:
+        ConfigError: with all settings that differ.
+    """
+    storage = inputs.storage
+    now = {
+        "sample": sample_settings(inputs),
+        "score": inputs.reward_settings,
+        "pair": pair_settings(inputs),
+        "measure": measure_settings(inputs),
+    }
+    changed = []
+    prompts = made_of(storage, PROMPTS)
+    if prompts is not None:
+        digests = {"rounds.prompts (content)": inputs.prompts_digest}
+        changed.append(
+            (PROMPTS, changed_settings({**prompts.settings, **prompts.inputs}, prompt_settings(inputs) | digests))
+        )
+    for name, made in ledger.stages():
+        made_again = made.stage in ("score", "pair") and not storage.exists(f"{round_folder(made.number)}/{TRAIN}/{RUN}")
+        if made.failed is None and not made_again:
+            changed.append((name, changed_settings(made.settings, now[made.stage])))
+    trained = train_settings(inputs)
+    for number, record in ledger.records.items():
+        if record["settings"]:
+            changed.append((f"{round_folder(number)}/{TRAIN}", changed_settings(record["settings"], trained)))
+    if changed := [(name, changes) for name, changes in changed if changes]:
+        raise refusal(storage, changed)

@@ -1,0 +1,128 @@
+"""What all rounds of a configuration share: prompts, tokeniser, models, and the workers that answer and score."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from raydpo.cluster.resources import resources_for
+from raydpo.cluster.work import BlockTask, do_work
+from raydpo.config import Config
+from raydpo.config.rewards import RewardConfig, reward_name
+from raydpo.config.rounds import RoundsConfig
+from raydpo.data.tokenise import Tokeniser
+from raydpo.reference.score import ReferenceSpec
+from raydpo.rewards.functions import resolve
+from raydpo.rounds.stage import content_digest
+from raydpo.rounds.training import policy_spec
+from raydpo.storage.files import Storage
+from raydpo.terminal.console import Console
+
+__all__ = ["Inputs"]
+
+WORK_BLOCK = 64
+"""Least number of answers that a worker makes and stores together; a kill loses one such block for each worker."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The inputs of all rounds, within a Ray session.
+
+    Attributes:
+        prompts: all prompts, rows of ``rundir.rounds.PROMPT_SCHEMA``.
+    """
+
+    config: Config
+    console: Console
+    tokeniser: Tokeniser
+    prompts: pa.Table
+
+    @property
+    def rounds(self) -> RoundsConfig:
+        """Section ``rounds``."""
+        if self.config.rounds is None:
+            raise ValueError("the configuration has no section 'rounds'")
+        return self.config.rounds
+
+    @functools.cached_property
+    def storage(self) -> Storage:
+        """The directory of the rounds."""
+        return Storage(self.config.run_dir)
+
+    @functools.cached_property
+    def prompts_digest(self) -> str:
+        """Digest of the prompts and their columns."""
+        return content_digest(self.prompts, ("prompt_id", "split", "prompt", "columns"))
+
+    @property
+    def block(self) -> int:
+        """Number of answers in a block of work: all answers of a few prompts. No setting that may change changes it."""
+        return self.rounds.sample.n * max(1, WORK_BLOCK // self.rounds.sample.n)
+
+    def policy(self, number: int) -> ReferenceSpec:
+        """Find and identify the policy after round ``number``; 0 = the initial model.
+
+        Raises:
+            FilesError: if the round is not trained, or its policy is not the one that it wrote.
+        """
+        if number not in self._policies:
+            self._policies[number] = policy_spec(self.config, number)
+        return self._policies[number]
+
+    @functools.cached_property
+    def _policies(self) -> dict[int, ReferenceSpec]:
+        return {}
+
+    @functools.cached_property
+    def reward_settings(self) -> dict[str, Any]:
+        """Settings that decide the rewards, by their keys. Of a function they are the digests of its source and options."""
+        found = {f"rounds.rewards ({reward_name(one)})": _reward_settings(one) for one in self.rounds.rewards}
+        return found | {"rounds.cut": self.rounds.cut}
+
+    def work(self, task: BlockTask, tables: Sequence[pa.Table], doing: str) -> list[pa.Table]:
+        """Do work on tables in blocks of whole prompts; see ``cluster.work.do_work``."""
+        storage, resources = Storage(self.config.cache_uri), resources_for("score", self.config)
+        with _progress(self.console, doing) as progress:
+            return do_work(
+                task,
+                tables,
+                storage,
+                resources,
+                block=self.block,
+                progress=progress,
+                doing=doing,
+                warn=self.console.warn,
+            )
+
+
+def _reward_settings(reward: RewardConfig) -> dict[str, Any]:
+    told: dict[str, Any] = {"weight": reward.weight}
+    if reward.use is not None:
+        function = resolve(reward)
+        return told | {"use": reward.use, "source": function.digest, "options": dict(function.options)}
+    chosen = reward.model_dump(mode="json", exclude_defaults=True, exclude={"weight", "name", "timeout", "judge"})
+    if reward.judge is not None:
+        chosen["judge"] = reward.judge.model_dump(mode="json", exclude={"key", "timeout", "retries", "parallel"})
+    return told | chosen
+
+
+@contextlib.contextmanager
+def _progress(console: Console, doing: str) -> Iterator[Callable[[int, int], None]]:
+    """Show a progress line from the first call on; if there is no call, everything was stored already."""
+    line: Any = None
+    with contextlib.ExitStack() as stack:
+
+        def update(done: int, total: int) -> None:
+            nonlocal line
+            if line is None:
+                line = stack.enter_context(console.progress(doing, total, "answers"))
+            line.update(done)
+
+        yield update
+    if line is None:
+        console.say(f"  {doing}: all found in the cache")

@@ -1,0 +1,98 @@
+"""Stage ``sample``, and the answers of a measurement: the policy answers prompts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from raydpo.answers.answering import Answering
+from raydpo.answers.draws import ROWS
+from raydpo.cluster.resources import resources_for
+from raydpo.reference.score import ReferenceSpec
+from raydpo.rounds.inputs import Inputs
+from raydpo.rundir.rounds import SAMPLE_SCHEMA
+
+__all__ = ["GREEDY", "answer", "answering", "sample_settings"]
+
+GREEDY = -1
+"""Number of a greedy answer among those to its prompt."""
+
+
+def sample_settings(inputs: Inputs) -> dict[str, Any]:
+    """Settings that decide what is sampled, by their keys. The engine is none of them: its rounding is."""
+    chosen = inputs.rounds.sample.model_dump(mode="json", include={"n", "temperature", "top_p", "max_tokens", "seed"})
+    return {f"rounds.sample.{name}": value for name, value in chosen.items()} | {
+        "rounds.per_round": inputs.rounds.per_round,
+        "model.tokenizer (stop tokens)": list(inputs.tokeniser.stop_ids),
+    }
+
+
+def answering(inputs: Inputs, spec: ReferenceSpec) -> Answering:
+    """The work of answering prompts with the policy ``spec``."""
+    sample = inputs.rounds.sample
+    longest = max(map(len, inputs.prompts["prompt_ids"]))
+    return Answering(
+        spec=spec,
+        max_tokens=sample.max_tokens,
+        stop=inputs.tokeniser.stop_ids,
+        batch=sample.batch,
+        engine="transformers",
+        python=sample.vllm_python,
+        positions=longest + sample.max_tokens,
+        memory_share=resources_for("score", inputs.config).memory_share,
+    )
+
+
+def answer(
+    inputs: Inputs, spec: ReferenceSpec, rows: np.ndarray, *, n: int, seed: int, number: int, greedy: bool = False
+) -> pa.Table:
+    """Answer prompts: ``n`` sampled answers to each, and a greedy one if ``greedy``.
+
+    Args:
+        spec: the policy.
+        rows: numbers of the prompts in ``inputs.prompts``.
+        seed: seed of the random numbers.
+        number: number of the round.
+
+    Returns:
+        Rows of ``rundir.rounds.SAMPLE_SCHEMA``, all answers of the first prompt first, its greedy answer last of them.
+    """
+    prompts = inputs.prompts.take(rows)
+    ids, names = prompts["prompt_ids"].to_pylist(), prompts["prompt_id"].to_pylist()
+    temperature = inputs.rounds.sample.temperature
+    places = [np.repeat(np.arange(len(ids)), n), *([np.arange(len(ids))] if greedy else [])]
+    samples = [np.tile(np.arange(n), len(ids)), *([np.full(len(ids), GREEDY)] if greedy else [])]
+    drawn = {"seed": seed, "temperature": temperature}
+    tables = [
+        pa.Table.from_pylist(
+            [
+                {"prompt_ids": ids[place], **({} if sample == GREEDY else {**drawn, "sample": sample})}
+                for place, sample in zip(of.tolist(), each.tolist(), strict=True)
+            ],
+            schema=ROWS,
+        )
+        for of, each in zip(places, samples, strict=True)
+    ]
+    work = answering(inputs, spec)
+    found = inputs.work(work, tables, "answering")
+    answers = [one for table in found for one in table["answer_ids"].to_pylist()]
+    stop = set(work.stop)
+    ended = [one[-1] in stop for one in answers]
+    numbers, of = np.concatenate(samples), np.concatenate(places)
+    texts = [one[:-1] if end else one for one, end in zip(answers, ended, strict=True)]
+    made = pa.table(
+        {
+            "prompt_id": [names[place] for place in of.tolist()],
+            "sample": numbers,
+            "round": [number] * len(answers),
+            "seed": pa.array([None if sample == GREEDY else seed for sample in numbers.tolist()], pa.uint64()),
+            "answer_ids": answers,
+            "answer": inputs.tokeniser.tokenizer.batch_decode(texts, skip_special_tokens=True),
+            "end": ["stop" if end else "length" for end in ended],
+            "engine": [work.engine] * len(answers),
+        },
+        schema=SAMPLE_SCHEMA,
+    )
+    return made.take(np.argsort(of, kind="stable"))

@@ -1,0 +1,50 @@
+"""Stage ``score``, and the scores of a measurement: reward functions judge answers."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+
+from raydpo.rewards.apply import account, apply, too_many
+from raydpo.rewards.task import ANSWERS
+from raydpo.rounds.inputs import Inputs
+from raydpo.rounds.pairing import final_rewards
+from raydpo.rundir.rounds import SCORE_SCHEMA
+
+__all__ = ["score"]
+
+
+def score(inputs: Inputs, samples: pa.Table, *, number: int, step: int) -> tuple[pa.Table, str | None]:
+    """Score answers with all reward functions.
+
+    Args:
+        samples: rows of ``rundir.rounds.SAMPLE_SCHEMA``.
+        number: number of the round. step: number of steps that were trained before; both are told to the functions.
+
+    Returns:
+        Rows of ``rundir.rounds.SCORE_SCHEMA`` in the order of ``samples``, after ``rounds.cut``; and which function failed
+        on more answers than ``rounds.max_errors`` allows, None if none did.
+    """
+    answers = _answers(inputs.prompts, samples)
+    rewards = inputs.rounds.rewards
+    scored = apply(rewards, answers, inputs.config, inputs.console, round=number, step=step)
+    for line in account(rewards, scored, answers):
+        inputs.console.say(line)
+    failed = too_many(rewards, scored, inputs.rounds.max_errors)
+    keys = {name: samples[name] for name in ("prompt_id", "sample")}
+    scores = pa.table(keys | {name: scored[name] for name in SCORE_SCHEMA.names if name not in keys}, schema=SCORE_SCHEMA)
+    return final_rewards(samples, scores, inputs.rounds), failed
+
+
+def _answers(prompts: pa.Table, samples: pa.Table) -> pa.Table:
+    """Rows of ``rewards.task.ANSWERS``: the answers, each with its prompt and the prompt's columns."""
+    place = {name: row for row, name in enumerate(prompts["prompt_id"].to_pylist())}
+    asked = prompts.take(pa.array([place[name] for name in samples["prompt_id"].to_pylist()], pa.int64()))
+    columns = {
+        "prompt_id": samples["prompt_id"],
+        "sample": samples["sample"],
+        "prompt": asked["prompt"],
+        "completion": samples["answer"],
+        "completion_ids": samples["answer_ids"],
+        "columns": asked["columns"],
+    }
+    return pa.table({name: columns[name] for name in ANSWERS.names}, schema=ANSWERS)

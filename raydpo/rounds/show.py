@@ -1,0 +1,174 @@
+"""``raydpo rounds show``: the answers to the prompts of a round, their rewards, and the pairs made of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from raydpo.config import Config, load_config
+from raydpo.errors import ConfigError
+from raydpo.rounds.sampling import GREEDY
+from raydpo.rundir.directory import (
+    CONFIG,
+    LEDGER,
+    PROMPTS,
+    ROUND_HELD_OUT,
+    ROUND_PAIRS,
+    SAMPLES,
+    SCORES,
+    round_folder,
+)
+from raydpo.storage.files import Storage
+from raydpo.storage.uri import is_uri
+from raydpo.terminal.console import Console, plain_text
+
+__all__ = ["place_of", "print_answers", "show"]
+
+Answers = list[dict[str, Any]]
+
+
+def place_of(place: str) -> Storage:
+    """The directory of rounds that ``place`` is, or that the configuration file ``place`` names.
+
+    Raises:
+        ConfigError: if it is neither.
+    """
+    if not is_uri(place) and Path(place).is_file():
+        place = load_config(place).run_dir
+    storage = Storage(place)
+    if not storage.exists(LEDGER):
+        raise ConfigError(f"{storage} holds no rounds: there is no {LEDGER}; give the directory of rounds, or their CONFIG")
+    return storage
+
+
+def show(place: str, number: int, console: Console, *, prompt: str | None = None, count: int = 5) -> None:
+    """Print the answers of a round with their rewards, the pair that was made of them, and why.
+
+    Of round 0 they are those to held-out prompts, before the first round.
+
+    Args:
+        place: directory of rounds, or the configuration.
+        prompt: id of the prompt to print, or the beginning of it; also of a held-out one. None = the first ``count``.
+
+    Raises:
+        ConfigError: if there is no such round or prompt.
+    """
+    storage, folder = place_of(place), round_folder(number)
+    config = load_config(_yaml(storage), elsewhere=True)
+    prompts = {row["prompt_id"]: row for row in _rows(storage, PROMPTS) or []}
+    trained, measured = _trained(storage, folder), _by_prompt(_rows(storage, f"{folder}/{ROUND_HELD_OUT}") or [])
+    if not trained and not measured:
+        raise ConfigError(f"round {number} in {storage} has no answers yet; run 'raydpo rounds' first")
+    chosen = _chosen([*trained, *(measured if prompt is not None or not trained else ())], prompt, count, number)
+    pairs: dict[bytes, Answers] = _by_prompt(_rows(storage, f"{folder}/{ROUND_PAIRS}") or [])
+    paired = storage.exists(f"{folder}/{ROUND_PAIRS}")
+    for key in chosen:
+        answers = trained.get(key) or measured[key]
+        told = _about_pairs(answers, pairs.get(key, ()), config) if key in trained and paired else []
+        held_out = "" if key in trained else ", held out"
+        print_answers(console, f"prompt {key.hex()[:12]}{held_out}", prompts[key]["prompt"], answers, told)
+    left = len(trained or measured) - len(chosen)
+    if prompt is None and left > 0:
+        console.say(f"{left:,} more prompts; --prompt ID shows one of them, -n more")
+
+
+def print_answers(console: Console, title: str, prompt: str, answers: Sequence[dict[str, Any]], told: Sequence[str]) -> None:
+    """Print a prompt, its answers with their rewards, and lines about them.
+
+    Args:
+        prompt: text or messages, as JSON.
+        answers: rows with sample, reward, parts, error, end and answer.
+    """
+    console.say(f"{title}: {plain_text(_text(prompt))}")
+    console.table(
+        "",
+        ("answer", "reward", "parts", "ends by", "text"),
+        [
+            (
+                "greedy" if row["sample"] == GREEDY else str(row["sample"]),
+                "unknown" if row["reward"] is None else f"{row['reward']:g}",
+                ", ".join(f"{name} {'-' if value is None else format(value, 'g')}" for name, value in row["parts"] or ()),
+                "length" if row["end"] == "length" else "itself",
+                plain_text(row["answer"]),
+            )
+            for row in answers
+        ],
+    )
+    for row in answers:
+        for line in (row["error"] or "").splitlines():
+            console.say(f"  answer {row['sample']}: {plain_text(line)}")
+    for line in told:
+        console.say(f"  {line}")
+
+
+def _about_pairs(answers: Answers, pairs: Sequence[dict[str, Any]], config: Config) -> list[str]:
+    """Which pairs were made of the answers to a prompt, and why; or why none was."""
+    rounds = config.rounds
+    if rounds is None:
+        return []
+    margin = rounds.pairs.margin
+    if pairs:
+        return [
+            f"pair: {one['good']} over {one['bad']}, whose rewards differ by {one['reward_good'] - one['reward_bad']:g}, more "
+            f"than rounds.pairs.margin ({margin:g})"
+            for one in pairs
+        ]
+    usable = [row for row in answers if row["reward"] is not None and not (rounds.cut == "drop" and row["end"] == "length")]
+    rewards = {row["reward"] for row in usable}
+    if len(usable) < 2:
+        return [f"no pair: {len(usable)} of {len(answers)} answers may be in one (they have a reward, and rounds.cut allows it)"]
+    if len(rewards) == 1:
+        return [f"no pair: all answers have reward {rewards.pop():g}"]
+    if max(rewards) - min(rewards) <= margin:
+        return [f"no pair: rewards differ by {max(rewards) - min(rewards):g} at most, and rounds.pairs.margin is {margin:g}"]
+    return ["no pair: the answers of different reward have the same tokens"]
+
+
+def _chosen(keys: Sequence[bytes], prompt: str | None, count: int, number: int) -> list[bytes]:
+    if prompt is None:
+        return list(keys)[:count]
+    found = [key for key in keys if key.hex().startswith(prompt.lower())]
+    if len(found) != 1:
+        raise ConfigError(
+            f"round {number} answered {'no prompt' if not found else f'{len(found):,} prompts'} whose id begins with "
+            f"{prompt!r}; its ids begin with {', '.join(key.hex()[:12] for key in list(found or keys)[:3])}, ..."
+        )
+    return found
+
+
+def _trained(storage: Storage, folder: str) -> dict[bytes, Answers]:
+    """The answers that a round trains on, by prompt; with rewards if they are scored."""
+    samples, scores = (_rows(storage, f"{folder}/{name}") for name in (SAMPLES, SCORES))
+    none = {"reward": None, "parts": None, "error": None}
+    scored = {(row["prompt_id"], row["sample"]): row for row in scores or []}
+    return _by_prompt([none | row | scored.get((row["prompt_id"], row["sample"]), {}) for row in samples or []])
+
+
+def _by_prompt(rows: Answers) -> dict[bytes, Answers]:
+    found: dict[bytes, Answers] = {}
+    for row in rows:
+        found.setdefault(row["prompt_id"], []).append(row)
+    return found
+
+
+def _rows(storage: Storage, name: str) -> Answers | None:
+    return pq.read_table(pa.BufferReader(storage.read(name))).to_pylist() if storage.exists(name) else None
+
+
+def _yaml(storage: Storage) -> dict[str, Any]:
+    import yaml
+
+    return yaml.safe_load(storage.read(CONFIG))
+
+
+def _text(prompt: str) -> str:
+    """A prompt as one text: of messages, each with its role."""
+    value = json.loads(prompt)
+    if isinstance(value, str):
+        return value
+    return "\n".join(f"[{message.get('role')}] {message.get('content')}" for message in value)
