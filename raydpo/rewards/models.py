@@ -20,12 +20,11 @@ from raydpo.cluster.work import do_work
 from raydpo.config import Config
 from raydpo.config.rewards import RewardConfig, duels_of, reward_name
 from raydpo.reference.identity import resolve_model
+from raydpo.rewards.process import RESULTS
 from raydpo.storage.files import Storage
 
-__all__ = ["RESULTS", "model_rewards"]
+__all__ = ["model_rewards"]
 
-RESULTS = pa.schema([("reward", pa.float64()), ("error", pa.string()), ("details", pa.string()), ("seconds", pa.float64())])
-"""Columns of the result."""
 BLOCK = 256
 """Answers that an actor scores and stores together."""
 TIE = 0.5

@@ -121,7 +121,9 @@ def _about_pairs(answers: Answers, pairs: Sequence[dict[str, Any]], config: Conf
     usable = [row for row in answers if row["reward"] is not None and not (rounds.cut == "drop" and row["end"] == "length")]
     rewards = {row["reward"] for row in usable}
     if len(usable) < 2:
-        return [f"no pair: {len(usable)} of {len(answers)} answers may be in one (they have a reward, and rounds.cut allows it)"]
+        return [
+            f"no pair: {len(usable)} of {len(answers)} answers may be in one (they have a reward, and rounds.cut allows it)"
+        ]
     if len(rewards) == 1:
         return [f"no pair: all answers have reward {rewards.pop():g}"]
     if max(rewards) - min(rewards) <= margin:

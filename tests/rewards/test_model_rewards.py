@@ -5,19 +5,20 @@ import math
 
 import pyarrow as pa
 import pytest
-from evaluation_helpers import judge_server, make_classifier
+from judge_server import longer, serving
+from test_wins import make_classifier
 
 from raydpo.answers import judge as judging
 from raydpo.answers.rating import read_score
 from raydpo.answers.reward import RewardModel
 from raydpo.cluster.resources import resources_for
+from raydpo.cluster.session import session
 from raydpo.config import load_config
 from raydpo.config.rewards import RewardConfig, duels_of, requests_of
 from raydpo.errors import ConfigError, RaydpoError
 from raydpo.rewards.models import _duels, model_rewards
 from raydpo.storage.files import Storage
 
-longer, serving = judge_server.longer, judge_server.serving
 WORDS = ["a", "bb", "ccc", "dddd", "eeeee", "ffffff", "ggggggg", "hhhhhhhh"]
 
 
@@ -68,7 +69,7 @@ def test_duels(tmp_path):
     """With a duel against each other answer, rewards are ranks; each duel is asked in both orders, and once only."""
     with serving(longer) as server:
         found = rewarded(server, tmp_path, {"p": WORDS[::-1], "q": ["x", "yy"]}, opponents=8)
-        assert [one["reward"] for one in found] == [rank / 7 for rank in range(8)][::-1] + [0, 1]
+        assert [one["reward"] for one in found] == [*[rank / 7 for rank in range(8)][::-1], 0, 1]
         assert len(server.requests) == 2 * (28 + 1)
         assert json.loads(found[0]["details"]) == {"duels": 7, "judged": 7}
         assert all(one["error"] is None and one["seconds"] > 0 for one in found)
@@ -106,16 +107,13 @@ def test_what_fails_is_an_error_of_those_answers_and_is_asked_again(tmp_path):
 
     told = []
     with serving(opinion) as server:
-        server.trouble = lambda number: 400 if "<answer_B>\nx\n" in str(server.requests[number - 1]) or number < 0 else None
-        server.trouble = lambda number: 400 if '"yy"' in json.dumps(server.requests[number - 1]).replace("\\n", '"') else None
+        server.trouble = lambda number: 400 if "yy" in json.dumps(server.requests[number - 1]) else None
         by_prompt = {"p": ["a", "bb", "ccc"], "q": ["x", "yy"], "r": ["i", "jj"]}
         found = rewarded(server, tmp_path, by_prompt, warn=told.append)
         assert [one["reward"] for one in found] == [None, 0, 1, None, None, 0, 1]
         assert found[0]["error"] == "the judge tiny at 127.0.0.1 gave no verdict in any of its 2 duels"
         assert json.loads(found[1]["details"]) == {"duels": 2, "judged": 1} and found[3]["error"] == found[4]["error"]
-        assert told == [
-            "reward tiny: 3 of 5 duels have no verdict (4 replies had none, 2 requests failed)"
-        ]
+        assert told == ["reward tiny: 3 of 5 duels have no verdict (4 replies had none, 2 requests failed)"]
         asked = len(server.requests)
         server.trouble = lambda number: None
         again = rewarded(server, tmp_path, by_prompt, warn=told.append)
@@ -131,7 +129,7 @@ def test_a_resumed_command_asks_only_what_has_no_reply(tmp_path):
         with pytest.raises(RaydpoError, match=r"status 401; check judge of the reward tiny \(url, model, key\)"):
             rewarded(server, tmp_path, by_prompt, judge={"parallel": 1})
         server.trouble, asked = (lambda number: None), len(server.requests)
-        assert asked == 51
+        assert 51 <= asked < 54, "questions that wait are not asked any more"
         found = rewarded(server, tmp_path, by_prompt)
         assert [one["reward"] for one in found] == [0, 1] * 40 and len(server.requests) == asked + 30
 
@@ -212,8 +210,12 @@ def test_a_reward_model_on_ray(tmp_path, tiny_llama, on_cluster):
     config = load_config(tree | {"data": {"train": str(tmp_path / "a.jsonl")}})
     by_prompt = {"The sky is": [" blue", " green", " blue", "sky " * 300], "Why": ["?", " not"]}
     told, done = [], []
-    args = Storage(str(tmp_path / "cache")), resources_for("score", config), lambda *each: done.append(each), told.append
-    found = model_rewards(RewardConfig(reward_model=path), answers(by_prompt), config, *args).to_pylist()
+    cache, progress = Storage(str(tmp_path / "cache")), lambda *each: done.append(each)
+    with session(config):
+        args = RewardConfig(reward_model=path), answers(by_prompt), config, cache, resources_for("score", config), progress
+        found = model_rewards(*args, told.append).to_pylist()
+        seen = len(done)
+        assert seen and model_rewards(*args, told.append).to_pylist() == found and len(done) == seen, "scores are stored"
     alone = RewardModel.at(path, "float32", False).open("cpu")
     for prompt, row in (("The sky is", 0), ("Why", 5)):
         table = pa.table({"prompt": [json.dumps(prompt)], "answer": [answers(by_prompt)["completion"][row].as_py()]})
@@ -221,6 +223,3 @@ def test_a_reward_model_on_ray(tmp_path, tiny_llama, on_cluster):
     assert found[0]["reward"] == found[2]["reward"] != found[1]["reward"] and not told
     assert found[3]["reward"] is None and "the reward model takes at most 128" in found[3]["error"]
     assert all(math.isfinite(one["reward"]) and one["seconds"] > 0 for one in found if one["error"] is None)
-    seen = len(done)
-    assert seen and model_rewards(RewardConfig(reward_model=path), answers(by_prompt), config, *args).to_pylist() == found
-    assert len(done) == seen, "scores are stored"
