@@ -43,6 +43,7 @@ def main() -> None:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)
     _end_with(requests, replies)
+    sys.dont_write_bytecode = True  # two edits within a second look the same to Python's cache of compiled modules
     stream = os.fdopen(requests, "rb")
     opening = read_message(stream)
     if opening is None:

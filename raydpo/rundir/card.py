@@ -33,7 +33,8 @@ def model_card(config: Config, summary: dict[str, Any]) -> str:
     start = f"`{_last(config.model.path)}`"
     if config.model.adapter:
         start += f" with adapter `{_last(config.model.adapter)}`"
-    lines = ["---", yaml.safe_dump(front, sort_keys=False).strip(), "---", "", f"# {config.run_name}", ""]
+    name = summary.get("name", config.run_name)
+    lines = ["---", yaml.safe_dump(front, sort_keys=False).strip(), "---", "", f"# {name}", ""]
     lines += [f"Trained from {start} by {method} with raydpo {summary['raydpo']}.", "", "| | |", "|---|---|"]
     how = (
         "the adapter that it began with"
@@ -42,7 +43,7 @@ def model_card(config: Config, summary: dict[str, Any]) -> str:
         if config.model.lora
         else "all weights"
     )
-    data = ", ".join(f"`{_last(source.path)}`" for source in config.data.train)
+    data = ", ".join(f"`{_last(source.path)}`" for source in config.data.train) or "answers that it sampled, in pairs"
     compared = reference["path"] and f"`{_last(reference['path'])}`, identity `{reference['identity']}`"
     counted, _ = counting_texts(config.model_dump(mode="json", include={"data"})["data"])
     rows = [
@@ -71,12 +72,13 @@ def model_card(config: Config, summary: dict[str, Any]) -> str:
             for key, label in EVALUATION_TABLE
             if key in after and key in before
         ]
-    lines += [
-        "",
-        "Preference tuning on a fixed set of pairs takes over that set's biases, favours length where the set "
-        "does, and does not explore beyond it; the figures above are of pairs of the same origin.",
-        "",
-    ]
+    if config.rounds is None:
+        lines += [
+            "",
+            "Preference tuning on a fixed set of pairs takes over that set's biases, favours length where the set "
+            "does, and does not explore beyond it; the figures above are of pairs of the same origin.",
+        ]
+    lines.append("")
     return "\n".join(lines)
 
 

@@ -52,13 +52,9 @@ def check_files(file: str, config: Config, packed: Collection[str]) -> None:
     if (template := template_file(config)) is not None:
         needed.append(("data.chat_template", template))
     functions = [("train.loss", name) for name in config.train.terms]
-    functions.append(("evaluate.score_with", config.evaluate.score_with or ""))
-    for key, rewards in (
-        ("evaluate.rewards", config.evaluate.rewards),
-        ("rounds.rewards", getattr(config.rounds, "rewards", ())),
-    ):
-        functions += [(key, reward.use or "") for reward in rewards]
-    for key, name in functions:
+    functions += [("evaluate.rewards", one.use or "") for one in config.evaluate.rewards]
+    functions += [("rounds.rewards", one.use or "") for one in (config.rounds.rewards if config.rounds else ())]
+    for key, name in [*functions, ("evaluate.score_with", config.evaluate.score_with or "")]:
         module, colon, _ = name.partition(":")
         place = module.replace(".", "/")
         if colon:  # other modules are installed packages
