@@ -82,7 +82,7 @@ def _opened(reward: Mapping[str, Any]) -> tuple[Callable[..., Any], dict[str, An
     """The function of a ``RewardConfig`` as plain data, and what the parent asks about it."""
     if ":" not in reward["use"]:
         from raydpo.config.rewards import RewardConfig
-        from raydpo.rewards.builtin import built_in_digest, open_built_in
+        from raydpo.rewards.functions import built_in_digest, open_built_in
 
         made = RewardConfig.model_validate(reward)
         return open_built_in(made), {"digest": built_in_digest(reward["use"])}

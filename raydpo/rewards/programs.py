@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from raydpo.config.rewards import RewardConfig
-from raydpo.rewards.builtin import answer_text
+from raydpo.rewards.functions import answer_text
 from raydpo.rewards.inside import plain
 from raydpo.rewards.sandbox import Sandbox, SandboxError
 
