@@ -19,7 +19,8 @@ from raydpo.config.rewards import BUILT_IN, RewardConfig, reward_name
 from raydpo.data.nearest import quoted
 from raydpo.errors import ConfigError
 from raydpo.rewards.call import NO_COLUMNS
-from raydpo.rewards.functions import RewardFunction, built_in, resolve
+from raydpo.rewards.functions import RewardFunction, resolve
+from raydpo.rewards.sources import built_in
 from raydpo.rewards.task import ROWS, RewardTask
 from raydpo.rundir.rounds import SCORE_SCHEMA
 from raydpo.storage.files import Storage
