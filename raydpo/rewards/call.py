@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 from raydpo.errors import one_line
 from raydpo.rewards.sources import built_in_digest, imported, open_built_in, sources_digest
 
-__all__ = ["HEADER", "NO_COLUMNS", "answer_to", "main", "read_message", "written"]
+__all__ = ["ARGUMENTS", "HEADER", "NO_COLUMNS", "answer_to", "main", "read_message", "written"]
 
 HEADER = 8
 """Bytes before each message: its length, big-endian."""
@@ -30,8 +30,10 @@ MOST_TEXT = 300
 """Characters of an exception's message that are kept."""
 MOST_DETAIL = 2000
 """Characters of a logged value of an unknown type that are kept."""
-NO_COLUMNS = ("prompt", "prompts", "completion", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
-"""Columns that functions do not get. TRL leaves out the singular ones; the others are names of arguments."""
+ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+"""Arguments of reward functions beside the columns, as in TRL. No column can be named like them."""
+NO_COLUMNS = ("prompt", "completion", *ARGUMENTS)
+"""Columns that functions do not get; TRL leaves out the first two, too."""
 
 
 def main() -> None:

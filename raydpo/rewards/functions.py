@@ -11,7 +11,7 @@ from raydpo.errors import ConfigError, RaydpoError
 from raydpo.rewards.process import described
 from raydpo.rewards.sources import built_in_digest, imported, open_built_in
 
-__all__ = ["RewardFunction", "resolve"]
+__all__ = ["RewardFunction", "resolve", "reward_settings"]
 
 _NO_OPTIONS = {"use", "reward_model", "judge", "weight", "name", "timeout"}
 """Settings that no reward of a function depends on, or that its digest covers."""
@@ -61,3 +61,19 @@ def resolve(reward: RewardConfig) -> RewardFunction:
     return RewardFunction(
         reward.use, about["digest"], options, kinds and tuple((name, kind, bool(d)) for name, kind, d in kinds)
     )
+
+
+def reward_settings(reward: RewardConfig) -> dict[str, Any]:
+    """Settings that decide a reward, as plain data for JSON. Of a function they are the digests of its source and options.
+
+    Raises:
+        ConfigError: as ``resolve``.
+    """
+    told: dict[str, Any] = {"weight": reward.weight}
+    if reward.use is not None:
+        function = resolve(reward)
+        return told | {"use": reward.use, "source": function.digest, "options": dict(function.options)}
+    chosen = reward.model_dump(mode="json", exclude_defaults=True, exclude={"weight", "name", "timeout", "judge"})
+    if reward.judge is not None:
+        chosen["judge"] = reward.judge.model_dump(mode="json", exclude={"key", "timeout", "retries", "parallel"})
+    return told | chosen

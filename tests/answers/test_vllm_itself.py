@@ -48,7 +48,7 @@ def ours(model, prompts, draws, adapter=None):
 
 def prompts(count):
     random = np.random.default_rng(0)
-    return [random.integers(3, 400, 4 + number % 20).astype(np.int32) for number in range(count)]
+    return [random.integers(3, 256, 4 + number % 20).astype(np.int32) for number in range(count)]
 
 
 def make_lora(model, folder, seed):
