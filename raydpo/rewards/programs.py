@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from raydpo.config.rewards import RewardConfig
-from raydpo.rewards.functions import answer_text
 from raydpo.rewards.inside import plain
 from raydpo.rewards.sandbox import Sandbox, SandboxError
+from raydpo.rewards.sources import answer_text
 
 __all__ = ["UnreadableTests", "check", "column", "make", "program_of", "read_tests", "warning"]
 
