@@ -108,6 +108,11 @@ def _scored(reward: RewardConfig, answers: pa.Table, config: Config, console: Co
         resources = resources_for("score", config) if reward.reward_model else None
         with console.part(doing) as progress:
             return model_rewards(reward, answers, config, storage, resources, progress, console.warn)
+    if reward.unsafe:
+        console.warn(
+            f"the reward {reward_name(reward)} runs programs that a model wrote without a sandbox, with your rights "
+            "(unsafe: true)"
+        )
     task, tables = RewardTask.of(reward, round=round, step=step), _blocks(answers)
     resources = usable_cores() if owns_ray() or not has_ray() else _actors()
     with console.part(doing, "answers") as progress:
