@@ -159,7 +159,9 @@ def check_rewards(rewards: Sequence[RewardConfig], columns: Collection[str] | No
         if reward.judge is not None:
             from raydpo.answers.judge import Judge
 
-            with Judge(reward.judge):  # raises an error without its key; sends no request
+            with Judge(
+                reward.judge, f"judge of the reward {reward_name(reward)}"
+            ):  # raises an error without its key; sends no request
                 pass
         if reward.reward_model is not None:
             from raydpo.answers.reward import check_reward_model

@@ -17,7 +17,7 @@ from raydpo.errors import ConfigError, RaydpoError
 from raydpo.rewards.call import imported
 from raydpo.rewards.process import described
 
-__all__ = ["RewardFunction", "answer_text", "built_in", "built_in_digest", "open_built_in", "resolve"]
+__all__ = ["RewardFunction", "answer_text", "built_in", "built_in_digest", "open_built_in", "resolve", "reward_settings"]
 
 _MODULES = {
     "math": ("mathematics", ("math-verify", "latex2sympy2-extended", "sympy")),
@@ -77,6 +77,22 @@ def resolve(reward: RewardConfig) -> RewardFunction:
     return RewardFunction(
         reward.use, about["digest"], options, kinds and tuple((name, kind, bool(d)) for name, kind, d in kinds)
     )
+
+
+def reward_settings(reward: RewardConfig) -> dict[str, Any]:
+    """Settings that decide a reward, as plain data for JSON. Of a function they are the digests of its source and options.
+
+    Raises:
+        ConfigError: as ``resolve``.
+    """
+    told: dict[str, Any] = {"weight": reward.weight}
+    if reward.use is not None:
+        function = resolve(reward)
+        return told | {"use": reward.use, "source": function.digest, "options": dict(function.options)}
+    chosen = reward.model_dump(mode="json", exclude_defaults=True, exclude={"weight", "name", "timeout", "judge"})
+    if reward.judge is not None:
+        chosen["judge"] = reward.judge.model_dump(mode="json", exclude={"key", "timeout", "retries", "parallel"})
+    return told | chosen
 
 
 def built_in(name: str) -> ModuleType:

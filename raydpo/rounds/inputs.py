@@ -12,11 +12,11 @@ import pyarrow as pa
 from raydpo.cluster.resources import resources_for
 from raydpo.cluster.work import BlockTask, do_work
 from raydpo.config import Config
-from raydpo.config.rewards import RewardConfig, reward_name
+from raydpo.config.rewards import reward_name
 from raydpo.config.rounds import RoundsConfig
 from raydpo.data.tokenise import Tokeniser
 from raydpo.reference.score import ReferenceSpec
-from raydpo.rewards.functions import resolve
+from raydpo.rewards.functions import reward_settings
 from raydpo.rounds.stage import content_digest
 from raydpo.rounds.training import policy_spec
 from raydpo.storage.files import Storage
@@ -72,7 +72,7 @@ class Inputs:
     @functools.cached_property
     def reward_settings(self) -> dict[str, Any]:
         """Settings that decide the rewards, by their keys. Of a function they are the digests of its source and options."""
-        found = {f"rounds.rewards ({reward_name(one)})": _reward_settings(one) for one in self.rounds.rewards}
+        found = {f"rounds.rewards ({reward_name(one)})": reward_settings(one) for one in self.rounds.rewards}
         return found | {"rounds.cut": self.rounds.cut}
 
     def work(self, task: BlockTask, tables: Sequence[pa.Table], doing: str, block: int) -> list[pa.Table]:
@@ -89,14 +89,3 @@ class Inputs:
                 doing=doing,
                 warn=self.console.warn,
             )
-
-
-def _reward_settings(reward: RewardConfig) -> dict[str, Any]:
-    told: dict[str, Any] = {"weight": reward.weight}
-    if reward.use is not None:
-        function = resolve(reward)
-        return told | {"use": reward.use, "source": function.digest, "options": dict(function.options)}
-    chosen = reward.model_dump(mode="json", exclude_defaults=True, exclude={"weight", "name", "timeout", "judge"})
-    if reward.judge is not None:
-        chosen["judge"] = reward.judge.model_dump(mode="json", exclude={"key", "timeout", "retries", "parallel"})
-    return told | chosen

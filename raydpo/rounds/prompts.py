@@ -24,7 +24,7 @@ from raydpo.data.split import held_out, prompt_digest, question_digest
 from raydpo.data.tally import SourceReport
 from raydpo.data.tokenise import TokenisedPair, Tokeniser
 from raydpo.errors import DataError
-from raydpo.rounds.columns import as_json, other_columns
+from raydpo.rewards.columns import as_json, other_columns
 from raydpo.rundir.rounds import PROMPT_SCHEMA
 from raydpo.storage.uri import redact
 from raydpo.terminal.console import Console

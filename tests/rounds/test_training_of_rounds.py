@@ -21,7 +21,7 @@ from raydpo.config import load_config
 from raydpo.config.verbs import check_verb
 from raydpo.data.keys import completion_key
 from raydpo.data.select import PAIR_SCHEMA
-from raydpo.errors import ConfigError, FilesError
+from raydpo.errors import ConfigError, FilesError, GateError
 from raydpo.pipeline.prepare import open_reference
 from raydpo.reference.identity import identify
 from raydpo.rounds.training import check_training, policy_spec, round_config, start_of, train_round
@@ -226,6 +226,7 @@ def test_rounds_against_the_initial_model(in_ray, tmp_path, tiny_llama):
     assert first["first_loss"] == pytest.approx(np.log(2), abs=1e-5) and first["gate"].startswith("step-0 gate: 3 pairs")
     assert second["first_loss"] != pytest.approx(np.log(2), abs=1e-3)
     assert f"first loss {second['first_loss']:.6f} = these pairs under the policy of round 1" in heard.text
+    assert second["gate"].endswith("; all of its pairs were scored before, and nothing was scored again")
     assert "warning" not in heard.text
     assert second["reference"]["identity"] == first["reference"]["identity"] == policy_spec_digest(tiny_llama)
     assert (
@@ -258,6 +259,34 @@ def test_the_policy_before_is_another_reference(in_ray, tmp_path, tiny_llama):
         assert done["first_loss"] == pytest.approx(np.log(2), abs=1e-5) and "pairs computed again" in done["gate"]
         assert (done["wanted"], done["hits"]) == (20, 0)
     assert rounds[1]["reference"]["identity"] == rounds[0]["policy"] != rounds[0]["reference"]["identity"]
+
+
+@pytest.mark.slow
+def test_what_earlier_rounds_scored_is_compared_with_the_reference(in_ray, tmp_path, tiny_llama):
+    """In the pass that scores the new answers: a changed value ends the round before its training."""
+    config, old, new = rounds_config(tmp_path, tiny_llama), pairs_of(1), pairs_of(2, 4)
+    fill(config, old)
+    with session(config):
+        one(config, 1, old)
+        shutil.copytree(config.output, kept := tmp_path / "kept")
+        done = one(config, 2, pa.concat_tables([new, old]))
+        assert "; 3 pairs that it had scored before were scored again, and differ by " in done["gate"]
+        assert (done["wanted"], done["hits"]) == (28, 20)
+        shutil.rmtree(config.output)
+        kept.rename(config.output)
+        spec, cache = open_reference(config, "float32")
+        shutil.rmtree(Path(cache.storage.path(cache.directory)))
+        fill(config, old.slice(1))
+        scored = with_reference(old.slice(0, 1), Path(spec.path))
+        for side in ("chosen", "rejected"):
+            values = np.array(scored[f"ref_{side}_logps"][0].as_py(), np.float32)
+            values[1] -= 2
+            open_reference(config, "float32")[1].commit(scored[f"{side}_key"].to_pylist(), [values], {})
+        with pytest.raises(
+            GateError, match=f"not those of the reference {spec.identity.digest}: scored again, pair r001:0:0-1"
+        ):
+            one(config, 2, pa.concat_tables([new, old]))
+    assert not (train_dir(config, 2) / "run.json").exists()
 
 
 @pytest.mark.slow
@@ -309,9 +338,11 @@ def _train_alone(config, number, pairs, variables):
 def test_a_killed_round_ends_as_an_undisturbed_one(in_ray, tmp_path, tiny_llama):
     carried = {"optimizer": "carry"}
     long = {"steps": 40, "checkpoint_every": 1, "pairs_per_step": 4}
-    config = rounds_config(tmp_path, tiny_llama, carried, train=long, cache={"uri": str(tmp_path / "cache")})
+    config = rounds_config(tmp_path, tiny_llama, carried, train=dict(long), cache={"uri": str(tmp_path / "cache")})
     (tmp_path / "undisturbed").mkdir()
-    other = rounds_config(tmp_path / "undisturbed", tiny_llama, carried, train=long, cache={"uri": str(tmp_path / "cache")})
+    other = rounds_config(
+        tmp_path / "undisturbed", tiny_llama, carried, train=dict(long), cache={"uri": str(tmp_path / "cache")}
+    )
     with session(config):
         one(config, 1)
     shutil.copytree(config.run_dir, other.run_dir)
