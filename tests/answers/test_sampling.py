@@ -113,6 +113,7 @@ def test_what_selects_an_answer(tiny_llama):
     assert answers_of(work, [answer_rows(PROMPTS)]) == answers_of(work, [answer_rows(PROMPTS)])
 
 
+@pytest.mark.slow
 def test_other_workers_and_a_block_that_was_lost(tiny_llama, tmp_path, on_cluster):
     import ray
 
