@@ -17,9 +17,10 @@ if TYPE_CHECKING:
     from raydpo.pipeline.score import score
     from raydpo.pipeline.train import train
     from raydpo.reference.store import ReferenceCache
+    from raydpo.rounds.run import rounds
     from raydpo.sweeps.run import sweep
 
-__all__ = ["Config", "ReferenceCache", "audit", "evaluate", "load_config", "run", "score", "sweep", "train"]
+__all__ = ["Config", "ReferenceCache", "audit", "evaluate", "load_config", "rounds", "run", "score", "sweep", "train"]
 
 _LAZY = {
     "Config": "raydpo.config",
@@ -27,6 +28,7 @@ _LAZY = {
     "audit": "raydpo.pipeline.audit",
     "evaluate": "raydpo.pipeline.evaluate",
     "load_config": "raydpo.config",
+    "rounds": "raydpo.rounds.run",
     "run": "raydpo.pipeline.run",
     "score": "raydpo.pipeline.score",
     "sweep": "raydpo.sweeps.run",

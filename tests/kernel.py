@@ -177,6 +177,8 @@ def train_here(
     record: Record | None = None,
     policy: dict[str, Any] | None = None,
     reference_fused: frozenset[bool] = frozenset(),
+    continued: Any = None,
+    earlier: Path | None = None,
     **train: Any,
 ) -> Record:
     """Train in this process, and in the other ranks of its process group if there is one."""
@@ -194,6 +196,7 @@ def train_here(
         coarser_dtype=dtype,
         reference_fused=reference_fused,
         fingerprint={"lr": settings.lr},
+        continued=continued,
     )
     record = record or Record(keep=keep)
     record.summary = train_policy(
@@ -204,6 +207,7 @@ def train_here(
         record,
         checkpoint,
         scratch,
+        earlier,
     )
     record.engine = engine
     return record

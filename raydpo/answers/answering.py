@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -18,6 +19,13 @@ from raydpo.reference.identity import on_this_machine, proved_here
 from raydpo.reference.score import ReferenceSpec
 
 __all__ = ["Answering"]
+
+PASSED_ON = ("VLLM_BATCH_INVARIANT",)
+"""Environment variables that vLLM gets from the command's process, wherever its own process runs."""
+
+
+def _passed_on() -> dict[str, str]:
+    return {name: os.environ[name] for name in PASSED_ON if name in os.environ}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +41,8 @@ class Answering:
         batch: number of answers that engine transformers generates at once.
         python, positions, memory_share: as ``open_vllm`` takes them; for engine vllm, which needs ``positions``. No answer
             depends on them.
+        section: section of the configuration with ``max_tokens``, ``engine`` and ``vllm_python``, for messages.
+        environment: environment variables of vLLM.
     """
 
     spec: ReferenceSpec
@@ -43,6 +53,8 @@ class Answering:
     python: str | None = None
     positions: int = 0
     memory_share: float = 1.0
+    section: str = "evaluate"
+    environment: Mapping[str, str] = field(default_factory=_passed_on)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -69,6 +81,8 @@ class Answering:
                 positions=self.positions,
                 memory_share=self.memory_share,
                 device=device,
+                section=self.section,
+                environment=self.environment,
             )
         else:
             spec = on_this_machine(self.spec)
@@ -82,7 +96,9 @@ class Answering:
                     rope_length=spec.identity.rope_length,
                     trust_remote_code=spec.trust_remote_code,
                 )
-            answer = functools.partial(answer_all, model, max_tokens=self.max_tokens, stop=self.stop, batch=self.batch)
+            answer = functools.partial(
+                answer_all, model, max_tokens=self.max_tokens, stop=self.stop, batch=self.batch, section=self.section
+            )
 
         def act(rows: pa.Table) -> pa.Table:
             prompts = [np.array(ids, np.int32) for ids in rows["prompt_ids"].to_pylist()]

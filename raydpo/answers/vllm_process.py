@@ -5,11 +5,12 @@ standard library and vLLM only.
 
 It reads one JSON object a line from standard input, and writes one a line to standard output:
 
-- First request: ``engine``, keyword arguments of ``vllm.LLM``, and ``adapter``, the directory of an adapter or null. The
-  reply, once the model is loaded, is ``{}``.
-- Each further request: ``prompts``, lists of token ids, and ``sampling``, keyword arguments of ``vllm.SamplingParams`` for
-  each. The reply has ``answers``, lists of token ids.
-- Either reply may have ``error`` instead: what failed.
+- First request: ``engine``, keyword arguments of ``vllm.LLM``. The reply, once the model is loaded, is ``{}``.
+- A request with ``load``, keyword arguments of ``vllm.lora.request.LoRARequest``: the reply, once the adapter is loaded, is
+  ``{}``.
+- Each other request: ``prompts``, lists of token ids, ``sampling``, keyword arguments of ``vllm.SamplingParams`` for each,
+  and ``adapter``, as ``load`` or null. The reply has ``answers``, lists of token ids.
+- Any reply may have ``error`` instead: what failed.
 """
 
 from __future__ import annotations
@@ -24,19 +25,27 @@ from collections.abc import Callable
 from typing import Any
 
 
-def load(engine: dict[str, Any], adapter: str | None) -> Callable[..., dict[str, Any]]:
+def load(engine: dict[str, Any]) -> Callable[..., dict[str, Any]]:
     """Load a model, and return the function that answers a request."""
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
     model = LLM(**engine)
-    lora = None if adapter is None else LoRARequest("policy", 1, adapter)
 
-    def answer(prompts: list[list[int]], sampling: list[dict[str, Any]]) -> dict[str, Any]:
+    def answer(
+        load: dict[str, Any] | None = None,
+        prompts: list[list[int]] | None = None,
+        sampling: list[dict[str, Any]] | None = None,
+        adapter: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        if load is not None:
+            if not model.llm_engine.add_lora(LoRARequest(**load)):
+                raise RuntimeError(f"vLLM did not load the adapter {load['lora_path']}")
+            return {}
         found = model.generate(
-            [{"prompt_token_ids": ids} for ids in prompts],
-            [SamplingParams(**one) for one in sampling],
-            lora_request=lora,
+            [{"prompt_token_ids": ids} for ids in prompts or ()],
+            [SamplingParams(**one) for one in sampling or ()],
+            lora_request=None if adapter is None else LoRARequest(**adapter),
             use_tqdm=False,
         )
         return {"answers": [list(one.outputs[0].token_ids) for one in found]}

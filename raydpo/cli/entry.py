@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from raydpo.cli.cache import add_cache_verbs, with_json
 from raydpo.cli.configured import load_first_pairs, quietly
+from raydpo.cli.rounds import add_rounds, joined
 from raydpo.errors import ConfigError, TrainError
 from raydpo.submit.command import add_jobs, add_submit, as_submit
 from raydpo.terminal.arguments import at_least
@@ -46,7 +47,7 @@ def _interrupted(args: argparse.Namespace) -> str:
     """What is kept of a command that is interrupted, and how to continue it."""
     if args.verb == "gpu":
         return f"blocks that ended are in {args.out}. The same command starts again; --blocks runs single ones"
-    if args.verb not in ("score", "train", "run", "sweep"):
+    if args.verb not in ("score", "train", "run", "sweep", "rounds"):
         return "the same command starts again"
     again = "Run the same command without --fresh" if getattr(args, "fresh", False) else "Run the same command again"
     return f"what was committed is kept. {again} to continue"
@@ -55,7 +56,7 @@ def _interrupted(args: argparse.Namespace) -> str:
 def parsed(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line. Settings (``key.sub=value``) may stand before and after options."""
     parser = _parser()
-    args, rest = parser.parse_known_args(argv)
+    args, rest = parser.parse_known_args(joined(sys.argv[1:] if argv is None else argv))
     settings = [word for word in rest if "=" in word and not word.startswith("-")]
     if rest != (settings if hasattr(args, "overrides") else []):
         from raydpo.storage.uri import hidden
@@ -103,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
         verb.add_argument("--fresh", action="store_true", help="start again; rename an earlier run of this name")
     sweep = configured("sweep", _sweep, "train with many settings and one cache, or continue an interrupted sweep")
     sweep.add_argument("--fresh", action="store_true", help="start again; rename an earlier sweep of this name")
+    add_rounds(add, configured)
     show = configured("show", _show, "print pairs as the model sees them")
     show.add_argument("-n", "--count", type=at_least(1), default=3, help="number of pairs (default: %(default)s)")
     audit = configured("audit", with_json(_audit), "write a page on what the pairs teach, by lengths and cached log-probs")
@@ -115,6 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--memory", type=float, metavar="GIB", help="memory of a device in GiB (default: as --device)")
     plan.add_argument("--price", type=float, metavar="D", help="dollars for a GPU hour")
     plan.add_argument("--runs", type=int, metavar="K", help="number of trainings with this reference, as in a sweep")
+    plan.add_argument("--answer-tokens", type=float, metavar="X", help="mean length of a sampled answer, of rounds")
     plan.add_argument("--measure", action="store_true", help="measure the rate on this machine")
     plan.add_argument("--measured", metavar="FILE", help="take rates and memory from a report of 'raydpo gpu check'")
     for verb in (audit, evaluate, plan):
@@ -231,13 +234,39 @@ def _plan(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     config = _config(args)
     from raydpo.estimate.display import plan_run, print_plan
 
+    names = ("measure", "measured", "device", "mfu_score", "mfu_train", "workers", "price", "runs", "memory")
+    asked = {name: getattr(args, name) for name in names}
+    if config.rounds is not None:
+        return _plan_rounds(config, args.answer_tokens, asked, console)
+    if args.answer_tokens is not None:
+        raise ConfigError(f"--answer-tokens {args.answer_tokens:g} has no effect without section rounds; drop it")
     with console.quiet():
         first, _ = load_first_pairs(config, _PLANNED_RECORDS, console)
-        asked = ("measure", "measured", "device", "mfu_score", "mfu_train", "workers", "price", "runs", "memory")
-        plan = plan_run(config, first.sets, first=first, **{name: getattr(args, name) for name in asked})
+        plan = plan_run(config, first.sets, first=first, **asked)
     for line in (*first.lines(), *first.sets.report.lines()):
         console.say(line)
     print_plan(plan, console)
+    return plan.to_dict()
+
+
+def _plan_rounds(config: Config, answer_tokens: float | None, asked: dict[str, Any], console: Console) -> dict[str, Any]:
+    import pyarrow.compute as pc
+
+    from raydpo.estimate.rounds import RoundPrompts
+    from raydpo.estimate.rounds_display import estimate_rounds, print_rounds
+    from raydpo.pipeline.tokenised import open_tokeniser
+    from raydpo.rewards.models import requests_of
+    from raydpo.rounds.prompts import held_out_of, read_prompts, slice_of
+
+    rounds = config.rounds
+    with console.quiet():
+        found = read_prompts(config, open_tokeniser(config))
+        lengths = pc.list_value_length(found["prompt_ids"]).to_numpy()
+        prompts = RoundPrompts(train=lengths[slice_of(found, rounds, 1)], held_out=lengths[held_out_of(found, rounds)])
+        asking = (len(prompts.train), rounds.sample.n), (len(prompts.held_out), rounds.measure.n + rounds.measure.greedy)
+        requests = sum(requests_of(reward, *each) for reward in rounds.rewards for each in asking)
+        plan = estimate_rounds(config, prompts, requests=requests, answer_tokens=answer_tokens, **asked)
+    print_rounds(plan, console)
     return plan.to_dict()
 
 

@@ -26,6 +26,8 @@ RESTARTS = 3
 """How often an actor is started again, and how often a block is repeated, when a process dies."""
 LOOK_SECONDS = 10.0
 """Seconds from one look at the actors' signs to the next."""
+ENDING_SECONDS = 30.0
+"""Longest time in seconds that is waited for actors to end. Ray Data lets go of them and does not wait."""
 _NAMESPACE = b"raydpo"
 _here: list[Watched] = []
 """The actor of this process, once it is being made."""
@@ -124,8 +126,21 @@ def watching(run: str, doing: str, tell: Callable[[str], None]) -> Iterator[None
     finally:
         over.set()
         thread.join()
+        _await_end(run)
         with contextlib.suppress(Exception):  # Ray is gone
             _internal_kv_del(run, del_by_prefix=True, namespace=_NAMESPACE)
+
+
+def _await_end(run: str) -> None:
+    """Wait until the actors of an execution and what they started have ended, but not longer than ``ENDING_SECONDS``. The
+    next stage needs their memory."""
+    from ray._private.state import actors
+
+    until = time.monotonic() + ENDING_SECONDS
+    with contextlib.suppress(Exception):  # Ray is gone
+        mine = [key.decode().rpartition("/")[2] for key in _signs(run)]
+        while time.monotonic() < until and any(actors(one).get("State") in ("ALIVE", "RESTARTING") for one in mine):
+            time.sleep(0.02)
 
 
 def deaths(run: str) -> dict[str, str]:

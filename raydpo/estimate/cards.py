@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["DEVICES", "MEMORY", "PER_MACHINE", "is_card", "known_memory", "known_peak", "link_of"]
+__all__ = ["BANDWIDTH", "DEVICES", "MEMORY", "PER_MACHINE", "is_card", "known_memory", "known_peak", "link_of"]
 
 _DATA_SHEETS = {  # peak TFLOP/s, GiB of memory
     "H100": (989.4, 80),
@@ -24,6 +24,18 @@ CARDS = {"H100 PCIe": 756.0, "H100 NVL": 835.0, "H200 NVL": 835.0}
 """The same for cards whose name begins with a name in ``DEVICES``, from NVIDIA's data sheets."""
 MEMORY = {name: size for name, (_, size) in _DATA_SHEETS.items()}
 """GiB of memory, from the same data sheets. A program gets less of it (``ledger.USABLE``)."""
+
+BANDWIDTH = {
+    "H100": 3.35e12,
+    "H200": 4.8e12,
+    "A100-80GB": 2.039e12,
+    "A100-40GB": 1.555e12,
+    "L40S": 8.64e11,
+    "A10G": 6e11,
+    "L4": 3e11,
+    "T4": 3.2e11,
+}
+"""Bytes per second from a device's memory, from the same data sheets."""
 
 PER_MACHINE = 8
 """GPUs of a machine that are assumed where none is known."""

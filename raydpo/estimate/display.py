@@ -28,7 +28,7 @@ from raydpo.model.router import router_loss_coef
 from raydpo.reference.identity import resolve_model
 from raydpo.terminal.console import Console
 
-__all__ = ["plan_run", "print_plan"]
+__all__ = ["plan_run", "print_memory", "print_plan", "stage_row"]
 
 
 def plan_run(
@@ -226,18 +226,18 @@ def print_plan(plan: Plan, console: Console) -> None:
     rows = [(name, f"{counts[kind]:,}", f"{1 - counts[kind] / dealt:.1%}") for kind, name in layouts.items()]
     console.table("token positions that a training computes", ("layout", "positions", "saved"), rows)
     stages = [
-        _stage("reference pass, once", plan.score_workers, plan.score),
-        _stage("one training", plan.train_workers, plan.training),
-        _stage("its held-out evaluations", plan.train_workers, plan.evaluation),
-        _stage(f"pass and {plan.runs:,} training(s)", "", plan.total),
-        _stage(f"{plan.runs:,} with an online reference, padded", plan.train_workers, plan.online),
-        _stage(f"{plan.runs:,} with an online reference, packed", plan.train_workers, plan.online_packed),
+        stage_row("reference pass, once", plan.score_workers, plan.score),
+        stage_row("one training", plan.train_workers, plan.training),
+        stage_row("its held-out evaluations", plan.train_workers, plan.evaluation),
+        stage_row(f"pass and {plan.runs:,} training(s)", "", plan.total),
+        stage_row(f"{plan.runs:,} with an online reference, padded", plan.train_workers, plan.online),
+        stage_row(f"{plan.runs:,} with an online reference, packed", plan.train_workers, plan.online_packed),
     ]
     console.table("estimate", ("part", "GPUs", "PFLOP", "time", "GPU hours", "dollars"), stages)
     if plan.reference is not None:
         console.say(plan.reference.line if isinstance(plan.reference, Choice) else plan.reference)
     if plan.memory is not None:
-        _print_memory(plan.memory, console)
+        print_memory(plan.memory, console)
     console.say(
         "online reference: forward passes of reference and policy in every step. padded: in rows of "
         f"{NAIVE_PAIRS} pairs at a time as they come. packed: without padding, as if no rank ever waited"
@@ -254,7 +254,8 @@ def print_plan(plan: Plan, console: Console) -> None:
     )
 
 
-def _print_memory(modes: Modes, console: Console) -> None:
+def print_memory(modes: Modes, console: Console) -> None:
+    """Print in which modes a training fits."""
     columns = ("mode", "weights", "grads", "optimizer", "activ.", "head", "comm.", "total", "host", "fits", "positions")
     devices = f"{modes.workers:,} x {modes.device} ({modes.memory / 2**30:g}), {modes.dtype}"
     title = f"GiB on one of {devices}; the fastest mode first, * = as configured"
@@ -281,7 +282,8 @@ def _simulation(one: Simulation) -> tuple[str, ...]:
     return f"{one.world_size:,}", f"{one.pairs_per_step:,}", *(f"{share:.2%}" for share in shares), f"x{one.naive_time:.2f}"
 
 
-def _stage(name: str, workers: int | str, stage: Stage) -> tuple[str, ...]:
+def stage_row(name: str, workers: int | str, stage: Stage) -> tuple[str, ...]:
+    """The row of a stage in a table of parts, GPUs, PFLOP, time, GPU hours and dollars."""
     figures = f"{stage.flops / 1e15:,.4g}", _duration(stage.seconds), f"{stage.gpu_hours:,.4g}"
     return name, str(workers), *figures, "no --price" if stage.dollars is None else f"{stage.dollars:,.2f}"
 

@@ -37,7 +37,7 @@ from raydpo.terminal.console import Console
 
 __all__ = ["check", "check_labels", "check_models", "pythons_of"]
 
-_TRAINING = ("train", "run", "sweep")
+_TRAINING = ("train", "run", "sweep", "rounds")
 """Verbs that need a loss for the pairs."""
 
 

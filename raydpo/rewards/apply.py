@@ -161,6 +161,11 @@ def check_rewards(rewards: Sequence[RewardConfig], columns: Collection[str] | No
 
             with Judge(reward.judge):  # raises an error without its key; sends no request
                 pass
+        if reward.reward_model is not None:
+            from raydpo.answers.reward import check_reward_model
+            from raydpo.reference.identity import resolve_model
+
+            check_reward_model(resolve_model(reward.reward_model), config.model.trust_remote_code)
         if reward.use is None:
             continue
         name = reward_name(reward)

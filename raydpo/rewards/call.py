@@ -43,6 +43,7 @@ def main() -> None:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)
     _end_with(requests, replies)
+    sys.dont_write_bytecode = True  # two edits within a second look the same to Python's cache of compiled modules
     stream = os.fdopen(requests, "rb")
     opening = read_message(stream)
     if opening is None:
@@ -191,6 +192,8 @@ def _reward(value: Any) -> tuple[float | None, str | None]:
     """A number as TRL takes it, which may also be a bool, an element of an array, or a tensor of one."""
     if value is None:
         return None, None
+    if isinstance(value, Exception):  # a built-in function says so what failed on this answer alone
+        return None, _told(value)
     try:
         if isinstance(value, (str, bytes, bytearray)):
             raise TypeError(f"returned {value[:40]!r}; expected a number or None")

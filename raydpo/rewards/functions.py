@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.metadata
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +20,15 @@ from raydpo.rewards.process import described
 __all__ = ["RewardFunction", "answer_text", "built_in", "built_in_digest", "open_built_in", "resolve"]
 
 _MODULES = {
-    "math": (("mathematics",), ("math-verify", "latex2sympy2-extended")),
-    "json": (("json_schema",), ("jsonschema",)),
-    "regex": (("pattern",), ("google-re2",)),
-    "constraints": (("constraints",), ()),
-    "code": (("code", "sandbox"), ()),
+    "math": ("mathematics", ("math-verify", "latex2sympy2-extended", "sympy")),
+    "json": ("json_schema", ("jsonschema",)),
+    "regex": ("pattern", ("google-re2",)),
+    "constraints": ("constraints", ()),
+    "code": ("programs", ()),
 }
-"""Modules of a built-in function, the first with its ``make``, and the packages that its rewards depend on."""
+"""Module of a built-in function, and the packages that its rewards depend on."""
+_NOT_OF_ONE = {"apply", "call", "functions", "models", "process", "task"}
+"""Modules of this folder on which no reward of a built-in function depends."""
 _NO_OPTIONS = {"use", "reward_model", "judge", "weight", "name", "timeout"}
 """Settings that no reward of a function depends on, or that its digest covers."""
 
@@ -78,15 +81,24 @@ def resolve(reward: RewardConfig) -> RewardFunction:
 
 def built_in(name: str) -> ModuleType:
     """The module of a built-in function, with ``make(reward)``, ``check(reward)`` and ``column(reward)``."""
-    return importlib.import_module(f"raydpo.rewards.{_MODULES[name][0][0]}")
+    return importlib.import_module(f"raydpo.rewards.{_MODULES[name][0]}")
 
 
 def built_in_digest(name: str) -> str:
-    """Digest of the source of a built-in function, and of the versions of the packages that it uses."""
-    modules, packages = _MODULES[name]
+    """Digest of the source of a built-in function, of the modules of this folder that it names, and of the versions of the
+    packages that it uses."""
+    first, packages = _MODULES[name]
+    sources: dict[str, bytes] = {}
+    todo = [first]
+    while todo:
+        module = todo.pop()
+        file = Path(__file__).parent / f"{module}.py"
+        if module not in sources and module not in _NOT_OF_ONE and file.is_file():
+            sources[module] = file.read_bytes()
+            todo += re.findall(r"raydpo\.rewards\.(\w+)", sources[module].decode())
     digest = hashlib.sha256()
-    for module in modules:
-        digest.update((Path(__file__).parent / f"{module}.py").read_bytes())
+    for module in sorted(sources):
+        digest.update(f"\0{module}\0".encode() + hashlib.sha256(sources[module]).digest())
     for package in packages:
         try:
             digest.update(f"\0{package} {importlib.metadata.version(package)}".encode())

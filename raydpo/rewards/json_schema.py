@@ -2,8 +2,8 @@
 
 JSON is read strictly: no repair, no NaN or Infinity, no name twice in an object. Spaces around it are allowed.
 
-With ``whole: false`` other text may surround the JSON. The content of the fenced block counts if there is exactly one, else the
-object or array that begins at the first ``{`` or ``[``.
+With ``whole: false`` other text may surround the JSON. The content of the fenced block counts if there is exactly one, else
+the object or array that begins at the first ``{`` or ``[``.
 
 A schema is an object or JSON text in ``column``. null = the reward does not apply to this prompt. ``$schema`` names its
 draft; the default is 2020-12. References may lead to the schema itself and to the published drafts. Others are refused, not
@@ -52,12 +52,12 @@ def check(reward: RewardConfig) -> None:
             ) from None
 
 
-def make(reward: RewardConfig) -> Callable[..., list[float | None]]:
-    """Return the reward function. It logs ``json``: why an answer is not valid."""
+def make(reward: RewardConfig) -> Callable[..., list[float | ValueError | None]]:
+    """Return the reward function. It logs ``json``: why an answer is not valid. An error = the prompt's schema is wrong."""
 
     def check_json(
         completions: list[Any], log_extra: Callable[[str, list[Any]], None], **columns: Any
-    ) -> list[float | None]:
+    ) -> list[float | ValueError | None]:
         schemas = [None] * len(completions) if reward.column is None else columns[reward.column]
         verdicts = [_verdict(answer_text(one), schema, reward) for one, schema in zip(completions, schemas, strict=True)]
         log_extra("json", [reason for _, reason in verdicts])
@@ -66,19 +66,20 @@ def make(reward: RewardConfig) -> Callable[..., list[float | None]]:
     return check_json
 
 
-def _verdict(text: str, schema: Any, reward: RewardConfig) -> tuple[float | None, str | None]:
+def _verdict(text: str, schema: Any, reward: RewardConfig) -> tuple[float | ValueError | None, str | None]:
     """The reward of an answer, and why it is 0."""
     if reward.column is not None and schema is None:
         return None, None
-    validator = None if reward.column is None else _validator(schema if isinstance(schema, str) else json.dumps(schema))
     try:
-        value = parse(text, reward.whole)
+        validator = None if reward.column is None else _validator(schema if isinstance(schema, str) else json.dumps(schema))
+        try:
+            value = parse(text, reward.whole)
+        except ValueError as error:
+            return 0.0, f"not JSON: {one_line(error, _LONGEST_REASON)}"
+        wrong = None if validator is None else _first_error(validator, value)
     except ValueError as error:
-        return 0.0, f"not JSON: {one_line(error, _LONGEST_REASON)}"
-    error = None if validator is None else _first_error(validator, value)
-    if error is not None:
-        return 0.0, one_line(f"{error.json_path}: {error.message}", _LONGEST_REASON)
-    return 1.0, None
+        return error, None
+    return (1.0, None) if wrong is None else (0.0, one_line(f"{wrong.json_path}: {wrong.message}", _LONGEST_REASON))
 
 
 def parse(text: str, whole: bool = True) -> Any:

@@ -51,8 +51,8 @@ def attempt(config: Config, console: Console | None = None, *, count: int = 8) -
     figures = sampled_figures(inputs.prompts, samples, scores, rounds)
     console.say(
         f"{figures['answers']:,} answers to {figures['prompts']:,} prompts: mean reward "
-        f"{'none' if figures['reward'] is None else format(figures['reward'], '.3f')}, {figures['success']:.1%} right (reward "
-        f"above {rounds.measure.success:g}), {figures['mixed']:.1%} of the prompts with different rewards, "
+        f"{'none' if figures['reward'] is None else format(figures['reward'], '.3f')}, {figures['success']:.1%} right "
+        f"(reward above {rounds.measure.success:g}), {figures['mixed']:.1%} of the prompts with different rewards, "
         f"{figures['cut']:.1%} cut at rounds.sample.max_tokens ({rounds.sample.max_tokens})"
     )
     if (failed := too_many(rounds.rewards, scores, rounds.max_errors)) is not None:

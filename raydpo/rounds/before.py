@@ -20,13 +20,13 @@ from raydpo.rounds.ledger import Ledger
 from raydpo.rounds.measuring import measure_settings
 from raydpo.rounds.prompts import held_out_of, read_prompts, slice_of
 from raydpo.rounds.sampling import sample_settings
-from raydpo.rounds.stage import made_of, refusal
+from raydpo.rounds.stage import Made, made_of, refusal
 from raydpo.rundir.directory import PROMPTS, RUN, SWEEP, TRAIN, round_folder
 from raydpo.rundir.fingerprint import changed_settings
 from raydpo.storage.files import Storage
 from raydpo.terminal.console import Console
 
-__all__ = ["check_inputs", "pair_settings", "prompt_settings", "refuse_changes", "train_settings"]
+__all__ = ["check_inputs", "pair_settings", "prompts_made", "refuse_changes", "train_settings"]
 
 
 def check_inputs(config: Config, console: Console) -> Inputs:
@@ -87,9 +87,14 @@ def _check_prompts(inputs: Inputs) -> None:
         )
 
 
-def prompt_settings(inputs: Inputs) -> dict[str, Any]:
-    """Settings that decide which prompts there are, by their keys. What the files hold is compared by content."""
-    return {"rounds.held_out.fraction": inputs.rounds.held_out.fraction}
+def prompts_made(inputs: Inputs) -> Made:
+    """What the file of prompts is made from. The files that the configuration names are compared by content."""
+    return Made(
+        stage="prompts",
+        number=0,
+        settings={"rounds.held_out.fraction": inputs.rounds.held_out.fraction},
+        inputs={"rounds.prompts (content)": inputs.prompts_digest},
+    )
 
 
 def pair_settings(inputs: Inputs) -> dict[str, Any]:
@@ -120,7 +125,7 @@ def train_settings(inputs: Inputs) -> dict[str, Any]:
 def refuse_changes(inputs: Inputs, ledger: Ledger) -> None:
     """Refuse settings with which stored rounds would have come out differently. Needs no Ray.
 
-    Scores and pairs that nothing was trained on yet are not refused: they are made again.
+    Scores, pairs and the first measurement are not refused as long as nothing was trained on them: they are made again.
 
     Raises:
         ConfigError: with all settings that differ.
@@ -132,17 +137,16 @@ def refuse_changes(inputs: Inputs, ledger: Ledger) -> None:
         "pair": pair_settings(inputs),
         "measure": measure_settings(inputs),
     }
+    stages = ledger.stages()
     changed = []
-    prompts = made_of(storage, PROMPTS)
-    if prompts is not None:
-        digests = {"rounds.prompts (content)": inputs.prompts_digest}
-        changed.append(
-            (PROMPTS, changed_settings({**prompts.settings, **prompts.inputs}, prompt_settings(inputs) | digests))
-        )
-    for name, made in ledger.stages():
-        made_again = made.stage in ("score", "pair") and not storage.exists(f"{round_folder(made.number)}/{TRAIN}/{RUN}")
-        if made.failed is None and not made_again:
-            changed.append((name, changed_settings(made.settings, now[made.stage])))
+    if stages and (prompts := made_of(storage, PROMPTS)) is not None:
+        changed.append((PROMPTS, prompts.changes(prompts_made(inputs))))
+    for name, made in stages:
+        changes = changed_settings(made.settings, now[made.stage])
+        if changes and ledger.replaceable(made.stage, made.number):
+            ledger.records.pop(made.number, None)  # its figures are made again, too
+        elif made.failed is None:
+            changed.append((name, changes))
     trained = train_settings(inputs)
     for number, record in ledger.records.items():
         if record["settings"]:

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from raydpo.config.rounds import STAGES, RoundsConfig, StopConfig
+from raydpo.config import Config
+from raydpo.config.rounds import STAGES, StopConfig
 from raydpo.errors import ConfigError
 
 __all__ = ["Goal", "enough", "few_mixed"]
@@ -21,15 +22,15 @@ class Goal:
     stage: int
 
     @classmethod
-    def of(cls, until: str | None, rounds: RoundsConfig) -> Goal:
+    def of(cls, until: str | None, config: Config) -> Goal:
         """Read ``ROUND`` or ``ROUND.STAGE``; None = the end of the last round.
 
         Raises:
             ConfigError: if there is no such round or stage.
         """
-        last = len(STAGES) - 1
+        last, count = len(STAGES) - 1, config.rounds.count if config.rounds is not None else 0
         if until is None:
-            return cls(rounds.count, last)
+            return cls(count, last)
         match = re.fullmatch(r"(\d+)(?:\.(\w+))?", until)
         if match is None or (match[2] is not None and match[2] not in STAGES):
             raise ConfigError(
@@ -37,8 +38,8 @@ class Goal:
                 "as 2.score"
             )
         number = int(match[1])
-        if number > rounds.count:
-            raise ConfigError(f"--until {until} is beyond rounds.count {rounds.count}; raise rounds.count, or lower it")
+        if number > count:
+            raise ConfigError(f"--until {until} is beyond rounds.count {count}; raise rounds.count, or lower it")
         if number == 0 and match[2] not in (None, "measure"):
             raise ConfigError(f"--until {until}: round 0 has only stage measure, the measurement before the first round")
         return cls(number, last if match[2] is None else STAGES.index(match[2]))

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,9 +23,6 @@ from raydpo.storage.files import Storage
 from raydpo.terminal.console import Console
 
 __all__ = ["Inputs"]
-
-WORK_BLOCK = 64
-"""Least number of answers that a worker makes and stores together; a kill loses one such block for each worker."""
 
 
 @dataclass(frozen=True)
@@ -59,11 +55,6 @@ class Inputs:
         """Digest of the prompts and their columns."""
         return content_digest(self.prompts, ("prompt_id", "split", "prompt", "columns"))
 
-    @property
-    def block(self) -> int:
-        """Number of answers in a block of work: all answers of a few prompts. No setting that may change changes it."""
-        return self.rounds.sample.n * max(1, WORK_BLOCK // self.rounds.sample.n)
-
     def policy(self, number: int) -> ReferenceSpec:
         """Find and identify the policy after round ``number``; 0 = the initial model.
 
@@ -84,16 +75,16 @@ class Inputs:
         found = {f"rounds.rewards ({reward_name(one)})": _reward_settings(one) for one in self.rounds.rewards}
         return found | {"rounds.cut": self.rounds.cut}
 
-    def work(self, task: BlockTask, tables: Sequence[pa.Table], doing: str) -> list[pa.Table]:
-        """Do work on tables in blocks of whole prompts; see ``cluster.work.do_work``."""
+    def work(self, task: BlockTask, tables: Sequence[pa.Table], doing: str, block: int) -> list[pa.Table]:
+        """Do work on tables, in blocks of ``block`` rows; see ``cluster.work.do_work``."""
         storage, resources = Storage(self.config.cache_uri), resources_for("score", self.config)
-        with _progress(self.console, doing) as progress:
+        with self.console.part(doing, "answers") as progress:
             return do_work(
                 task,
                 tables,
                 storage,
                 resources,
-                block=self.block,
+                block=block,
                 progress=progress,
                 doing=doing,
                 warn=self.console.warn,
@@ -109,20 +100,3 @@ def _reward_settings(reward: RewardConfig) -> dict[str, Any]:
     if reward.judge is not None:
         chosen["judge"] = reward.judge.model_dump(mode="json", exclude={"key", "timeout", "retries", "parallel"})
     return told | chosen
-
-
-@contextlib.contextmanager
-def _progress(console: Console, doing: str) -> Iterator[Callable[[int, int], None]]:
-    """Show a progress line from the first call on; if there is no call, everything was stored already."""
-    line: Any = None
-    with contextlib.ExitStack() as stack:
-
-        def update(done: int, total: int) -> None:
-            nonlocal line
-            if line is None:
-                line = stack.enter_context(console.progress(doing, total, "answers"))
-            line.update(done)
-
-        yield update
-    if line is None:
-        console.say(f"  {doing}: all found in the cache")

@@ -21,6 +21,7 @@ from raydpo.rundir.directory import (
     ROUND_HELD_OUT,
     ROUND_PAIRS,
     ROUNDS,
+    RUN,
     SAMPLES,
     SCORES,
     SUMMARY,
@@ -96,6 +97,12 @@ class Ledger:
                 if file.endswith(".parquet") and (made := made_of(self.storage, f"{folder}/{file}")) is not None:
                     found.append((f"{folder}/{file}", made))
         return found
+
+    def replaceable(self, stage: str, number: int) -> bool:
+        """Whether the file of a stage may be made again with other settings: nothing was trained on it, and its answers
+        are in the cache. Samples of training prompts are kept, since another engine might not repeat them."""
+        after = {"score": number, "pair": number, "measure": 1 if number == 0 else None}.get(stage)
+        return after is not None and not self.storage.exists(f"{round_folder(after)}/{TRAIN}/{RUN}")
 
     def end_round(self, number: int, figures: dict[str, Any], settings: dict[str, Any], ended: str | None = None) -> None:
         """Write round.json, with which a round is over, and the figures of all rounds.

@@ -23,7 +23,7 @@ from raydpo.rounds.sampling import answer, sample_settings
 from raydpo.rounds.scoring import score
 from raydpo.rounds.stage import Made, content_digest, stage_table
 from raydpo.rounds.training import start_of, train_round
-from raydpo.rundir.directory import METRICS, RUN, SUMMARY, TRAIN, round_folder
+from raydpo.rundir.directory import METRICS, SUMMARY, TRAIN, round_folder
 from raydpo.rundir.records import read_rows
 from raydpo.rundir.rounds import HELD_OUT_SCHEMA, SAMPLE_SCHEMA, SCORE_SCHEMA
 
@@ -200,17 +200,13 @@ class Round:
             RaydpoError: if a reward function failed too often, after the table is stored.
         """
         inputs, folder = self.inputs, round_folder(self.number)
-        trained = inputs.storage.exists(f"{folder}/{TRAIN}/{RUN}")
-        again = stage in ("score", "pair") and not trained
+        again = self.ledger.replaceable(stage, self.number)
         table, stored = stage_table(
             inputs.storage, f"{folder}/{FILES[stage]}", made, schema, make, again=again, note=inputs.console.say
         )
         self.figures["seconds"][stage] = stored.seconds
         if stored.failed is not None:
-            raise RaydpoError(
-                f"round {self.number}: {stored.failed}. All rewards are stored; 'raydpo rounds show' prints them. The same "
-                "command scores answers that failed again"
-            )
+            raise RaydpoError(f"round {self.number}: {stored.failed}")
         return table
 
 

@@ -11,15 +11,15 @@ from typing import Any
 from raydpo.cluster.preflight import check_cluster
 from raydpo.cluster.session import session
 from raydpo.cluster.waiting import request_nodes
-from raydpo.config import Config
+from raydpo.config import Config, check_verb
 from raydpo.errors import RaydpoError
 from raydpo.reports.write import write_report
-from raydpo.rounds.before import check_inputs, prompt_settings, refuse_changes
+from raydpo.rounds.before import check_inputs, prompts_made, refuse_changes
 from raydpo.rounds.goal import Goal, enough
 from raydpo.rounds.inputs import Inputs
 from raydpo.rounds.ledger import Ledger
 from raydpo.rounds.round import Ended, Round
-from raydpo.rounds.stage import Made, stage_table
+from raydpo.rounds.stage import stage_table
 from raydpo.rounds.table import print_rounds
 from raydpo.rundir.directory import CONFIG, FINAL, LEDGER, PROMPTS, REPORT, TRAIN, round_folder
 from raydpo.rundir.earlier import begin_again
@@ -51,8 +51,8 @@ def rounds(
         KeyboardInterrupt: if the user stopped it.
     """
     console = console or Console()
-    if config.rounds is not None:
-        goal = Goal.of(until, config.rounds)
+    check_verb(config, "rounds")
+    goal = Goal.of(until, config)
     inputs = check_inputs(config, console)
     storage = Storage(config.run_dir)
     if fresh:
@@ -98,13 +98,10 @@ class _Run:
         """
         self.storage.probe()
         self.storage.write(CONFIG, self.config.to_yaml().encode())
-        made = Made(
-            stage="prompts",
-            number=0,
-            settings=prompt_settings(self.inputs),
-            inputs={"rounds.prompts (content)": self.inputs.prompts_digest},
+        again = not self.ledger.stages()
+        stage_table(
+            self.storage, PROMPTS, prompts_made(self.inputs), PROMPT_SCHEMA, lambda: (self.inputs.prompts, None), again=again
         )
-        stage_table(self.storage, PROMPTS, made, PROMPT_SCHEMA, lambda: (self.inputs.prompts, None))
         self.ledger.set("running")
         try:
             return self._rounds()

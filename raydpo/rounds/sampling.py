@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from raydpo.answers.answering import Answering
-from raydpo.answers.draws import ROWS
+from raydpo.answers.draws import answer_rows, rows_of_block
 from raydpo.cluster.resources import resources_for
 from raydpo.reference.score import ReferenceSpec
 from raydpo.rounds.inputs import Inputs
@@ -16,6 +16,9 @@ from raydpo.rundir.rounds import SAMPLE_SCHEMA
 
 __all__ = ["GREEDY", "answer", "answering", "sample_settings"]
 
+WORK_BLOCK = 64
+"""Least number of answers that a worker makes and stores together; a kill loses one such block for each worker. It is no
+setting, since the borders of blocks decide how answers round."""
 GREEDY = -1
 """Number of a greedy answer among those to its prompt."""
 
@@ -61,22 +64,13 @@ def answer(
     """
     prompts = inputs.prompts.take(rows)
     ids, names = prompts["prompt_ids"].to_pylist(), prompts["prompt_id"].to_pylist()
-    temperature = inputs.rounds.sample.temperature
+    sample = inputs.rounds.sample
+    tables = [answer_rows(ids, samples=n, seed=seed, temperature=sample.temperature, top_p=sample.top_p)]
+    tables += [answer_rows(ids)] if greedy else []
     places = [np.repeat(np.arange(len(ids)), n), *([np.arange(len(ids))] if greedy else [])]
     samples = [np.tile(np.arange(n), len(ids)), *([np.full(len(ids), GREEDY)] if greedy else [])]
-    drawn = {"seed": seed, "temperature": temperature}
-    tables = [
-        pa.Table.from_pylist(
-            [
-                {"prompt_ids": ids[place], **({} if sample == GREEDY else {**drawn, "sample": sample})}
-                for place, sample in zip(of.tolist(), each.tolist(), strict=True)
-            ],
-            schema=ROWS,
-        )
-        for of, each in zip(places, samples, strict=True)
-    ]
     work = answering(inputs, spec)
-    found = inputs.work(work, tables, "answering")
+    found = inputs.work(work, tables, "answering", rows_of_block(n, WORK_BLOCK))
     answers = [one for table in found for one in table["answer_ids"].to_pylist()]
     stop = set(work.stop)
     ended = [one[-1] in stop for one in answers]

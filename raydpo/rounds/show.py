@@ -114,8 +114,8 @@ def _about_pairs(answers: Answers, pairs: Sequence[dict[str, Any]], config: Conf
     margin = rounds.pairs.margin
     if pairs:
         return [
-            f"pair: {one['good']} over {one['bad']}, whose rewards differ by {one['reward_good'] - one['reward_bad']:g}, more "
-            f"than rounds.pairs.margin ({margin:g})"
+            f"pair: {one['good']} over {one['bad']}, whose rewards differ by {one['reward_good'] - one['reward_bad']:g}, "
+            f"more than rounds.pairs.margin ({margin:g})"
             for one in pairs
         ]
     usable = [row for row in answers if row["reward"] is not None and not (rounds.cut == "drop" and row["end"] == "length")]

@@ -178,7 +178,8 @@ def train_round(config: Config, number: int, pairs: pa.Table, start: Start, cons
     if summary is None:
         score_prepared(prepared, console, prepared.tables)
         rate = counts["hits"] / counts["wanted"] if counts["wanted"] else None
-        summary = train_prepared(prepared, console, rate)
+        train_prepared(prepared, console, rate)
+        summary = _summary(config, number)
     _remove_checkpoints(config, number)
     return summary | counts
 
@@ -291,7 +292,13 @@ def _continued(config: Config, number: int) -> Continued:
     if rounds.optimizer == "carry":
         carried = {"first": steps, "total": rounds.count * config.train.steps}
         carried["checkpoint"] = None if number == 1 else _last_checkpoint(config, number - 1)
-    return Continued(begins_as=begins_as, compared=compared, position=steps if rounds.offline else 0, **carried)
+    return Continued(
+        name=f"{config.run_name}, round {number}",
+        begins_as=begins_as,
+        compared=compared,
+        position=steps if rounds.offline else 0,
+        **carried,
+    )
 
 
 def _last_checkpoint(config: Config, number: int) -> str:

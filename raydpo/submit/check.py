@@ -52,6 +52,8 @@ def check_files(file: str, config: Config, packed: Collection[str]) -> None:
     if (template := template_file(config)) is not None:
         needed.append(("data.chat_template", template))
     functions = [("train.loss", name) for name in config.train.terms]
+    functions += [("evaluate.rewards", one.use or "") for one in config.evaluate.rewards]
+    functions += [("rounds.rewards", one.use or "") for one in (config.rounds.rewards if config.rounds else ())]
     for key, name in [*functions, ("evaluate.score_with", config.evaluate.score_with or "")]:
         module, colon, _ = name.partition(":")
         place = module.replace(".", "/")

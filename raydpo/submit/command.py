@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 __all__ = ["add_jobs", "add_submit", "as_submit"]
 
-VERBS = ("score", "train", "run", "sweep", "eval", "benchmark")
+VERBS = ("score", "train", "run", "sweep", "rounds", "eval", "benchmark")
 """Verbs that can be jobs. Each has a file in jobs/."""
-FRESH = ("train", "run", "sweep")
+FRESH = ("train", "run", "sweep", "rounds")
 _SERVER = "the job server (default: $RAY_API_SERVER_ADDRESS, $RAY_ADDRESS, else this machine's)"
 
 

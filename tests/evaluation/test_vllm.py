@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from packages import make_package
+from safetensors.torch import load_file, save_file
 from test_policy_found import make_adapter
 from tiny import make_model, preferences, write_preferences
 
@@ -26,7 +27,7 @@ import raydpo
 from raydpo.answers import vllm_engine
 from raydpo.answers.answering import Answering
 from raydpo.answers.draws import Draw
-from raydpo.answers.vllm_engine import check_servable, open_vllm
+from raydpo.answers.vllm_engine import check_servable, lora_request, open_vllm
 from raydpo.cluster.preflight import missing_vllm
 from raydpo.config import load_config
 from raydpo.errors import ConfigError, ModelError, RaydpoError
@@ -54,6 +55,11 @@ class LLM:
     def __init__(self, **settings):
         print("a line of vLLM's log")
         note(engine=settings, path=sys.path, pid=os.getpid(), environment=dict(os.environ))
+        self.llm_engine = self
+
+    def add_lora(self, lora):
+        note(loaded=lora)
+        return True
 
     def generate(self, prompts, sampling, lora_request, use_tqdm):
         note(prompts=prompts, sampling=[one.settings for one in sampling], lora=lora_request, tqdm=use_tqdm)
@@ -85,7 +91,7 @@ def python(bare, tmp_path):
     (packages / "vllm" / "lora").mkdir(parents=True)
     (packages / "vllm" / "__init__.py").write_text(STAND_IN.format(notes=str(tmp_path / "notes")))
     (packages / "vllm" / "lora" / "__init__.py").write_text("")
-    (packages / "vllm" / "lora" / "request.py").write_text("LoRARequest = lambda *told: told")
+    (packages / "vllm" / "lora" / "request.py").write_text("LoRARequest = dict")
     return str(place / "bin" / "python")
 
 
@@ -123,7 +129,7 @@ def test_how_vllm_is_asked(python, tiny_llama, tmp_path, monkeypatch):
     assert asked["prompts"] == [{"prompt_token_ids": [5, 6, 7]}, {"prompt_token_ids": [8]}] and asked["lora"] is None
     same = {"max_tokens": 4, "stop_token_ids": [2, 7], "ignore_eos": True, "detokenize": False}
     seed = asked["sampling"][1].pop("seed")
-    assert asked["sampling"] == [same | {"temperature": 0.0}, same | {"temperature": 1.0}] and 0 < seed < 2**31
+    assert asked["sampling"] == [same | {"temperature": 0.0}, same | {"temperature": 1.0, "top_p": 1.0}] and 0 < seed < 2**31
 
 
 def test_only_the_text_model_of_a_package_is_asked(python, tmp_path):
@@ -144,9 +150,25 @@ def test_answers_are_never_stored_under_the_name_of_another_model(python, tiny_l
 def test_an_adapter_is_given_by_number_with_a_rank_that_vllm_has(python, tiny_llama, tmp_path):
     adapter = make_adapter(tmp_path / "adapter", tiny_llama)
     opened(spec_of(tiny_llama, adapter), python)([np.array([3], np.int32)], [None])
-    begun, asked = notes(tmp_path)
+    begun, loaded, asked = notes(tmp_path)
     assert begun["engine"]["enable_lora"] and begun["engine"]["max_lora_rank"] == 8 and begun["engine"]["enforce_eager"]
-    assert asked["lora"] == ["policy", 1, str(adapter)]
+    assert asked["lora"] == loaded["loaded"] and asked["lora"]["lora_path"] == str(adapter)
+
+
+def test_each_policy_has_a_name_and_a_number_of_its_own(tiny_llama, tmp_path):
+    """vLLM keeps an adapter by its number: with one number, the next policy would answer as the last one."""
+    adapter = make_adapter(tmp_path / "adapter", tiny_llama)
+    first = lora_request(spec_of(tiny_llama, adapter))
+    shutil.copytree(adapter, tmp_path / "same")
+    same = lora_request(spec_of(tiny_llama, tmp_path / "same"))
+    assert same == first | {"lora_path": str(tmp_path / "same")}
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    save_file({name: tensor + 1 for name, tensor in tensors.items()}, adapter / "adapter_model.safetensors")
+    then = lora_request(spec_of(tiny_llama, adapter))
+    assert then["lora_path"] == first["lora_path"]
+    assert then["lora_name"] != first["lora_name"] and then["lora_int_id"] != first["lora_int_id"]
+    assert all(0 < one["lora_int_id"] < 2**31 for one in (first, then))
+    assert lora_request(spec_of(tiny_llama)) is None
 
 
 def test_an_actor_that_shares_its_device_takes_its_share(python, tiny_llama, tmp_path):
@@ -171,7 +193,7 @@ def test_the_process_ends_with_what_asks_it(python):
     asked = subprocess.Popen(
         [python, "-I", vllm_engine.__file__.replace("engine", "process")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
-    for request in ({"engine": {}, "adapter": None}, {"prompts": [[502]], "sampling": [{}]}):
+    for request in ({"engine": {}}, {"prompts": [[502]], "sampling": [{}], "adapter": None}):
         asked.stdin.write(json.dumps(request).encode() + b"\n")
     asked.stdin.flush()
     assert json.loads(asked.stdout.readline()) == {}

@@ -230,6 +230,7 @@ def test_files_that_the_configuration_leads_to_are_packed_or_refused(project, ca
         assert said in told, told
 
     settings = ["data.chat_template=x.jinja", "train.loss=deep.losses:mine", "evaluate.score_with=deep.losses:mine"]
+    settings.append("evaluate.rewards=[{use: 'deep.losses:mine'}]")
     assert main(["submit", "run", "leaf.yaml", *settings, "--dry-run"]) == 0
     capsys.readouterr()
     refused("data.chat_template=y.jinja", said="'data.chat_template' is 'y.jinja', which is neither a Jinja template nor a")
@@ -239,6 +240,7 @@ def test_files_that_the_configuration_leads_to_are_packed_or_refused(project, ca
     refused(settings[0], said="'data.chat_template' needs a file that the job would lack: x.jinja is not packed")
     refused(settings[1], said="'train.loss' needs a file that the job would lack: deep/losses.py is not packed")
     refused(settings[2], said="'evaluate.score_with' needs a file that the job would lack: deep/losses.py is not packed")
+    refused(settings[3], said="'evaluate.rewards' needs a file that the job would lack: deep/losses.py is not packed")
     refused(said="'base' needs a file that the job would lack: base.yaml is not packed")
     (inside / ".gitignore").unlink()
     (inside / "middle.yaml").write_text(yaml.safe_dump({"base": "../config.yaml"}))
