@@ -125,7 +125,6 @@ def test_the_state_is_told(tmp_path):
     sums = made_rounds(tmp_path, "sums", stopped="round 3: 240 of 240 answers right, nothing to learn")
     said = rounds_status(record(sums))
     assert "Ended early after 3 rounds. round 3: 240 of 240 answers right, nothing to learn" in said
-    (sums / "rounds.json").write_text(json.dumps({"status": "failed", "why": "reward math failed on 9 of 10 answers"}))
     made_rounds(tmp_path, "two", rounds=2, settings={"count": 5})
     assert "Finished: 2 rounds." in rounds_status(record(tmp_path / "two"))
     (tmp_path / "two" / "rounds.json").write_text(json.dumps({"status": "failed", "why": "math failed on 9 of 10 answers."}))
