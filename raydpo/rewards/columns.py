@@ -10,11 +10,10 @@ from datetime import date, datetime, time
 from typing import Any
 
 from raydpo.data.messages import Notes
+from raydpo.rewards.call import ARGUMENTS
 
-__all__ = ["RESERVED", "as_json", "other_columns"]
+__all__ = ["as_json", "other_columns"]
 
-RESERVED = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
-"""Arguments of reward functions that no column can be named like."""
 _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 _AS_TEXT = "dates and times are given to reward functions as text"
 _AS_BASE64 = "bytes are given to reward functions as text in base64"
@@ -29,7 +28,7 @@ def other_columns(record: Mapping[str, Any], used: Collection[str]) -> tuple[str
     """
     notes: Notes = {}
     given = {name: value for name, value in record.items() if name not in used}
-    for name in RESERVED:
+    for name in ARGUMENTS:
         if name in given:
             del given[name]
             notes[

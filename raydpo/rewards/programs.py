@@ -11,11 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from raydpo.config.rewards import RewardConfig
-from raydpo.rewards.functions import answer_text
 from raydpo.rewards.inside import plain
 from raydpo.rewards.sandbox import Sandbox, SandboxError
+from raydpo.rewards.sources import answer_text
 
-__all__ = ["UnreadableTests", "check", "column", "make", "program_of", "read_tests", "warning"]
+__all__ = ["UnreadableTests", "check", "column", "make", "program_of", "read_tests"]
 
 _FENCE = re.compile(r"^[ \t]*```[ \t]*([\w+-]*)[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
 _PYTHON = ("python", "py", "python3", "Python")
@@ -39,13 +39,6 @@ def check(reward: RewardConfig) -> None:
         ConfigError: naming the fix.
     """
     Sandbox(reward.seconds, reward.unsafe)
-
-
-def warning(reward: RewardConfig) -> str | None:
-    """What to warn of before answers are scored."""
-    if reward.unsafe:
-        return "the reward code runs programs that a model wrote without a sandbox, with your rights (unsafe: true)"
-    return None
 
 
 def make(reward: RewardConfig) -> Callable[..., list[Any]]:

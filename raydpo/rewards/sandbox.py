@@ -66,7 +66,7 @@ class Sandbox:
         self._command = [
             *([] if unsafe else _bubblewrap(python[0])),
             *python,
-            (Path(__file__).parent / "inside.py").read_text(),
+            (Path(__file__).parent / "inside.py").read_text(encoding="utf-8"),
         ]
         try:
             reply = next(self.run("print(input())", [{"input": "ready"}]))

@@ -42,9 +42,8 @@ def model_card(config: Config, summary: dict[str, Any]) -> str:
     start = _named(config.model.path, config)
     if config.model.adapter:
         start += f" with adapter {_named(config.model.adapter, config)}"
-    # The training of a round lies in <run>/round-001/train.
-    title = "/".join(_last(place) for place in (_rounds_of(config), config.output)) if config.rounds else config.run_name
-    lines = ["---", yaml.safe_dump(front, sort_keys=False).strip(), "---", "", f"# {title}", ""]
+    name = summary.get("name", config.run_name)
+    lines = ["---", yaml.safe_dump(front, sort_keys=False).strip(), "---", "", f"# {name}", ""]
     lines += [f"Trained from {start} by {method} with raydpo {summary['raydpo']}.", "", "| | |", "|---|---|"]
     how = (
         "the adapter that it began with"

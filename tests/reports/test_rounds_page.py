@@ -1,6 +1,7 @@
 """The page of on-policy rounds: every figure is that of the files, texts are escaped, and missing files are told."""
 
 import json
+import math
 import re
 
 import pyarrow.parquet as pq
@@ -10,7 +11,7 @@ from made_rounds import made_rounds
 
 from raydpo.cli import main
 from raydpo.errors import RaydpoError
-from raydpo.reports.rounds import HELD_OUT, TRAINING, rounds_page
+from raydpo.reports.rounds import HELD_OUT, TRAINING, rounds_page, rounds_status
 from raydpo.reports.run import run_page
 from raydpo.rundir.read import RunRecord
 from raydpo.rundir.read_rounds import RoundsRecord
@@ -96,6 +97,14 @@ def test_answers_of_a_prompt_stand_side_by_side(tmp_path):
     assert f'title="{"x" * 500} (2, 0)">{"x" * 400} [... 107 more characters]</div>' in first
 
 
+def test_what_is_not_a_number_is_a_dash(tmp_path):
+    figures = {"eval_reward": [0.2, math.nan, 0.6, math.inf], "eval_drift_initial": [0.0, -0.001, 1.4, 2.1]}
+    page = rounds_page(record(made_rounds(tmp_path, "sums", figures=figures)))
+    assert tables(page)["Held-out prompts"][1]["reward"] == [0.2, None, 0.6, None]
+    assert "nan" not in page.lower() and "Infinity" not in page and "inf<" not in page
+    assert ">0.00 ± 0.05<" in page  # and not -0.00
+
+
 def test_many_rounds_are_thinned(tmp_path):
     page = rounds_page(record(made_rounds(tmp_path, "long", rounds=11)))
     first = page.partition("<summary>Held-out prompt")[2].partition("</details>")[0]
@@ -114,14 +123,13 @@ def test_texts_of_models_and_data_are_escaped(tmp_path):
 
 def test_the_state_is_told(tmp_path):
     sums = made_rounds(tmp_path, "sums", stopped="round 3: 240 of 240 answers right, nothing to learn")
-    page = rounds_page(record(sums))
-    assert "Ended early after 3 rounds. round 3: 240 of 240 answers right, nothing to learn" in page
-    (sums / "rounds.json").write_text(json.dumps({"status": "failed", "why": "reward math failed on 9 of 10 answers"}))
+    said = rounds_status(record(sums))
+    assert "Ended early after 3 rounds. round 3: 240 of 240 answers right, nothing to learn" in said
     made_rounds(tmp_path, "two", rounds=2, settings={"count": 5})
-    assert "Finished: 2 rounds." in rounds_page(record(tmp_path / "two"))
+    assert "Finished: 2 rounds." in rounds_status(record(tmp_path / "two"))
     (tmp_path / "two" / "rounds.json").write_text(json.dumps({"status": "failed", "why": "math failed on 9 of 10 answers."}))
-    page = rounds_page(record(tmp_path / "two"))
-    assert "Not finished: 2 of 5 rounds are over. The last command failed: math failed on 9 of 10 answers. The same" in page
+    said = rounds_status(record(tmp_path / "two"))
+    assert "Not finished: 2 of 5 rounds are over. The last command failed: math failed on 9 of 10 answers. The same" in said
 
 
 def test_a_round_that_ended_the_run_before_it_trained(tmp_path):

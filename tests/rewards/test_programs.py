@@ -128,5 +128,3 @@ def test_the_program_of_an_answer(answer: str, program: str) -> None:
 def test_options() -> None:
     assert programs.column(RewardConfig(use="code")) == ("tests",)
     assert programs.column(RewardConfig(use="code", column="cases")) == ("cases",)
-    assert programs.warning(RewardConfig(use="code")) is None
-    assert "without a sandbox" in (programs.warning(RewardConfig(use="code", unsafe=True)) or "")

@@ -23,9 +23,10 @@ from raydpo.data.keys import completion_key
 from raydpo.data.select import PAIR_SCHEMA
 from raydpo.errors import ConfigError, FilesError, GateError
 from raydpo.pipeline.prepare import open_reference
-from raydpo.reference.identity import identify
+from raydpo.reference.identity import identify, on_this_machine, origin_of, resolve_model
 from raydpo.rounds.training import check_training, policy_spec, round_config, start_of, train_round
 from raydpo.terminal.console import Console
+from raydpo.training.policy.engine import PolicySpec
 
 TRAIN = {"pairs_per_step": 4, "lr": 1e-3, "steps": 3, "tokens_per_batch": 1024, "warmup": 0.3, "gate_pairs": 3}
 
@@ -205,6 +206,28 @@ def test_a_carried_schedule_keeps_its_length(tmp_path, tiny_llama):
         check_training(rounds_config(tmp_path, tiny_llama, carry | {"count": 3}))
     (train_dir(config, 1) / "run.json").write_text(json.dumps({"fingerprint": {}}))
     check_training(rounds_config(tmp_path, tiny_llama, carry | {"count": 3}))
+
+
+@pytest.mark.parametrize("lora", [None, {"r": 4}], ids=["full", "lora"])
+def test_a_policy_at_a_uri_is_copied_to_every_machine(lora, tmp_path, tiny_llama, monkeypatch):
+    """The driver names its own copy; a worker on another machine makes one of the same files."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "here"))
+    config = rounds_config(tmp_path, tiny_llama, model={"lora": lora} if lora else {})
+    config = config.model_copy(update={"output": f"file://{config.output}"})
+    final = tmp_path / "runs" / "rounds" / "round-001" / "train" / "final"
+    shutil.copytree(tiny_llama, final)
+    (final.parent / "summary.json").write_text(json.dumps({"steps": 3, "policy": "policy 1"}))
+    start = start_of(config, 2)
+    assert (start.adapter if lora else start.path) == f"file://{final}"
+    here = resolve_model(f"file://{final}")
+    assert here.startswith(str(tmp_path / "here")) and sorted(os.listdir(here)) == sorted(os.listdir(final))
+    spec = PolicySpec(path=here, dtype="float32", lora=None, origin=origin_of(f"file://{final}"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "elsewhere"))
+    there = on_this_machine(spec)
+    assert there.path.startswith(str(tmp_path / "elsewhere")) and identify(there.path, "float32") == identify(
+        here, "float32"
+    )
+    assert origin_of(str(final)) is None and origin_of("org/name") is None
 
 
 # ---- with trainings

@@ -87,6 +87,7 @@ def test_the_card_of_a_round_names_prompts_rewards_and_the_round_before(tmp_path
     }
     summary = {"raydpo": "1.0", "steps": 8, "pairs_seen": 64, "training_pairs": 24, "gate": None, "held_out_pairs": 0}
     summary |= {"reference": {"path": "org/model", "identity": "abc"}, "eval_before": None, "eval_after": None}
+    summary["name"] = "sums/round-002"
     card = model_card(config.model_copy(update=update), summary)
     for told in (
         "# sums/round-002",
