@@ -79,8 +79,8 @@ def shown_samples(samples: list[dict[str, str]] | None) -> list[dict[str, str]]:
 
 
 def evaluation_tables(evaluation: dict[str, Any]) -> list[Table]:
-    """Return the tables of an evaluation: preferences over pairs and over labels first, then answers, drift, wins and rewards
-    of functions, where they were measured."""
+    """Return the tables of an evaluation: preferences over pairs and over labels first, then answers, drift, wins and
+    rewards of functions, where they were measured."""
     tables = [_preferences(evaluation)] if evaluation["preferences"]["total"]["pairs"] else []
     if labels := evaluation["preferences"].get("labels"):
         tables.append(_labels(labels))
