@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from raydpo.answers.draws import ROWS, Draw
+from raydpo.answers.draws import ROWS, draws_of
 from raydpo.answers.transformers_engine import answer_all
 from raydpo.answers.vllm_engine import open_vllm
 from raydpo.model.load import load_causal_lm
@@ -102,7 +102,6 @@ class Answering:
 
         def act(rows: pa.Table) -> pa.Table:
             prompts = [np.array(ids, np.int32) for ids in rows["prompt_ids"].to_pylist()]
-            draws = [None if row["sample"] is None else Draw(**row) for row in rows.drop_columns(["prompt_ids"]).to_pylist()]
-            return pa.table({"answer_ids": pa.array(answer(prompts, draws), ROWS.field("prompt_ids").type)})
+            return pa.table({"answer_ids": pa.array(answer(prompts, draws_of(rows)), ROWS.field("prompt_ids").type)})
 
         return act

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-__all__ = ["ROWS", "Draw", "answer_rows", "rows_of_block", "uniforms"]
+__all__ = ["ROWS", "Draw", "answer_rows", "draws_of", "rows_of_block", "uniforms"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +69,12 @@ def rows_of_block(samples: int, least: int) -> int:
         samples: answers to each prompt.
     """
     return -(-least // max(1, samples)) * max(1, samples)
+
+
+def draws_of(rows: pa.Table) -> list[Draw | None]:
+    """Return how each row of a table with the columns of ``ROWS`` is sampled; None = greedily."""
+    settings = rows.drop_columns(["prompt_ids"]).to_pylist()
+    return [None if row["sample"] is None else Draw(**row) for row in settings]
 
 
 def uniforms(draw: Draw, prompt: np.ndarray, count: int) -> np.ndarray:

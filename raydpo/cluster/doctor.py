@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import re
 import shutil
 import sys
 
@@ -13,7 +14,7 @@ from raydpo.cluster.nodes import usable_cores
 from raydpo.terminal.console import Console
 from raydpo.version import __version__
 
-__all__ = ["report"]
+__all__ = ["report", "vllm_of_ray"]
 
 _PACKAGES = ("torch", "transformers", "peft", "deepspeed", "ray", "pyarrow", "datasets", "pydantic")
 
@@ -22,7 +23,16 @@ def report(console: Console) -> None:
     """Print versions, devices, the C++ compiler, and the Ray cluster that a run would use."""
     rows = [("raydpo", __version__), ("python", f"{platform.python_version()} ({sys.executable})")]
     rows += [(name, _version(name)) for name in _PACKAGES]
+    installed, pinned = vllm_of_ray()
+    if installed is not None:
+        rows.append(("vllm", installed))
     console.table("versions", ("", "value"), rows)
+    if None not in (installed, pinned) and installed != pinned:
+        ray = _version("ray")
+        console.warn(
+            f"vLLM is {installed}, and ray.data.llm of Ray {ray} imports parts of vLLM {pinned}: engine ray does not run "
+            f"here; install 'ray[llm]=={ray}', or use engine vllm"
+        )
     compiler, driver = shutil.which("g++") or "none (not needed on the CPU)", driver_version()
     devices, problem = _devices(driver)
     console.table("this machine", ("", "value"), [*devices, ("NVIDIA driver", driver or "none"), ("C++ compiler", compiler)])
@@ -35,6 +45,21 @@ def report(console: Console) -> None:
     used = [("Ray", ray), ("precision (dtype: auto)", _auto_dtype())]
     used.append(("reference log-probs", "<output>/cache unless cache.uri says otherwise"))
     console.table("what would be used", ("", "value"), used)
+
+
+def vllm_of_ray() -> tuple[str | None, str | None]:
+    """Return the version of vLLM in this environment, and that which the installed Ray needs for ray.data.llm, which imports
+    vLLM's internals. None if there is no vLLM, or Ray names no version."""
+    try:
+        installed = importlib.metadata.version("vllm").partition("+")[0]
+    except importlib.metadata.PackageNotFoundError:
+        installed = None
+    try:
+        lines = importlib.metadata.requires("ray") or []
+    except importlib.metadata.PackageNotFoundError:
+        lines = []
+    found = [re.match(r"vllm(?:\[[^\]]*\])?\s*==\s*([\w.]+)\s*;.*\bextra == .llm.", line) for line in lines]
+    return installed, next((match[1] for match in found if match), None)
 
 
 def _version(package: str) -> str:

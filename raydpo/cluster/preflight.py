@@ -23,7 +23,7 @@ from raydpo.storage.files import Storage
 from raydpo.terminal.console import Console
 from raydpo.version import __version__
 
-__all__ = ["check_cluster", "check_nodes", "missing_vllm"]
+__all__ = ["check_cluster", "check_nodes", "missing_vllm", "workers_without_vllm"]
 
 Stage = Literal["score", "train"]
 PACKAGES = ("torch", "transformers", "deepspeed", "ray")
@@ -175,26 +175,51 @@ def missing_vllm(python: str, node: str) -> str | None:
     Returns:
         What is wrong, None if vLLM is there.
     """
+    found = _absent_vllm(python)
+    return found and (
+        f"evaluate.engine is vllm, but on {node} {found}; make an environment with vLLM on each node that scores and set "
+        "evaluate.vllm_python to its Python, or set evaluate.engine=transformers"
+    )
+
+
+def _absent_vllm(python: str) -> str | None:
     program = "import importlib.util; print('vllm:', importlib.util.find_spec('vllm') is not None)"
     try:
         ended = subprocess.run([python, "-I", "-c", program], capture_output=True, timeout=ANSWER_SECONDS * 0.8)
     except (OSError, subprocess.TimeoutExpired) as error:
         told = error.strerror if isinstance(error, OSError) else "it does not answer"
-        found = f"{python} cannot be started ({told})"
-    else:
-        reply = ended.stdout.decode(errors="replace").strip().splitlines()[-1:]
-        if ended.returncode != 0:
-            found = f"{python} ended with status {ended.returncode}"
-        elif reply == ["vllm: True"]:
-            return None
-        elif reply == ["vllm: False"]:
-            found = f"{python} has no package vllm"
-        else:
-            found = f"{python} is no Python: it did not run the check, and ended with status 0"
-    return (
-        f"evaluate.engine is vllm, but on {node} {found}; make an environment with vLLM on each node that scores and set "
-        "evaluate.vllm_python to its Python, or set evaluate.engine=transformers"
-    )
+        return f"{python} cannot be started ({told})"
+    reply = ended.stdout.decode(errors="replace").strip().splitlines()[-1:]
+    if ended.returncode != 0:
+        return f"{python} ended with status {ended.returncode}"
+    if reply == ["vllm: True"]:
+        return None
+    if reply == ["vllm: False"]:
+        return f"{python} has no package vllm"
+    return f"{python} is no Python: it did not run the check, and ended with status 0"
+
+
+def workers_without_vllm(config: Config, python: str) -> str | None:
+    """Look for vLLM on each node that may score.
+
+    Returns:
+        What is wrong on the first node without it, as a part of a sentence; None if it is on all of them.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    needs = resources_for("score", config)
+    look = ray.remote(num_cpus=0, max_retries=0)(_absent_vllm)
+    for node in nodes_with(needs.accelerator, needs.labels):
+        if holds(node["Resources"], needs.bundle):
+            there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            try:
+                found = ray.get(look.options(scheduling_strategy=there).remote(python), timeout=ANSWER_SECONDS)
+            except ray.exceptions.RayError as error:
+                found = f"the check for vLLM failed ({type(error).__name__})"
+            if found is not None:
+                return f"on {_named(node)} {found}"
+    return None
 
 
 def _torch_devices() -> tuple[int, str, bool]:

@@ -13,7 +13,7 @@ import hashlib
 import io
 import json
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from itertools import chain
 from typing import Any, Protocol, runtime_checkable
@@ -27,7 +27,7 @@ from raydpo.cluster.resources import Resources
 from raydpo.errors import RaydpoError, one_line
 from raydpo.storage.files import Storage
 
-__all__ = ["BlockTask", "TeamTask", "do_work", "load", "store", "stored_name"]
+__all__ = ["BlockTask", "TeamTask", "WholeTask", "do_work", "load", "store", "stored_name"]
 
 FOLDER = "evaluation"
 """Folder of the results inside a cache."""
@@ -55,8 +55,20 @@ class TeamTask(BlockTask, Protocol):
         """As ``open``, but in a team of which this process is the first."""
 
 
+@runtime_checkable
+class WholeTask(Protocol):
+    """Work that brings its own actors."""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """As of ``BlockTask``."""
+
+    def run(self, blocks: Mapping[str, pa.Table], resources: Resources, doing: str) -> Iterator[tuple[str, pa.Table]]:
+        """Yield the name of each block and its results, in any order, as soon as they are there."""
+
+
 def do_work(
-    work: BlockTask,
+    work: BlockTask | WholeTask,
     tables: Sequence[pa.Table],
     storage: Storage,
     resources: Resources | int,
@@ -97,7 +109,9 @@ def do_work(
     if missing:
         finished, total = 0, sum(one.num_rows for one in missing.values())
         progress(0, total)
-        do = _in_threads if isinstance(resources, int) else _on_ray
+        do: Callable[..., Any] = _in_threads if isinstance(resources, int) else _on_ray
+        if isinstance(work, WholeTask):
+            do = _by_itself
         with contextlib.closing(do(work, missing, storage, resources, doing)) as finishing:
             for name in finishing:
                 wrong = [f"{storage}/{name} was written but is not there"]
@@ -144,6 +158,15 @@ def _in_threads(work: BlockTask, blocks: dict[str, pa.Table], storage: Storage, 
             stopped.set()
             for each in acts:
                 each.close()
+
+
+def _by_itself(
+    work: WholeTask, blocks: dict[str, pa.Table], storage: Storage, resources: Resources, doing: str
+) -> Iterator[str]:
+    """Yield the name of each block when it is stored."""
+    for name, result in work.run(blocks, resources, doing):
+        store(storage, name, result)
+        yield name
 
 
 def _on_ray(

@@ -46,7 +46,7 @@ class RewardConfig(Section):
     """Name in tables and pages; null = that of the function or model."""
     timeout: Float = Field(default=60.0, gt=0)
     """Seconds that a function may take for the answers of one block; its answers are then scored one by one, each with as
-    much time."""
+    much time. math and code also get their seconds for each answer."""
     column: str | None = None
     """Column of the prompts that a built-in function reads: math the right answer (default: answer), json a JSON Schema,
     code the tests (default: tests), constraints the instructions (default: IFEval's instruction_id_list and kwargs)."""
@@ -61,7 +61,7 @@ class RewardConfig(Section):
     """Run code without a sandbox, where the machine allows none. Answers are programs that a model wrote: they then run with
     your rights."""
     seconds: Float = Field(default=5.0, gt=0)
-    """Seconds that math and code may take for one answer."""
+    """Seconds that math and code may take for one answer. code counts seconds of CPU time, for all tests of the answer."""
     scale: Literal["duels", "score"] = "duels"
     """How a judge rewards, from 0 to 1: the share of its duels with other answers to the prompt that an answer won (a tie
     counts one half), or (s - 1) / 9 of a score s from 1 to 10."""

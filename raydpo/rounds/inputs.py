@@ -65,6 +65,16 @@ class Inputs:
             self._policies[number] = policy_spec(self.config, number)
         return self._policies[number]
 
+    def say_once(self, line: str) -> None:
+        """Print a line that many stages would print, once."""
+        if line not in self._said:
+            self._said.add(line)
+            self.console.say(line)
+
+    @functools.cached_property
+    def _said(self) -> set[str]:
+        return set()
+
     @functools.cached_property
     def _policies(self) -> dict[int, ReferenceSpec]:
         return {}

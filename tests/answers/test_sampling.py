@@ -27,7 +27,7 @@ NAMES = (
 
 @torch.no_grad()
 def probabilities(model, prompt, temperature, top_p):
-    """Of each sequence, by definition: one step of one sequence at a time."""
+    """Each sequence by definition: one step of one sequence at a time."""
     found = []
     for answer in sequences():
         chance = 1.0
@@ -45,7 +45,7 @@ def probabilities(model, prompt, temperature, top_p):
 
 
 def band(count, chance):
-    """Of a binomial distribution: as much lies below the first number as above the second, 1 - CERTAIN together."""
+    """Band of a binomial distribution: as much lies below the first number as above the second, 1 - CERTAIN together."""
     if not 0 < chance < 1:
         return (count * chance,) * 2
     logs = [
@@ -113,6 +113,7 @@ def test_what_selects_an_answer(tiny_llama):
     assert answers_of(work, [answer_rows(PROMPTS)]) == answers_of(work, [answer_rows(PROMPTS)])
 
 
+@pytest.mark.slow
 def test_other_workers_and_a_block_that_was_lost(tiny_llama, tmp_path, on_cluster):
     import ray
 

@@ -21,11 +21,12 @@ from raydpo.config import load_config
 from raydpo.config.verbs import check_verb
 from raydpo.data.keys import completion_key
 from raydpo.data.select import PAIR_SCHEMA
-from raydpo.errors import ConfigError, FilesError
+from raydpo.errors import ConfigError, FilesError, GateError
 from raydpo.pipeline.prepare import open_reference
-from raydpo.reference.identity import identify
+from raydpo.reference.identity import identify, on_this_machine, origin_of, resolve_model
 from raydpo.rounds.training import check_training, policy_spec, round_config, start_of, train_round
 from raydpo.terminal.console import Console
+from raydpo.training.policy.engine import PolicySpec
 
 TRAIN = {"pairs_per_step": 4, "lr": 1e-3, "steps": 3, "tokens_per_batch": 1024, "warmup": 0.3, "gate_pairs": 3}
 
@@ -207,6 +208,28 @@ def test_a_carried_schedule_keeps_its_length(tmp_path, tiny_llama):
     check_training(rounds_config(tmp_path, tiny_llama, carry | {"count": 3}))
 
 
+@pytest.mark.parametrize("lora", [None, {"r": 4}], ids=["full", "lora"])
+def test_a_policy_at_a_uri_is_copied_to_every_machine(lora, tmp_path, tiny_llama, monkeypatch):
+    """The driver names its own copy; a worker on another machine makes one of the same files."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "here"))
+    config = rounds_config(tmp_path, tiny_llama, model={"lora": lora} if lora else {})
+    config = config.model_copy(update={"output": f"file://{config.output}"})
+    final = tmp_path / "runs" / "rounds" / "round-001" / "train" / "final"
+    shutil.copytree(tiny_llama, final)
+    (final.parent / "summary.json").write_text(json.dumps({"steps": 3, "policy": "policy 1"}))
+    start = start_of(config, 2)
+    assert (start.adapter if lora else start.path) == f"file://{final}"
+    here = resolve_model(f"file://{final}")
+    assert here.startswith(str(tmp_path / "here")) and sorted(os.listdir(here)) == sorted(os.listdir(final))
+    spec = PolicySpec(path=here, dtype="float32", lora=None, origin=origin_of(f"file://{final}"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "elsewhere"))
+    there = on_this_machine(spec)
+    assert there.path.startswith(str(tmp_path / "elsewhere")) and identify(there.path, "float32") == identify(
+        here, "float32"
+    )
+    assert origin_of(str(final)) is None and origin_of("org/name") is None
+
+
 # ---- with trainings
 
 
@@ -226,6 +249,7 @@ def test_rounds_against_the_initial_model(in_ray, tmp_path, tiny_llama):
     assert first["first_loss"] == pytest.approx(np.log(2), abs=1e-5) and first["gate"].startswith("step-0 gate: 3 pairs")
     assert second["first_loss"] != pytest.approx(np.log(2), abs=1e-3)
     assert f"first loss {second['first_loss']:.6f} = these pairs under the policy of round 1" in heard.text
+    assert second["gate"].endswith("; all of its pairs were scored before, and nothing was scored again")
     assert "warning" not in heard.text
     assert second["reference"]["identity"] == first["reference"]["identity"] == policy_spec_digest(tiny_llama)
     assert (
@@ -258,6 +282,34 @@ def test_the_policy_before_is_another_reference(in_ray, tmp_path, tiny_llama):
         assert done["first_loss"] == pytest.approx(np.log(2), abs=1e-5) and "pairs computed again" in done["gate"]
         assert (done["wanted"], done["hits"]) == (20, 0)
     assert rounds[1]["reference"]["identity"] == rounds[0]["policy"] != rounds[0]["reference"]["identity"]
+
+
+@pytest.mark.slow
+def test_what_earlier_rounds_scored_is_compared_with_the_reference(in_ray, tmp_path, tiny_llama):
+    """In the pass that scores the new answers: a changed value ends the round before its training."""
+    config, old, new = rounds_config(tmp_path, tiny_llama), pairs_of(1), pairs_of(2, 4)
+    fill(config, old)
+    with session(config):
+        one(config, 1, old)
+        shutil.copytree(config.output, kept := tmp_path / "kept")
+        done = one(config, 2, pa.concat_tables([new, old]))
+        assert "; 3 pairs that it had scored before were scored again, and differ by " in done["gate"]
+        assert (done["wanted"], done["hits"]) == (28, 20)
+        shutil.rmtree(config.output)
+        kept.rename(config.output)
+        spec, cache = open_reference(config, "float32")
+        shutil.rmtree(Path(cache.storage.path(cache.directory)))
+        fill(config, old.slice(1))
+        scored = with_reference(old.slice(0, 1), Path(spec.path))
+        for side in ("chosen", "rejected"):
+            values = np.array(scored[f"ref_{side}_logps"][0].as_py(), np.float32)
+            values[1] -= 2
+            open_reference(config, "float32")[1].commit(scored[f"{side}_key"].to_pylist(), [values], {})
+        with pytest.raises(
+            GateError, match=f"not those of the reference {spec.identity.digest}: scored again, pair r001:0:0-1"
+        ):
+            one(config, 2, pa.concat_tables([new, old]))
+    assert not (train_dir(config, 2) / "run.json").exists()
 
 
 @pytest.mark.slow
@@ -309,9 +361,11 @@ def _train_alone(config, number, pairs, variables):
 def test_a_killed_round_ends_as_an_undisturbed_one(in_ray, tmp_path, tiny_llama):
     carried = {"optimizer": "carry"}
     long = {"steps": 40, "checkpoint_every": 1, "pairs_per_step": 4}
-    config = rounds_config(tmp_path, tiny_llama, carried, train=long, cache={"uri": str(tmp_path / "cache")})
+    config = rounds_config(tmp_path, tiny_llama, carried, train=dict(long), cache={"uri": str(tmp_path / "cache")})
     (tmp_path / "undisturbed").mkdir()
-    other = rounds_config(tmp_path / "undisturbed", tiny_llama, carried, train=long, cache={"uri": str(tmp_path / "cache")})
+    other = rounds_config(
+        tmp_path / "undisturbed", tiny_llama, carried, train=dict(long), cache={"uri": str(tmp_path / "cache")}
+    )
     with session(config):
         one(config, 1)
     shutil.copytree(config.run_dir, other.run_dir)
