@@ -22,6 +22,11 @@ def config(path: object, data: dict | None = None, **rounds: object) -> Config:
     return Config(output="runs", model={"path": "model"}, data=data or {}, rounds=section | rounds)
 
 
+def text_of(ids: list[int]) -> str:
+    """The text of an answer: tokens 8 and 9 are two ways to write the same."""
+    return " ".join(str(8 if one == 9 else one) for one in ids if one != STOP)
+
+
 def prompts(count: int, held_out: int = 0, source: str = "prompts") -> pa.Table:
     """Prompts of one token, the last ``held_out`` of which are held out."""
     rows = [
@@ -56,6 +61,7 @@ def answered(table: pa.Table, answers: dict[int, list[tuple]], number: int = 1) 
                     "round": number,
                     "seed": 7,
                     "answer_ids": ids,
+                    "answer": text_of(ids),
                     "end": end[0] if end else "stop",
                     "engine": "transformers",
                 }

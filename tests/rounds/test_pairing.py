@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from itertools import product
 
 import numpy as np
 import pyarrow as pa
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from round_tables import STOP, answered, prompts, settings
+from round_tables import STOP, answered, prompts, settings, text_of
 
 from raydpo.data.keys import completion_key
 from raydpo.data.pairs import PAIR_SCHEMA
@@ -68,6 +69,11 @@ def test_the_same_tokens_never_make_a_pair():
     assert made(answers) == [(0, 0, 2)]
     assert made(answers, settings(pairs=ALL)) == [(0, 0, 2)]
     assert made({0: answers[0][:2]}) == []
+
+
+def test_the_same_text_makes_a_pair_only_if_one_is_cut():
+    assert made({0: [(1.0, [8, STOP]), (0.0, [9, STOP])]}) == []
+    assert made({0: [(1.0, [8, STOP]), (1.0, [8], "length")]}) == [(0, 0, 1)]
 
 
 # ---- all
@@ -133,7 +139,7 @@ def test_final_rewards():
 # ---- any input
 
 answer = st.tuples(
-    st.sampled_from([None, 0.0, 0.25, 0.5, 1.0]), st.lists(st.integers(3, 5), min_size=1, max_size=2), st.booleans()
+    st.sampled_from([None, 0.0, 0.25, 0.5, 1.0]), st.lists(st.integers(7, 9), min_size=1, max_size=2), st.booleans()
 )
 world = st.dictionaries(st.integers(0, 5), st.lists(answer, min_size=1, max_size=6), min_size=1, max_size=4)
 configurations = st.builds(
@@ -169,18 +175,23 @@ def test_what_holds_for_every_pair(answers, rounds, random):
             assert pair["chosen_ids" if side == "good" else "rejected_ids"] == ids
             sides.append((reward, ids))
         assert sides[0][0] - sides[1][0] > rounds.pairs.margin
+        cut = [each[number][2] for number in (pair["good"], pair["bad"])]
         assert sides[0][1] != sides[1][1]
+        assert text_of(sides[0][1]) != text_of(sides[1][1]) or cut[0] != cut[1]
         used.setdefault(pair["prompt_id"], []).extend([pair["good"], pair["bad"]])
     assert all(len(set(each)) == len(each) <= 2 * rounds.pairs.per_prompt for each in used.values())
     assert len(set(pairs["pair_id"].to_pylist())) == len(pairs)
     for row, each in described.items():  # a prompt without a pair has none to give
         able = [
-            (0.0 if end == "length" and rounds.cut == "zero" else reward, ids)
+            (0.0 if end == "length" and rounds.cut == "zero" else reward, ids, text_of(ids), end)
             for reward, ids, end in each
             if not (end == "length" and rounds.cut == "drop")
         ]
         able = [one for one in able if one[0] is not None]
-        fits = any(good - bad > rounds.pairs.margin and ids != other for good, ids in able for bad, other in able)
+        fits = any(
+            good[0] - bad[0] > rounds.pairs.margin and good[1] != bad[1] and good[2:] != bad[2:]
+            for good, bad in product(able, able)
+        )
         assert fits == (table["prompt_id"][row].as_py() in used)
     tables = [each.take(pa.array(random.sample(range(len(each)), len(each)))) for each in (table, samples, scores)]
     again = make_pairs(*tables, rounds, 1)  # as other workers and blocks would give them
@@ -244,7 +255,7 @@ def test_a_round_without_answers_has_the_columns_of_pairs():
 def round_of(number, rows, token=20):
     """Pairs of a round of its own answers to the prompts ``rows``."""
     table = prompts(60)
-    answers = {row: [(1.0, [token + number, row, STOP]), (0.0, [token + number, row + 1, STOP])] for row in rows}
+    answers = {row: [(1.0, [token + number, 100 + row, STOP]), (0.0, [token + number, 101 + row, STOP])] for row in rows}
     samples, scored = answered(table, answers, number)
     return make_pairs(table, samples, final_rewards(samples, scored, settings()), settings(), number)
 

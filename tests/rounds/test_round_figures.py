@@ -14,7 +14,7 @@ from round_tables import STOP, answered, prompts, settings
 from raydpo.errors import DataError
 from raydpo.rounds.figures import held_out_figures, pair_figures, sampled_figures
 from raydpo.rounds.pairing import final_rewards, make_pairs, with_replay
-from raydpo.rundir.rounds import HELD_OUT_SCHEMA, ROUNDS_SCHEMA
+from raydpo.rundir.rounds import HELD_OUT_SCHEMA, ROUNDS_SCHEMA, SAMPLE_SCHEMA, SCORE_SCHEMA
 
 KEYS = set(ROUNDS_SCHEMA.names)
 FUNCTIONS = ("exact", "form")
@@ -36,6 +36,7 @@ def made(seed, n=5, greedy=False, equal=True):
                     "sample": sample,
                     "round": 2,
                     "seed": 1,
+                    "answer": "",
                     "answer_ids": [rng.randint(3, 6) for _ in range(rng.randint(1, 3))] + [STOP],
                     "end": rng.choice(["stop", "stop", "length"]),
                     "engine": "transformers",
@@ -45,6 +46,7 @@ def made(seed, n=5, greedy=False, equal=True):
                     "details": None,
                     "seconds": 0.1,
                     "log_ratio": None if sample < 0 else rng.gauss(1, 1),
+                    "log_ratio_previous": None if sample < 0 else rng.gauss(0.5, 1),
                 }
             )
     rng.shuffle(rows)
@@ -52,8 +54,8 @@ def made(seed, n=5, greedy=False, equal=True):
 
 
 def tables(whole):
-    scores = whole.select(["prompt_id", "sample", "reward", "parts", "error", "details", "seconds"])
-    return whole.select(["prompt_id", "sample", "round", "seed", "answer_ids", "end", "engine"]), scores
+    scores = whole.select(SCORE_SCHEMA.names)
+    return whole.select(SAMPLE_SCHEMA.names), scores
 
 
 def counted(rows, threshold):
@@ -127,14 +129,16 @@ def test_figures_of_held_out_answers(seed):
     wanted = {f"eval_{name}": value for name, value in counted(rows, 0.5).items()}
     shared = [name for name in wanted if name in KEYS and name != "eval_errors"]
     same({name: found[name] for name in shared}, {name: wanted[name] for name in shared})
-    assert found.keys() == {name for name in KEYS if name.startswith("eval_") and "previous" not in name}
+    assert found.keys() == {name for name in KEYS if name.startswith("eval_")}
     assert found["eval_errors"] == wanted["eval_errors"] + sum(row["error"] is not None for row in greedy)
     assert found["eval_success_greedy"] == fmean((row["reward"] or 0) > 0.5 for row in greedy)
     assert len(greedy) == 4
     assert found["eval_drift_initial"] == pytest.approx(fmean(row["log_ratio"] for row in rows))
+    assert found["eval_drift_previous"] == pytest.approx(fmean(row["log_ratio_previous"] for row in rows))
     for name, value in (
         ("eval_success_se", lambda row: float((row["reward"] or 0) > 0.5)),
         ("eval_drift_initial_se", lambda row: row["log_ratio"]),
+        ("eval_drift_previous_se", lambda row: row["log_ratio_previous"]),
     ):  # as many answers of each prompt, so the standard error of the means of prompts
         means = {}
         for row in rows:
@@ -165,6 +169,7 @@ def test_a_drift_that_was_not_measured_is_none():
     assert found["eval_drift_initial"] is None
     assert found["eval_drift_initial_se"] is None
     assert found["eval_success"] is not None
+    assert found["eval_drift_previous"] is not None
 
 
 def test_figures_of_nothing_are_none_and_never_nan():

@@ -126,7 +126,10 @@ class Rounds:
             for key, place in self.places.items()
             for sample in range(count)
         ]
-        samples = pa.Table.from_pylist([row | {"end": "stop", "engine": "world"} for row in rows], schema=SAMPLE_SCHEMA)
+        samples = pa.Table.from_pylist(
+            [row | {"end": "stop", "engine": "world", "answer": str(row["answer_ids"])} for row in rows],
+            schema=SAMPLE_SCHEMA,
+        )
         scored = {name: pa.nulls(len(rows), SCORE_SCHEMA.field(name).type) for name in SCORE_SCHEMA.names[3:]}
         scored["reward"] = pa.array(self.rewards[drawn.flatten()].numpy())
         found = make_pairs(self.prompts, samples, final_rewards(samples, pa.table(scored), config), config, number)
