@@ -252,10 +252,10 @@ def _plan(args: argparse.Namespace, console: Console) -> dict[str, Any]:
 def _plan_rounds(config: Config, answer_tokens: float | None, asked: dict[str, Any], console: Console) -> dict[str, Any]:
     import pyarrow.compute as pc
 
+    from raydpo.config.rewards import requests_of
     from raydpo.estimate.rounds import RoundPrompts
     from raydpo.estimate.rounds_display import estimate_rounds, print_rounds
     from raydpo.pipeline.tokenised import open_tokeniser
-    from raydpo.rewards.models import requests_of
     from raydpo.rounds.prompts import held_out_of, read_prompts, slice_of
 
     rounds = config.rounds

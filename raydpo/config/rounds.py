@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from raydpo.config.data import as_sources
+from raydpo.config.data import as_sources, source_name
 from raydpo.config.rewards import RewardConfig, check_names
 from raydpo.config.section import Float, Int, PathOrUri, Section
 
@@ -197,6 +197,10 @@ class RoundsConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> RoundsConfig:
         check_names(self.rewards)
+        names = [source_name(source) for source in self.prompts]
+        if len(set(names)) < len(names):
+            twice = min(name for name in names if names.count(name) > 1)
+            raise ValueError(f"two sources of rounds.prompts are both named {twice!r}; give each its own name")
         if all(one.weight == 0 for one in self.rewards):
             raise ValueError("every reward has weight 0, so all answers are equal; give one a weight")
         if self.stop.drift is not None and (self.sample.top_p < 1 or self.sample.temperature != 1):
