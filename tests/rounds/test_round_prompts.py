@@ -226,6 +226,12 @@ def test_nothing_usable_and_nothing_to_split(tokeniser, write):
         read(write(asked(1) * 3), tokeniser)
 
 
+def test_two_sources_of_one_name_are_refused():
+    with pytest.raises(ValueError, match=r"two sources of rounds.prompts are both named 'p'; give each its own name"):
+        settings(prompts=[{"path": "a/p.jsonl"}, {"path": "b/p.jsonl"}])
+    assert len(settings(prompts=[{"path": "a/p.jsonl"}, {"path": "b/p.jsonl", "name": "other"}]).prompts) == 2
+
+
 def test_the_same_tokens_are_one_prompt(tokeniser, write):
     records = [one | {"answer": str(number)} for number, one in enumerate(asked(6))]
     table, said = read(write([*records, records[0], records[1] | {"answer": "other"}]), tokeniser)
