@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import hashlib
 import importlib
@@ -76,8 +77,8 @@ def built_in(name: str) -> ModuleType:
 
 
 def built_in_digest(name: str) -> str:
-    """Digest of the source of a built-in function, of the modules of this folder that it names, and of the versions of the
-    packages that it uses."""
+    """Digest of the code of a built-in function, of the modules of this folder that it names, and of the versions of the
+    packages that it uses. Comments, docstrings and layout do not count: a release may change them."""
     first, packages = _MODULES[name]
     sources: dict[str, bytes] = {}
     todo = [first]
@@ -89,13 +90,23 @@ def built_in_digest(name: str) -> str:
             todo += re.findall(r"raydpo\.rewards\.(\w+)", sources[module].decode())
     digest = hashlib.sha256()
     for module in sorted(sources):
-        digest.update(f"\0{module}\0".encode() + hashlib.sha256(sources[module]).digest())
+        digest.update(f"\0{module}\0".encode() + hashlib.sha256(_code(sources[module]).encode()).digest())
     for package in packages:
         try:
             digest.update(f"\0{package} {importlib.metadata.version(package)}".encode())
         except importlib.metadata.PackageNotFoundError:
             digest.update(f"\0{package}".encode())
     return digest.hexdigest()[:32]
+
+
+def _code(source: bytes) -> str:
+    """Python source without comments and docstrings, laid out anew."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        documented = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
+        if documented and ast.get_docstring(node, clean=False) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+    return ast.unparse(tree)
 
 
 def open_built_in(reward: RewardConfig) -> Callable[..., Any]:
