@@ -12,7 +12,7 @@ import pytest
 HERE = Path(__file__).parent
 sys.path[:0] = [
     str(HERE),
-    *(str(HERE / name) for name in ("cluster", "training", "reference", "losses", "evaluation", "tokens", "rewards")),
+    *(str(HERE / name) for name in ("answers", "cluster", "training", "reference", "losses", "evaluation", "tokens", "rewards")),
 ]
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
