@@ -14,6 +14,8 @@ __all__ = ["Classifier"]
 
 BATCH_TOKENS = 8192
 """Largest number of positions of a batch, padding included; a single longer sequence is a batch of its own."""
+CPU_BATCH_TOKENS = 1024
+"""The same on a CPU, which a few hundred positions keep busy."""
 BATCH_ROWS = 64
 """Largest number of sequences of a batch."""
 FLOAT32_TOLERANCE = 1e-4
@@ -42,7 +44,9 @@ class Classifier:
         The last digits depend on the other sequences of the batch, which follow from ``rows`` alone.
         """
         found = np.empty(len(rows))
-        for batch in [[place] for place in range(len(rows))] if self.alone else _batches([len(row) for row in rows]):
+        most = CPU_BATCH_TOKENS if self._model.device.type == "cpu" else BATCH_TOKENS
+        lengths = [len(row) for row in rows]
+        for batch in [[place] for place in range(len(rows))] if self.alone else _batches(lengths, most):
             found[batch] = self._forward([rows[place] for place in batch])
         return found
 
@@ -81,11 +85,11 @@ class Classifier:
         return f"padding changes its scores (by {difference:.2g}, where the largest is {largest:.2g})"
 
 
-def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Divide the places of sequences into batches, the longest first."""
+def _batches(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
+    """Divide the places of sequences into batches of at most so many positions, the longest first."""
     batch: list[int] = []
     for place in sorted(range(len(lengths)), key=lambda place: (-lengths[place], place)):
-        if batch and (len(batch) == BATCH_ROWS or (len(batch) + 1) * lengths[batch[0]] > BATCH_TOKENS):
+        if batch and (len(batch) == BATCH_ROWS or (len(batch) + 1) * lengths[batch[0]] > most):
             yield batch
             batch = []
         batch.append(place)

@@ -80,8 +80,10 @@ def win_rate_at_equal_length(verdicts: np.ndarray, longer: np.ndarray) -> Interv
 
 
 def by_scores(policy: np.ndarray, reference: np.ndarray) -> tuple[np.ndarray, dict[str, Any]]:
-    """Return the verdicts that follow from two scores of each contest, [contests], and the mean difference of the scores."""
-    return (np.sign(policy - reference) + 1) / 2, {"score_difference": mean(policy - reference)}
+    """Return the verdicts that follow from two scores of each contest, [contests], and the mean difference of the scores.
+    A contest with a score of NaN is not judged."""
+    higher = policy - reference
+    return (np.sign(higher) + 1) / 2, {"score_difference": mean(higher[~np.isnan(higher)])}
 
 
 def own_scores(path: str, contests: Sequence[Contest]) -> tuple[np.ndarray, np.ndarray]:

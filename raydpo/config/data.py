@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import date
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -167,7 +167,14 @@ class DataConfig(Section):
         return self
 
 
-def source_name(source: SourceConfig) -> str:
+class _Named(Protocol):
+    """A source of pairs or of prompts."""
+
+    path: str
+    name: str | None
+
+
+def source_name(source: _Named) -> str:
     """Name of a source in counts and metrics."""
     if source.name is not None:
         return source.name

@@ -42,8 +42,7 @@ class JudgeConfig(Section):
             raise ValueError("expected an address such as https://host/v1")
         if parts.username is not None or parts.password is not None:
             raise ValueError(
-                "the address carries a user or password; set evaluate.judge.key to the name of an environment "
-                "variable instead"
+                "the address carries a user or password; set key to the name of an environment variable instead"
             )
         return value.rstrip("/")
 

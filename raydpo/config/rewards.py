@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from raydpo.config.judge import JudgeConfig
 from raydpo.config.section import Float, Int, PathOrUri, Section
 
-__all__ = ["BUILT_IN", "RewardConfig", "check_names", "reward_name"]
+__all__ = ["BUILT_IN", "RewardConfig", "check_names", "duels_of", "requests_of", "reward_name"]
 
 BUILT_IN = ("math", "json", "regex", "constraints", "code")
 """Names of the built-in reward functions."""
@@ -46,7 +46,7 @@ class RewardConfig(Section):
     """Name in tables and pages; null = that of the function or model."""
     timeout: Float = Field(default=60.0, gt=0)
     """Seconds that a function may take for the answers of one block; its answers are then scored one by one, each with as
-    much time."""
+    much time. math and code also get their seconds for each answer."""
     column: str | None = None
     """Column of the prompts that a built-in function reads: math the right answer (default: answer), json a JSON Schema,
     code the tests (default: tests), constraints the instructions (default: IFEval's instruction_id_list and kwargs)."""
@@ -61,11 +61,13 @@ class RewardConfig(Section):
     """Run code without a sandbox, where the machine allows none. Answers are programs that a model wrote: they then run with
     your rights."""
     seconds: Float = Field(default=5.0, gt=0)
-    """Seconds that math and code may take for one answer."""
+    """Seconds that math and code may take for one answer. code counts seconds of CPU time, for all tests of the answer."""
     scale: Literal["duels", "score"] = "duels"
-    """How a judge rewards: share of duels against other answers to the prompt that it won, or a score from 1 to 10."""
+    """How a judge rewards, from 0 to 1: the share of its duels with other answers to the prompt that an answer won (a tie
+    counts one half), or (s - 1) / 9 of a score s from 1 to 10."""
     opponents: Int = Field(default=1, ge=1)
-    """Number of duels of each answer. Each takes two requests, one for each order."""
+    """Number of duels that each answer begins; it is in as many again that others begin. A duel takes two requests, one for
+    each order."""
 
     @model_validator(mode="after")
     def _check(self) -> RewardConfig:
@@ -101,6 +103,18 @@ def reward_name(reward: RewardConfig) -> str:
         return reward.use.rpartition(":")[2]
     named = reward.reward_model or (reward.judge.model if reward.judge else "")
     return re.sub(r"[^A-Za-z0-9._-]+", "-", named.rstrip("/").rsplit("/", 1)[-1]).strip("-.") or "reward"
+
+
+def duels_of(answers: int, opponents: int) -> int:
+    """Number of duels among so many different answers to a prompt: each begins ``opponents``, but none twice."""
+    return min(answers * opponents, answers * (answers - 1) // 2)
+
+
+def requests_of(reward: RewardConfig, prompts: int, n: int) -> int:
+    """Largest number of requests of a reward for ``n`` answers to each of so many prompts. Equal answers save some."""
+    if reward.judge is None:
+        return 0
+    return prompts * (n if reward.scale == "score" else 2 * duels_of(n, reward.opponents))
 
 
 def check_names(rewards: tuple[RewardConfig, ...]) -> None:

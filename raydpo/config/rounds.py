@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from raydpo.config.data import as_sources
+from raydpo.config.data import as_sources, source_name
 from raydpo.config.rewards import RewardConfig, check_names
 from raydpo.config.section import Float, Int, PathOrUri, Section
 
@@ -188,7 +188,9 @@ class RoundsConfig(Section):
     offline: bool = False
     """Sample in the first round only, and train every round on its answers: offline DPO, to compare with."""
     optimizer: Literal["fresh", "carry"] = "fresh"
-    """Whether a round begins with new moments and a schedule of its own, or continues those of the round before."""
+    """Whether a round begins with new moments and a schedule of its own, or continues those of the round before. carry needs
+    train.steps: its schedule is over count times so many steps. Then count may be raised later only if train.schedule is
+    constant, train.warmup a number of steps, and train.beta a number."""
     measure: MeasureConfig = Field(default_factory=MeasureConfig)
     """Measurement on held-out prompts."""
     stop: StopConfig = Field(default_factory=StopConfig)
@@ -197,6 +199,10 @@ class RoundsConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> RoundsConfig:
         check_names(self.rewards)
+        names = [source_name(source) for source in self.prompts]
+        if len(set(names)) < len(names):
+            twice = min(name for name in names if names.count(name) > 1)
+            raise ValueError(f"two sources of rounds.prompts are both named {twice!r}; give each its own name")
         if all(one.weight == 0 for one in self.rewards):
             raise ValueError("every reward has weight 0, so all answers are equal; give one a weight")
         if self.stop.drift is not None and (self.sample.top_p < 1 or self.sample.temperature != 1):

@@ -41,4 +41,5 @@ def check_verb(config: Config, verb: Verb) -> None:
         and config.evaluate.data is None
         and (config.data.eval is None or (config.data.eval.path is None and config.data.eval.fraction is None))
     ):
-        raise ConfigError("there are no pairs to evaluate on; set evaluate.data to a file of preferences, or data.eval")
+        instead = "; 'raydpo rounds' measures held-out prompts itself" if config.rounds is not None else ", or data.eval"
+        raise ConfigError(f"there are no pairs to evaluate on; set evaluate.data to a file of preferences{instead}")

@@ -14,14 +14,24 @@ import pyarrow as pa
 
 from raydpo.config import Config, DataConfig, EvaluateConfig, SourceConfig, check_verb, source_name
 from raydpo.data.counting import train_on_of
-from raydpo.data.messages import Malformed, Text
+from raydpo.data.messages import Malformed, Notes, Text
 from raydpo.data.pairs import HELD_OUT, held_out_source
 from raydpo.data.preference import normalise
 from raydpo.data.records import Record, read_records
 from raydpo.data.split import held_out, kept, prompt_digest, question_digest
 from raydpo.errors import ConfigError
+from raydpo.rewards.columns import other_columns
 
-__all__ = ["Prompt", "choose_prompts", "evaluation_data", "prompt_texts", "reading", "sources_of", "trained_on"]
+__all__ = [
+    "Prompt",
+    "choose_prompts",
+    "evaluation_data",
+    "prompt_records",
+    "prompt_texts",
+    "reading",
+    "sources_of",
+    "trained_on",
+]
 
 
 @dataclass(frozen=True)
@@ -107,20 +117,31 @@ def choose_prompts(pairs: pa.Table, count: int, seed: int) -> list[Prompt]:
 
 def prompt_texts(prompts: Sequence[Prompt], config: Config) -> list[Text]:
     """Return the prompts as text or messages, as in the data: judges have their own templates."""
+    return [text for text, _ in prompt_records(prompts, config, {})]
+
+
+def prompt_records(prompts: Sequence[Prompt], config: Config, notes: Notes) -> list[tuple[Text, str]]:
+    """Return the prompts as text or messages, each with the other columns of its record, a JSON object.
+
+    Args:
+        notes: gets what reward functions see of the columns in another form, or not at all.
+    """
     wanted: dict[tuple[str, int], list[tuple[int, int]]] = {}
     for place, prompt in enumerate(prompts):
         name, _, rest = prompt.pair_id.rpartition(":")
         row, _, number = rest.partition("#")
         wanted.setdefault((name, int(row)), []).append((place, int(number or 0)))
-    found: list[Text] = [""] * len(prompts)
+    found: list[tuple[Text, str]] = [("", "{}")] * len(prompts)
     read = reading(config.evaluate)
     for name, source in sources_of(config).items():
         left = {row for other, row in wanted if other == name}
         for record in read(source) if left else ():
             if record.row in left:
                 left.discard(record.row)
+                columns, changed = other_columns(record.value or {}, ("prompt",))
+                notes |= changed
                 for place, number in wanted[name, record.row]:
-                    found[place] = _preference_prompt(record, number)
+                    found[place] = _preference_prompt(record, number), columns
             if not left:
                 break
     return found

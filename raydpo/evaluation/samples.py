@@ -83,7 +83,11 @@ class Answers:
         return answer_pairs([prompt.ids for prompt in self.prompts], self.policy)
 
     def table(
-        self, log_ratios: np.ndarray | None, exact_steps: np.ndarray | None, verdicts: Mapping[str, np.ndarray]
+        self,
+        log_ratios: np.ndarray | None,
+        exact_steps: np.ndarray | None,
+        verdicts: Mapping[str, np.ndarray],
+        rewards: Mapping[str, Any],
     ) -> pa.Table:
         """Return the rows of samples.parquet.
 
@@ -91,6 +95,7 @@ class Answers:
             log_ratios, exact_steps: the drift of each answer, float64 [A], or None if it was not measured.
             verdicts: verdicts on ``contests``, by the setting that names the judge: 1 = the policy won, 0.5 = tie, 0 = the
                 reference won, NaN = not judged. They are in columns ``verdict_NAME``, null where there was no contest.
+            rewards: columns of reward functions; see ``rewards.Rewarded.columns``.
         """
         sides = (("policy", self.policy), ("reference", self.reference))
         return pa.table(
@@ -99,13 +104,14 @@ class Answers:
                 "pair_id": [prompt.pair_id for prompt in self.prompts],
                 "sample": pa.array(self.samples, pa.int32()),
                 "prompt": self._decode([prompt.ids for prompt in self.prompts]),
-                **{side: self._words(answers) for side, answers in sides},
+                **{side: self.words(answers) for side, answers in sides},
                 **{f"{side}_ids": pa.array(answers, _IDS) for side, answers in sides},
                 **{
                     name: pa.nulls(len(self.policy), pa.float64()) if values is None else pa.array(values)
                     for name, values in (("log_ratio", log_ratios), ("exact_steps", exact_steps))
                 },
                 **{f"verdict_{name}": self._on_firsts(verdicts.get(name)) for name in JUDGES},
+                **rewards,
             }
         )
 
@@ -128,10 +134,11 @@ class Answers:
 
     def _firsts(self) -> list[tuple[int, str, str]]:
         rows = np.flatnonzero(self.samples == 0).tolist()
-        sides = (self._words([side[row] for row in rows]) for side in (self.policy, self.reference))
+        sides = (self.words([side[row] for row in rows]) for side in (self.policy, self.reference))
         return list(zip(rows, *sides, strict=True))
 
-    def _words(self, answers: Sequence[np.ndarray]) -> list[str]:
+    def words(self, answers: Sequence[np.ndarray]) -> list[str]:
+        """Return the text of answers, without the token that ended them and other special tokens."""
         stop = self.tokeniser.stop_ids
         return self._decode([one if is_cut(one, stop) else one[:-1] for one in answers])
 

@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 from raydpo.cluster.preflight import missing_vllm
 from raydpo.cluster.session import starts_own_ray
 from raydpo.config import LOSSES, Config, LoraSettings, SourceConfig, Verb, check_verb, source_name
+from raydpo.config.rewards import RewardConfig
 from raydpo.data.pairs import HELD_OUT, check_first_records, held_out_source
 from raydpo.data.records import read_records
 from raydpo.data.rows import FIRST_RECORDS
@@ -65,10 +66,11 @@ def check(config: Config, verb: Verb, console: Console, trials: Sequence[Config]
     trusted = [each for each in configs if each.model.trust_remote_code]
     models = [path for each in trusted for path in (each.model.path, each.reference_path)]
     if verb == "eval":
-        models += [path for each in trusted for path in (each.evaluate.policy, each.evaluate.reward_model)]
+        models += [each.evaluate.policy for each in trusted]
+    models += [path for path, trusting in _reward_models(config, configs, verb) if trusting]
     for path in dict.fromkeys(filter(None, models)):
         console.warn(f"model.trust_remote_code is on: Python code in {path} runs with your rights")
-    _check_values(configs, verb, console)
+    _check_values(config, configs, verb, console)
     tokenizers = _check_tokenizers(configs)
     if _evaluates(config, verb):
         _check_judges(configs)
@@ -89,7 +91,6 @@ def check_models(config: Config, verb: Verb, console: Console, trials: Sequence[
         ModelError: naming the weights that are missing or have another shape.
     """
     wanted: dict[tuple[str, str | None, bool], None] = {}
-    rewards: dict[tuple[str, bool], None] = {}
     for each in trials or [config]:
         trusted = each.model.trust_remote_code
         if verb == "eval":
@@ -102,10 +103,8 @@ def check_models(config: Config, verb: Verb, console: Console, trials: Sequence[
             _check_optimizer(each)
             _check_adapters(each)
             router_loss_coef(resolve_model(each.model.path), each.train.router_aux_loss_coef, trusted)
-        if each.evaluate.reward_model is not None and _evaluates(config, verb):
-            rewards[each.evaluate.reward_model, trusted] = None
     lines = [line for path, adapter, trusted in wanted for line in _complete(path, adapter, trusted)]
-    if rewards:
+    if rewards := _reward_models(config, trials or [config], verb):
         from raydpo.answers.reward import check_reward_model  # imports transformers' models
 
         lines += [line for path, trusted in rewards for line in check_reward_model(resolve_model(path), trusted)]
@@ -156,6 +155,21 @@ def _check_adapters(config: Config) -> None:
 def _evaluates(config: Config, verb: Verb) -> bool:
     """Whether ``verb`` measures policies as section ``evaluate`` says."""
     return verb == "eval" or (verb == "sweep" and config.sweep is not None and config.sweep.evaluate)
+
+
+def _reward_models(config: Config, configs: Sequence[Config], verb: Verb) -> list[tuple[str, bool]]:
+    """Reward models that ``verb`` loads, each with whether its code is trusted.
+
+    Args:
+        configs: the trials of ``config``, or ``config`` alone.
+    """
+    found: list[tuple[str | None, bool]] = []
+    for each in configs:
+        paths = [each.evaluate.reward_model, *(one.reward_model for one in each.evaluate.rewards)]
+        if not _evaluates(config, verb):
+            paths = [one.reward_model for one in each.rounds.rewards] if verb == "rounds" and each.rounds is not None else []
+        found += [(path, each.model.trust_remote_code) for path in paths]
+    return [(path, trusted) for path, trusted in dict.fromkeys(found) if path is not None]
 
 
 def _check_reference(config: Config) -> None:
@@ -231,7 +245,7 @@ def _check_data(configs: Sequence[Config], verb: Verb, console: Console) -> None
                 console.warn(problem)
 
 
-def _check_values(configs: Sequence[Config], verb: Verb, console: Console) -> None:
+def _check_values(base: Config, configs: Sequence[Config], verb: Verb, console: Console) -> None:
     """Hash the weights of all models, which refuses NaN and files of zeros, and warn of what was hardly meant.
 
     Digests are remembered, so later stages do not read the weights again.
@@ -245,8 +259,7 @@ def _check_values(configs: Sequence[Config], verb: Verb, console: Console) -> No
             wanted[files.base, files.adapter, trusted] = None
         else:
             wanted[config.model.path, config.model.adapter, trusted] = None
-        if config.evaluate.reward_model is not None and _evaluates(config, verb):
-            wanted[config.evaluate.reward_model, None, trusted] = None
+    wanted |= {(path, None, trusted): None for path, trusted in _reward_models(base, configs, verb)}
     for path, adapter, trusted in wanted:
         directory, adapter = resolve_model(path), adapter and resolve_model(adapter)
         identify(directory, "float32", adapter, trust_remote_code=trusted)
@@ -272,15 +285,21 @@ def _check_tokenizers(configs: Sequence[Config]) -> list[Any]:
 
 
 def _check_judges(configs: Sequence[Config]) -> None:
-    """Check what judges the answers of an evaluation: the user's function, the API key."""
+    """Check what judges the answers of an evaluation: the user's functions, the API keys."""
     from raydpo.answers.contests import own_function
     from raydpo.answers.judge import Judge
+    from raydpo.rewards.apply import check_rewards
 
     for path in dict.fromkeys(filter(None, (config.evaluate.score_with for config in configs))):
         own_function(path)
     for judge in dict.fromkeys(filter(None, (config.evaluate.judge for config in configs))):
         with Judge(judge):  # raises an error without its key; sends no request
             pass
+    checked: list[tuple[RewardConfig, ...]] = []
+    for config in configs:
+        if config.evaluate.rewards not in checked:
+            checked.append(config.evaluate.rewards)
+            check_rewards(config.evaluate.rewards, None, config)
 
 
 def pythons_of(configs: Sequence[Config]) -> list[str]:

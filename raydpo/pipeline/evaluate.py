@@ -24,9 +24,11 @@ from raydpo.cluster.session import session, starts_own_ray
 from raydpo.cluster.work import BlockTask, do_work
 from raydpo.config import Config, ObjectiveConfig, load_config
 from raydpo.config.counting import EVERYTHING, counting_texts
+from raydpo.config.rewards import reward_name
 from raydpo.data.counting import counts
 from raydpo.data.facts import prompt_numbers
 from raydpo.data.lists import all_pairs
+from raydpo.data.messages import Notes
 from raydpo.data.pairs import load_pairs
 from raydpo.data.select import COUNT_COLUMNS, LABEL
 from raydpo.data.tokenise import Tokeniser
@@ -35,7 +37,16 @@ from raydpo.evaluation.display import print_evaluation
 from raydpo.evaluation.drift import ExactSteps, measure_drift
 from raydpo.evaluation.policy import Policy, find_policy, harness_arguments, policy_files
 from raydpo.evaluation.preferences import ScoredPairs, measure_preferences
-from raydpo.evaluation.prompts import Prompt, choose_prompts, evaluation_data, prompt_texts, reading, trained_on
+from raydpo.evaluation.prompts import (
+    Prompt,
+    choose_prompts,
+    evaluation_data,
+    prompt_records,
+    prompt_texts,
+    reading,
+    trained_on,
+)
+from raydpo.evaluation.rewards import Rewarded, answers_to_score
 from raydpo.evaluation.samples import Answers
 from raydpo.model.limits import ModelLimits, check_limits
 from raydpo.model.rotary import rope_line
@@ -49,6 +60,8 @@ from raydpo.reference.pairs import reference_values
 from raydpo.reference.score import ReferenceSpec
 from raydpo.reference.store import ReferenceCache
 from raydpo.reports.write import write_report_or_warn
+from raydpo.rewards.apply import apply, check_rewards
+from raydpo.rewards.functions import reward_settings
 from raydpo.rundir.directory import CONFIG
 from raydpo.storage.files import Storage
 from raydpo.storage.uri import redacted
@@ -60,7 +73,7 @@ __all__ = ["evaluate", "pairs_to_evaluate", "protocol"]
 WORK_BLOCK = 64
 """Rows that an actor computes and stores together; a kill loses at most this many for each actor."""
 _NOT_IN_PROTOCOL = dict.fromkeys(
-    ("policy", "base", "data", "subsets", "chat", "score_missing", "batch", "vllm_python"), True
+    ("policy", "base", "data", "subsets", "chat", "score_missing", "batch", "vllm_python", "rewards"), True
 ) | {"judge": {"key", "timeout", "retries", "parallel"}}
 """Settings that do not change how a figure is measured. The pairs are in the protocol by their digest."""
 
@@ -84,7 +97,11 @@ def evaluate(config: Config, console: Console | None = None) -> dict[str, Any]:
     read = _read_pairs(config, console) if starts_own_ray(config) else None  # bad pairs end the command before that
     with session(config):
         check_cluster(
-            config, ["score"], console, (settings.policy, settings.base, settings.reward_model), pythons_of([config])
+            config,
+            ["score"],
+            console,
+            (settings.policy, settings.base, settings.reward_model, *(one.reward_model for one in settings.rewards)),
+            pythons_of([config]),
         )
         evaluation = _Evaluation.of(config, console, read)
         found, samples = evaluation.measure()
@@ -132,7 +149,18 @@ def _read_pairs(config: Config, console: Console) -> tuple[Tokeniser, pa.Table, 
     if settings.reward_model is not None:
         texts = prompt_texts(prompts, config)
         check_prompts(resolve_model(settings.reward_model), config.model.trust_remote_code, texts)
+    if settings.rewards:
+        _check_columns(prompts, config, console)
     return tokeniser, pairs, seen
+
+
+def _check_columns(prompts: Sequence[Prompt], config: Config, console: Console) -> None:
+    """Refuse reward functions that need a column which no record has."""
+    notes: Notes = {}
+    records = prompt_records(prompts, config, notes)
+    for note in notes:
+        console.warn(note.removeprefix("warning: "))
+    check_rewards(config.evaluate.rewards, {name for _, columns in records for name in json.loads(columns)}, config)
 
 
 def _check_lengths(prompts: Sequence[Prompt], max_tokens: int, models: Mapping[str, ModelLimits]) -> None:
@@ -149,6 +177,9 @@ def _check_lengths(prompts: Sequence[Prompt], max_tokens: int, models: Mapping[s
 def protocol(config: Config, pairs: pa.Table, reference: ReferenceSpec) -> dict[str, Any]:
     """Return how a policy is measured. The figures of two evaluations can be compared if their protocols are equal."""
     settings = config.evaluate.model_dump(mode="json", exclude=_NOT_IN_PROTOCOL)
+    settings["rewards"] = settings.pop("log_ratios")  # its name in evaluations that are stored
+    if config.evaluate.rewards:
+        settings["reward_functions"] = {reward_name(one): reward_settings(one) for one in config.evaluate.rewards}
     whole = pairs.drop_columns([name for name in COUNT_COLUMNS if name in pairs.column_names])
     digests = {"pairs": measured_pairs(whole)}
     if (counted := measured_pairs(pairs)) != digests["pairs"]:  # drift and answers do not depend on what counts
@@ -240,6 +271,7 @@ class _Evaluation:
             "generation": None,
             "drift": None,
             "wins": [],
+            "reward_functions": [],
             "samples": [],
         }
         if not modes:
@@ -256,10 +288,14 @@ class _Evaluation:
             lengths = np.array([len(answer) for answer in drifting.policy])
             found["drift"] = measure_drift(ratios, lengths, drifting.places, steps)
         found["wins"], verdicts = self._wins(prompts, modes)
+        rewarded = self._rewards(prompts, modes)
+        found["reward_functions"] = [each for one in rewarded.values() for each in one.figures(settings.rewards)]
         found["samples"] = next(iter(modes.values())).shown()
         samples = []
         for mode, answers in modes.items():
-            samples.append(answers.table(*(ratios, steps) if answers is drifting else (None, None), verdicts.get(mode, {})))
+            drift = (ratios, steps) if answers is drifting else (None, None)
+            columns = rewarded[mode].columns() if mode in rewarded else {}
+            samples.append(answers.table(*drift, verdicts.get(mode, {}), columns))
         return found, pa.concat_tables(samples)
 
     def _objective(self) -> ObjectiveConfig:
@@ -390,9 +426,13 @@ class _Evaluation:
                 asked = [json.dumps(one.prompt, sort_keys=True) for one in each]
                 for side in ("policy", "reference"):
                     tables.append(pa.table({"prompt": asked, "answer": [getattr(one, side) for one in each]}))
-            scores = iter([one["score"].to_numpy() for one in self._do(work, tables, "rewards")])
-            for mode in contests:
-                count("reward_model", settings.reward_model, mode, by_scores(next(scores), next(scores)))
+            scored = self._do(work, tables, "rewards")
+            self._told_by_reward_model(settings.reward_model, scored)
+            sides = iter([one["score"].to_numpy() for one in scored])
+            for mode, each in contests.items():
+                policy, reference = next(sides), next(sides)
+                equal = np.array([one.policy == one.reference for one in each])  # rounding must not decide a tie
+                count("reward_model", settings.reward_model, mode, by_scores(np.where(equal, reference, policy), reference))
         for mode, each in contests.items():
             if settings.score_with is not None:
                 count("score_with", settings.score_with, mode, by_scores(*own_scores(settings.score_with, each)))
@@ -401,6 +441,35 @@ class _Evaluation:
                     judged = judge_contests(judge, each, Storage(self.config.cache_uri), progress, self.console.warn)
                     count("judge", judge.name, mode, judged)
         return found, verdicts
+
+    def _told_by_reward_model(self, path: str, scored: Sequence[pa.Table]) -> None:
+        """Say which answers a reward model cannot score, and that it scores no batches.
+
+        Raises:
+            RaydpoError: if it can score none.
+        """
+        rows = pa.concat_tables(scored)
+        if why := rows["alone"].drop_null().to_pylist():
+            self.console.warn(f"the reward model {path} scores one answer at a time, which is slower: {why[0]}")
+        if errors := rows["error"].drop_null().to_pylist():
+            if len(errors) == rows.num_rows:
+                raise RaydpoError(f"the reward model {path} scored no answer: {errors[0]}")
+            self.console.warn(
+                f"the reward model {path} could not score {len(errors):,} of {rows.num_rows:,} answers, whose contests are "
+                f"not judged (first: {errors[0]})"
+            )
+
+    def _rewards(self, prompts: Sequence[Prompt], modes: dict[str, Answers]) -> dict[str, Rewarded]:
+        """Score the answers of policy and reference with the reward functions; return their rewards by mode."""
+        rewards, found = self.config.evaluate.rewards, {}
+        records = prompt_records(prompts, self.config, {}) if rewards else []
+        for mode, answers in modes.items() if rewards else ():
+            self.console.say(f"rewards of {mode} answers:")
+            scored = apply(rewards, answers_to_score(answers, records), self.config, self.console)
+            found[mode] = Rewarded.of(answers, scored)
+            for line in found[mode].account(rewards):
+                self.console.warn(line)
+        return found
 
     def _do(
         self, work: BlockTask, tables: Sequence[pa.Table], doing: str, resources: Resources | None = None

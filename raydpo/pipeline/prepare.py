@@ -144,6 +144,11 @@ class Prepared:
         return replace(self, config=config, sets=sets, pairs_digest=digest)
 
     @property
+    def name(self) -> str:
+        """Name of the run for people."""
+        return self.config.run_name if self.continued is None else self.continued.name
+
+    @property
     def filter_by_reference(self) -> PairFilter | None:
         """The condition on training pairs, if it reads log-probs of the reference."""
         if not self.config.data.filter:

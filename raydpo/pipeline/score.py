@@ -12,6 +12,7 @@ from raydpo.cluster.preflight import check_cluster
 from raydpo.cluster.session import session
 from raydpo.config import Config
 from raydpo.data.rows import TokenSource
+from raydpo.model.layout import PromptGroup
 from raydpo.pipeline.audit import audit_prepared
 from raydpo.pipeline.partition import place_reference
 from raydpo.pipeline.prepare import (
@@ -65,19 +66,26 @@ def score_streamed(config: Config, console: Console) -> tuple[BuildReport, Token
 
 
 def score_prepared(
-    prepared: Prepared, console: Console, tables: list[pa.Table] | None = None, *, report: BuildReport | None = None
+    prepared: Prepared,
+    console: Console,
+    tables: list[pa.Table] | None = None,
+    *,
+    report: BuildReport | None = None,
+    again: Sequence[PromptGroup] = (),
 ) -> BuildReport:
     """Score what the cache lacks, then write the audit.
 
     Args:
         tables: pairs to score; None = those of ``prepared``.
         report: of a build that has just scored them, without mismatched completions.
+        again: as that of ``reference.build.build``.
     """
     config, cache, sets = prepared.config, prepared.cache, prepared.sets
     if config.needs_reference:
         if report is None or sets is not prepared.own:
             stored = {"tokens": sets.tokens, "light": [source.light for source in sets.sources]} if tables is None else {}
-            more = fill_cache(tables or prepared.tables, prepared.reference, cache, config, console, **stored)
+            wanted = tables or prepared.tables
+            more = fill_cache(wanted, prepared.reference, cache, config, console, again=again, **stored)
             report = more if report is None else report.followed_by(more)
     else:
         console.say(f"reference: none; loss {config.train.loss_text} needs none, so nothing is scored")
@@ -101,11 +109,12 @@ def fill_cache(
     tokens: TokenSource | None = None,
     light: Sequence[pa.Table] | None = None,
     beside: Callable[[], str] = str,
+    again: Sequence[PromptGroup] = (),
 ) -> BuildReport:
     """Score the completions of tokenised pairs that ``cache`` lacks, with the workers of section ``score``.
 
     Args:
-        tables, tokens, light: as the pairs, tokens and light rows of ``reference.build.build``.
+        tables, tokens, light, again: as the pairs, tokens, light rows and groups ``again`` of ``reference.build.build``.
         beside: says what goes on beside it, for the progress line.
     """
     placed = place_reference(config, spec)
@@ -141,6 +150,7 @@ def fill_cache(
             tokens_per_part=config.score.tokens_per_part,
             tokens=tokens,
             light=light,
+            again=again,
         )
     for problem in report.problems:
         console.warn(problem)

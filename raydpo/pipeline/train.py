@@ -231,7 +231,7 @@ def train_prepared(
                     pairs=joined.pairs,
                     held_out=joined.held_out,
                     run_dir=config.run_dir,
-                    run_name=config.run_name,
+                    run_name=prepared.name,
                     track=config.track,
                     base_name=prepared.base_name,
                     tokenizer=prepared.tokeniser.tokenizer,
@@ -257,10 +257,7 @@ def train_prepared(
 
 def trained_policy(prepared: Prepared, storage: Storage) -> ReferenceIdentity:
     """Identity of the policy in ``final/`` of the run directory ``storage``."""
-    model, final = (
-        prepared.config.model,
-        resolve_model(f"{storage.uri}/{FINAL}"),
-    )
+    model, final = prepared.config.model, resolve_model(f"{storage.uri}/{FINAL}")
     base, adapter = (prepared.policy_dir, final) if model.adapts else (final, None)
     length = prepared.config.data.max_length
     return identify(base, prepared.dtype, adapter, model.quantization, model.trust_remote_code, max_length=length)
@@ -301,7 +298,7 @@ def _summarise(
     prompts = [text for text, _ in job.sample_prompts]
     answers = ([decode(ids, skip_special_tokens=True) for ids in trained[f"samples_{when}"]] for when in ("before", "after"))
     return {
-        "name": config.run_name,
+        "name": prepared.name,
         "run_dir": redact(config.run_dir),
         "raydpo": __version__,
         "steps": trained["steps"],

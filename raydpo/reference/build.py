@@ -62,6 +62,8 @@ class BuildReport:
         seconds: duration of the build, the start of its workers included.
         parts: parts that this build committed.
         problems: one sentence for each damaged file that was found at the start.
+        again: log-probs of the groups ``again`` of ``build``, one after another: float32 [tokens]; None without any, or if
+            nothing was scored.
     """
 
     identity: str
@@ -74,6 +76,7 @@ class BuildReport:
     seconds: float
     parts: int
     problems: tuple[str, ...]
+    again: np.ndarray | None = None
 
     def followed_by(self, other: BuildReport) -> BuildReport:
         """Both builds as one, where ``other`` wanted all that this one did, and more."""
@@ -98,6 +101,7 @@ def build(
     note: Callable[[str], None] = lambda line: None,
     tokens: TokenSource | None = None,
     light: Sequence[pa.Table] | None = None,
+    again: Sequence[PromptGroup] = (),
 ) -> BuildReport:
     """Score the completions of ``pairs`` that ``cache`` lacks.
 
@@ -116,6 +120,7 @@ def build(
         note: called once for each message of an actor to the user.
         tokens: source of the pairs' tokens, which actors read. None = the tables themselves, which then travel once.
         light: for each set its rows of ``data.rows.LIGHT_SCHEMA``, see ``heads.Heads``; only with ``tokens``.
+        again: groups of completions that the cache holds, for the actors to score again. They are not stored.
 
     Raises:
         RaydpoError: what an actor raised.
@@ -136,6 +141,7 @@ def build(
         )
     parts = scored_tokens = scored = found = 0  # found: scored by other builds
     told: set[str] = set()
+    values: np.ndarray | None = None
     if waiting is not None:
         progress(0, work.to_do)
     try:
@@ -145,7 +151,8 @@ def build(
             # Each replica of a team needs some micro-batches of every shard.
             shards = work.shards(waiting, tokens_per_part * resources.replicas, resources.teams)
             source = work.source
-            for row in _score_on_ray(shards, source, spec, cache, known, resources, tokens_per_batch, note):
+            for row in _score_on_ray(shards, source, spec, cache, known, resources, tokens_per_batch, note, again):
+                values = np.array(row["again"], np.float32) if again else None
                 sample = np.array(row["sample"], np.float32)
                 first = sample if first is None else first
                 _compare_workers(spec, cache, first, sample)
@@ -178,7 +185,7 @@ def build(
             Claims(cache, frozenset()).clear()
     counts = work.wanted, work.hits, scored, work.to_do - scored, cache.stored_twice(cache.builder, since=before)
     seconds = time.perf_counter() - start
-    return BuildReport(cache.identity.digest, *counts, scored_tokens, seconds, parts, tuple(work.problems))
+    return BuildReport(cache.identity.digest, *counts, scored_tokens, seconds, parts, tuple(work.problems), values)
 
 
 class _Work:
@@ -339,6 +346,7 @@ def _score_on_ray(
     resources: Resources,
     tokens_per_batch: int | Literal["auto"],
     tell: Callable[[str], None],
+    again: Sequence[PromptGroup],
 ) -> Any:
     import ray
 
@@ -349,6 +357,7 @@ def _score_on_ray(
     alone = min(resources.teams, len(first)) == 1
     tokens = ray.put(source) if isinstance(source, (TokenTables, MismatchedTokens)) else source
     arguments = (spec, cache.storage.uri, cache.builder, frozenset(known), resources, tokens_per_batch, check_rows, alone)
+    arguments += (again,)
     # Two calls at once: while one shard is computed, the previous one is written, or the next one is read and claimed.
     given = {"calls_at_once": 2, "environment": resources.environment, "tell": tell}
     blocks = (pa.table({"shard": [pickle.dumps(shard)]}) for shard in chain(first, shards))
@@ -369,6 +378,7 @@ class _ScoreShard:
         tokens_per_batch: int | Literal["auto"],
         check_rows: Sequence[PromptGroup],
         alone: bool = False,
+        again: Sequence[PromptGroup] = (),
     ) -> None:
         import ray
         import torch
@@ -391,6 +401,8 @@ class _ScoreShard:
         settings |= {"threads": resources.threads, "sequence": resources.sequence}
         partition = Partition(resources.partition, resources.offload)
         self.scorer = open_scorer(spec, device=resources.device, partition=partition, **settings)
+        values = [one for group in self.scorer.score(list(again)) for one in group] if again else []
+        self.values = np.concatenate([np.empty(0, np.float32), *values])
         self.planning, self.computing = threading.Lock(), threading.Lock()
 
     def __call__(self, block: pa.Table) -> pa.Table:
@@ -425,6 +437,7 @@ class _ScoreShard:
                 "tokens": [shard.tokens],
                 "seconds": [seconds],
                 "sample": pa.array([self.scorer.sample], pa.list_(pa.float32())),
+                "again": pa.array([self.values], pa.list_(pa.float32())),
                 "notes": pa.array([self.scorer.notes], pa.list_(pa.string())),
             }
         )

@@ -79,8 +79,8 @@ def shown_samples(samples: list[dict[str, str]] | None) -> list[dict[str, str]]:
 
 
 def evaluation_tables(evaluation: dict[str, Any]) -> list[Table]:
-    """Return the tables of an evaluation: preferences over pairs and over labels first, then answers, drift and wins, where
-    they were measured."""
+    """Return the tables of an evaluation: preferences over pairs and over labels first, then answers, drift, wins and
+    rewards of functions, where they were measured."""
     tables = [_preferences(evaluation)] if evaluation["preferences"]["total"]["pairs"] else []
     if labels := evaluation["preferences"].get("labels"):
         tables.append(_labels(labels))
@@ -90,6 +90,8 @@ def evaluation_tables(evaluation: dict[str, Any]) -> list[Table]:
         tables.append(_drift(drift))
     if wins := evaluation.get("wins"):
         tables.append(_wins(wins))
+    if rewards := evaluation.get("reward_functions"):
+        tables.append(_rewards(rewards))
     return tables
 
 
@@ -174,6 +176,18 @@ def _wins(wins: list[dict[str, Any]]) -> Table:
         rates = [interval(each["win_rate"]), interval(each.get("equal_length"))]
         rows.append(Row(each["judge"], [text(each["mode"]), *rates, *counts]))
     return Table("Wins of the policy over the reference; a tie counts one half", columns, rows)
+
+
+def _rewards(rewards: list[dict[str, Any]]) -> Table:
+    rows = []
+    for each in rewards:
+        means = [interval(each[side]) for side in ("policy", "reference")]
+        counts = [number(each["answers"], ",.0f")]
+        counts += [number(sum(each[name].values()), ",.0f") for name in ("none", "errors")]
+        weight = number(each["weight"], "g")
+        rows.append(Row(each["name"], [text(each["mode"]), weight, *means, interval(each["difference"], "+.3f"), *counts]))
+    columns = ("function", "answers", "weight", "policy", "reference", "difference", "of each", "does not apply", "failed")
+    return Table("Rewards of answers by reward functions, means with 95 % intervals over prompts", columns, rows)
 
 
 def _calibration(bins: list[dict[str, Any]], total: dict[str, Any]) -> Picture:

@@ -147,7 +147,6 @@ def _facts(record: RoundsRecord) -> list[tuple[str, str]]:
         ("what trains", f"LoRA, r {lora['r']}" if lora else "an adapter" if setting("model.adapter") else "all weights"),
         ("held-out success, start", _success(ends[0]) if ends and ends[0]["round"] == 0 else None),
         ("held-out success, last", _success(ends[-1]) if len(ends) > 1 else None),
-        ("rounds", f"{len(record.trained):,}" if rows else None),
         ("samples", "of the first round only (offline)" if setting("rounds.offline") else "of each round's policy"),
         ("reference", f"moves every {reference['every']} rounds" if isinstance(reference, dict) else reference),
         ("answers to a prompt", sample.get("n")),
@@ -179,11 +178,8 @@ def _rewards(record: RoundsRecord) -> Table | None:
             number(failed.count(reward.name), ",.0f"),
         ]
         rows.append(Row(reward.name, cells))
-    return (
-        Table("Reward functions", ("", "what", "weight", "held out, start", "held out, last", "errors"), rows)
-        if rows
-        else None
-    )
+    columns = ("", "what", "weight", "held out, start", "held out, last", "errors")
+    return Table("Reward functions", columns, rows) if rows else None
 
 
 def _failed(row: dict[str, Any]) -> bool:

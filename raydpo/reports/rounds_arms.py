@@ -144,8 +144,8 @@ def _read(course: Sequence[Place], axis: Axis, x: float) -> Value | None:
     """Return the success of a run where the axis first has the value ``x``; None if it never has.
 
     Of several measurements with exactly this value the last counts. Between two measurements success and errors are
-    interpolated: an interpolated error is an upper bound, whether or not the two are independent. Where the value on the axis
-    has an error, it counts with the slope of success.
+    interpolated: an interpolated error is an upper bound, whether or not the two are independent. Where the value on the
+    axis has an error, it counts with the slope of success.
     """
     places = [(value, place) for place in course if (value := axis.of(place)) is not None]
     exact = [number for number, (value, _) in enumerate(places) if value == x]

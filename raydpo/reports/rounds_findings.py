@@ -53,8 +53,8 @@ def rounds_findings(record: RoundsRecord) -> list[Finding]:
 
 
 def within(value: float, error: float | None, form: str = ".2f") -> str:
-    """Format a value and its standard error: ``0.84 ± 0.05``."""
-    return format(value, form) if error is None else f"{value:{form}} ± {error:{form}}"
+    """Format a value and its standard error, if it is known: ``0.84 ± 0.05``."""
+    return f"{value:z{form}}" if error is None else f"{value:z{form}} ± {error:{form}}"
 
 
 def starts(record: RoundsRecord) -> tuple[float, float]:

@@ -18,8 +18,9 @@ from raydpo.config import Config
 from raydpo.config.rewards import BUILT_IN, RewardConfig, reward_name
 from raydpo.data.nearest import quoted
 from raydpo.errors import ConfigError
-from raydpo.rewards.call import NO_COLUMNS
-from raydpo.rewards.functions import RewardFunction, built_in, resolve
+from raydpo.rewards.call import ARGUMENTS, NO_COLUMNS
+from raydpo.rewards.functions import RewardFunction, resolve
+from raydpo.rewards.sources import built_in
 from raydpo.rewards.task import ROWS, RewardTask
 from raydpo.rundir.rounds import SCORE_SCHEMA
 from raydpo.storage.files import Storage
@@ -107,6 +108,11 @@ def _scored(reward: RewardConfig, answers: pa.Table, config: Config, console: Co
         resources = resources_for("score", config) if reward.reward_model else None
         with console.part(doing) as progress:
             return model_rewards(reward, answers, config, storage, resources, progress, console.warn)
+    if reward.unsafe:
+        console.warn(
+            f"the reward {reward_name(reward)} runs programs that a model wrote without a sandbox, with your rights "
+            "(unsafe: true)"
+        )
     task, tables = RewardTask.of(reward, round=round, step=step), _blocks(answers)
     resources = usable_cores() if owns_ray() or not has_ray() else _actors()
     with console.part(doing, "answers") as progress:
@@ -159,7 +165,9 @@ def check_rewards(rewards: Sequence[RewardConfig], columns: Collection[str] | No
         if reward.judge is not None:
             from raydpo.answers.judge import Judge
 
-            with Judge(reward.judge):  # raises an error without its key; sends no request
+            with Judge(
+                reward.judge, f"judge of the reward {reward_name(reward)}"
+            ):  # raises an error without its key; sends no request
                 pass
         if reward.reward_model is not None:
             from raydpo.answers.reward import check_reward_model
@@ -182,8 +190,7 @@ def check_rewards(rewards: Sequence[RewardConfig], columns: Collection[str] | No
 
 def _check_parameters(name: str, function: RewardFunction, columns: Collection[str]) -> None:
     """Refuse a function that cannot be called with the arguments that TRL gives it."""
-    given = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"}
-    given |= set(columns) - set(NO_COLUMNS)
+    given = {*ARGUMENTS, *columns} - {"prompt", "completion"}
     parameters = function.parameters or ()
     named = {one for one, kind, _ in parameters if kind in ("POSITIONAL_OR_KEYWORD", "KEYWORD_ONLY")}
     needed = [one for one, kind, default in parameters if not default and not kind.startswith("VAR_")]

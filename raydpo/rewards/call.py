@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
-import importlib
 import inspect
 import json
 import math
@@ -18,13 +16,13 @@ import select
 import signal
 import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any, BinaryIO
 
 from raydpo.errors import one_line
+from raydpo.rewards.sources import built_in_digest, imported, open_built_in, sources_digest
 
-__all__ = ["answer_to", "imported", "main", "read_message", "sources_digest", "written"]
+__all__ = ["ARGUMENTS", "HEADER", "NO_COLUMNS", "answer_to", "main", "read_message", "written"]
 
 HEADER = 8
 """Bytes before each message: its length, big-endian."""
@@ -32,9 +30,10 @@ MOST_TEXT = 300
 """Characters of an exception's message that are kept."""
 MOST_DETAIL = 2000
 """Characters of a logged value of an unknown type that are kept."""
-NO_COLUMNS = ("prompt", "prompts", "completion", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
-"""Columns that functions do not get. TRL leaves out the singular ones; the others are names of arguments."""
-_PACKAGES = ("site-packages", "dist-packages")
+ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+"""Arguments of reward functions beside the columns, as in TRL. No column can be named like them."""
+NO_COLUMNS = ("prompt", "completion", *ARGUMENTS)
+"""Columns that functions do not get; TRL leaves out the first two, too."""
 
 
 def main() -> None:
@@ -81,8 +80,7 @@ def _end_with(requests: int, replies: int) -> None:
 def _opened(reward: Mapping[str, Any]) -> tuple[Callable[..., Any], dict[str, Any]]:
     """The function of a ``RewardConfig`` as plain data, and what the parent asks about it."""
     if ":" not in reward["use"]:
-        from raydpo.config.rewards import RewardConfig
-        from raydpo.rewards.functions import built_in_digest, open_built_in
+        from raydpo.config.rewards import RewardConfig  # a user's own function needs no pydantic
 
         made = RewardConfig.model_validate(reward)
         return open_built_in(made), {"digest": built_in_digest(reward["use"])}
@@ -96,43 +94,6 @@ def _opened(reward: Mapping[str, Any]) -> tuple[Callable[..., Any], dict[str, An
 
 def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
     return list(inspect.signature(function).parameters.values())
-
-
-def imported(path: str) -> tuple[ModuleType, Callable[..., Any]]:
-    """Import ``module:function`` from the working directory or an installed package.
-
-    Raises:
-        AttributeError: if the module has no such function.
-        BaseException: what the module raises.
-    """
-    name, _, attribute = path.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    module = importlib.import_module(name)
-    function = getattr(module, attribute)
-    if not callable(function):
-        raise TypeError(f"{attribute} is not a function but a {type(function).__name__}")
-    return module, function
-
-
-def sources_digest(module: ModuleType) -> str:
-    """Digest of the source files of a module and of the modules in its directory and below that it has imported.
-
-    It does not cover modules that are imported while the function runs, installed packages, and data files.
-    """
-    file = getattr(module, "__file__", None)
-    digest = hashlib.sha256(module.__name__.encode())
-    if file is None:
-        return digest.hexdigest()[:32]
-    top, found = Path(file).resolve().parent, {Path(file).resolve()}
-    for other in list(sys.modules.values()):
-        with contextlib.suppress(Exception):  # some modules compute their attributes
-            place = Path(str(other.__file__)).resolve()
-            if place.is_relative_to(top) and not set(_PACKAGES) & set(place.relative_to(top).parts):
-                found.add(place)
-    for place in sorted(found):
-        digest.update(f"\0{place.relative_to(top)}\0".encode() + hashlib.sha256(place.read_bytes()).digest())
-    return digest.hexdigest()[:32]
 
 
 def answer_to(function: Callable[..., Any], request: Mapping[str, Any]) -> dict[str, Any]:

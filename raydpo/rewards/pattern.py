@@ -12,7 +12,7 @@ from typing import Any
 
 from raydpo.config.rewards import RewardConfig, reward_name
 from raydpo.errors import ConfigError, one_line
-from raydpo.rewards.functions import answer_text
+from raydpo.rewards.sources import answer_text
 
 __all__ = ["check", "column", "make"]
 

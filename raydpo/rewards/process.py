@@ -26,6 +26,10 @@ RESULTS = pa.schema([("reward", pa.float64()), ("error", pa.string()), ("details
 object; its share of the seconds of the call."""
 START_SECONDS = 300.0
 """Seconds in which a function's module is imported."""
+_OWN = ("math", "code")
+"""Built-in functions that limit the seconds of each answer themselves."""
+OWN_LIMIT = 4.0
+"""Seconds of the clock for one of their limit: a machine may be busy, and a process is replaced."""
 HANGS = 3
 """Calls in a row beyond the time limit after which no answer of a block that hangs is tried alone."""
 _LOOK = 0.1
@@ -172,7 +176,8 @@ class Caller:
 
     def _alone(self, block: Mapping[str, list[Any]]) -> dict[str, Any]:
         if self.hangs >= HANGS:
-            return self._failed(f"TimeoutError: not tried, since {self.hangs} calls in a row took more than {self._limit}")
+            limit = f"{self._seconds(1):g} s"
+            return self._failed(f"TimeoutError: not tried, since {self.hangs} calls in a row took more than {limit}")
         start = time.monotonic()
         found = self._call(block)
         return self._failed(found, time.monotonic() - start) if isinstance(found, str) else found[0]
@@ -184,13 +189,13 @@ class Caller:
         if self.process is None:
             self.process = self._started()
         request = {f"{name}s" if name in ("prompt", "completion") else name: values for name, values in block.items()}
-        start = time.monotonic()
+        start, seconds = time.monotonic(), self._seconds(len(block["prompt"]))
         try:
-            reply = self.process.ask(request | self.state, self.reward.timeout)
+            reply = self.process.ask(request | self.state, seconds)
         except _Slow:
             self._end()
             self.hangs += 1
-            return f"TimeoutError: took more than {self._limit}"
+            return f"TimeoutError: took more than {seconds:g} s"
         except (ChildProcessError, ValueError) as error:
             self._end()
             self.hangs = 0
@@ -206,9 +211,10 @@ class Caller:
     def _failed(error: str, seconds: float = 0.0) -> dict[str, Any]:
         return {"reward": None, "error": error, "details": None, "seconds": seconds}
 
-    @property
-    def _limit(self) -> str:
-        return f"{self.reward.timeout:g} s"
+    def _seconds(self, answers: int) -> float:
+        """Time limit of a call. Functions that end long answers themselves get the time to do so."""
+        own = OWN_LIMIT * self.reward.seconds * answers if self.reward.use in _OWN else 0.0
+        return self.reward.timeout + own
 
     def _end(self) -> None:
         process, self.process = self.process, None

@@ -21,6 +21,7 @@ from raydpo.rounds.measuring import measure_settings
 from raydpo.rounds.prompts import held_out_of, read_prompts, slice_of
 from raydpo.rounds.sampling import sample_settings
 from raydpo.rounds.stage import Made, made_of, refusal
+from raydpo.rounds.training import check_training
 from raydpo.rundir.directory import PROMPTS, RUN, SWEEP, TRAIN, round_folder
 from raydpo.rundir.fingerprint import changed_settings
 from raydpo.storage.files import Storage
@@ -130,6 +131,7 @@ def refuse_changes(inputs: Inputs, ledger: Ledger) -> None:
     Raises:
         ConfigError: with all settings that differ.
     """
+    check_training(inputs.config)
     storage = inputs.storage
     now = {
         "sample": sample_settings(inputs),

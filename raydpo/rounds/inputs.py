@@ -12,11 +12,11 @@ import pyarrow as pa
 from raydpo.cluster.resources import resources_for
 from raydpo.cluster.work import BlockTask, do_work
 from raydpo.config import Config
-from raydpo.config.rewards import RewardConfig, reward_name
+from raydpo.config.rewards import reward_name
 from raydpo.config.rounds import RoundsConfig
 from raydpo.data.tokenise import Tokeniser
 from raydpo.reference.score import ReferenceSpec
-from raydpo.rewards.functions import resolve
+from raydpo.rewards.functions import reward_settings
 from raydpo.rounds.stage import content_digest
 from raydpo.rounds.training import policy_spec
 from raydpo.storage.files import Storage
@@ -65,6 +65,16 @@ class Inputs:
             self._policies[number] = policy_spec(self.config, number)
         return self._policies[number]
 
+    def say_once(self, line: str) -> None:
+        """Print a line that many stages would print, once."""
+        if line not in self._said:
+            self._said.add(line)
+            self.console.say(line)
+
+    @functools.cached_property
+    def _said(self) -> set[str]:
+        return set()
+
     @functools.cached_property
     def _policies(self) -> dict[int, ReferenceSpec]:
         return {}
@@ -72,8 +82,11 @@ class Inputs:
     @functools.cached_property
     def reward_settings(self) -> dict[str, Any]:
         """Settings that decide the rewards, by their keys. Of a function they are the digests of its source and options."""
-        found = {f"rounds.rewards ({reward_name(one)})": _reward_settings(one) for one in self.rounds.rewards}
-        return found | {"rounds.cut": self.rounds.cut}
+        found: dict[str, Any] = {"rounds.cut": self.rounds.cut}
+        for one in self.rounds.rewards:
+            key = f"rounds.rewards ({reward_name(one)})"
+            found |= {f"{key} {name}": value for name, value in reward_settings(one).items()}
+        return found
 
     def work(self, task: BlockTask, tables: Sequence[pa.Table], doing: str, block: int) -> list[pa.Table]:
         """Do work on tables, in blocks of ``block`` rows; see ``cluster.work.do_work``."""
@@ -89,14 +102,3 @@ class Inputs:
                 doing=doing,
                 warn=self.console.warn,
             )
-
-
-def _reward_settings(reward: RewardConfig) -> dict[str, Any]:
-    told: dict[str, Any] = {"weight": reward.weight}
-    if reward.use is not None:
-        function = resolve(reward)
-        return told | {"use": reward.use, "source": function.digest, "options": dict(function.options)}
-    chosen = reward.model_dump(mode="json", exclude_defaults=True, exclude={"weight", "name", "timeout", "judge"})
-    if reward.judge is not None:
-        chosen["judge"] = reward.judge.model_dump(mode="json", exclude={"key", "timeout", "retries", "parallel"})
-    return told | chosen

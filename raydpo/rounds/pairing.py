@@ -43,6 +43,12 @@ class _Answer:
     sample: int
     reward: float
     ids: bytes
+    text: str
+    cut: bool
+
+    def same_as(self, other: _Answer) -> bool:
+        """Whether both say the same and end alike. A cut answer differs from one that says the same and ends."""
+        return self.ids == other.ids or (self.text == other.text and self.cut == other.cut)
 
 
 def final_rewards(samples: pa.Table, scored: pa.Table, rounds: RoundsConfig) -> pa.Table:
@@ -73,8 +79,9 @@ def make_pairs(prompts: pa.Table, samples: pa.Table, scores: pa.Table, rounds: R
     """Return the pairs of round ``number``, rows of ``ROUND_PAIR_SCHEMA``. The order of the given rows does not matter.
 
     Chosen is better than rejected by more than ``pairs.margin``. Answers without a reward are in no pair, nor cut ones with
-    ``cut: drop``; nor are two answers with the same tokens, whatever their rewards. Among equal rewards the lowest sample
-    comes first. Completions are the ids as sampled: a cut one has no end token.
+    ``cut: drop``. Two answers with the same tokens or the same text make no pair, whatever their rewards; but one that is
+    cut and one that ends may. Among equal rewards the lowest sample comes first. Completions are the ids as sampled: a cut
+    one has no end token.
 
     Args:
         prompts: rows of ``PROMPT_SCHEMA``.
@@ -136,7 +143,7 @@ def _chosen(answers: Sequence[_Answer], rounds: RoundsConfig) -> list[tuple[_Ans
         for bad in worst_first:
             if good.reward - bad.reward <= rounds.pairs.margin:
                 break
-            if bad.sample not in used and bad.ids != good.ids:
+            if bad.sample not in used and not good.same_as(bad):
                 pairs.append((good, bad))
                 used |= {good.sample, bad.sample}
                 break
@@ -150,7 +157,7 @@ def _best_worst(answers: Sequence[_Answer], margin: float) -> list[tuple[_Answer
     for good in answers:
         for bad in answers:
             difference = good.reward - bad.reward
-            if difference > margin and bad.ids != good.ids:
+            if difference > margin and not good.same_as(bad):
                 rank = (-difference, good.sample, bad.sample)
                 if best is None or rank < best:
                     best, pair = rank, [(good, bad)]
@@ -179,9 +186,11 @@ def _by_prompt(samples: pa.Table, scores: pa.Table, rounds: RoundsConfig) -> dic
     if rounds.cut == "drop":
         use = pc.and_(use, pc.invert(_is_cut(samples)))
     ids, rewards = Ragged.of(samples["answer_ids"]), scores["reward"].to_pylist()
+    texts, cut = samples["answer"].to_pylist(), _is_cut(samples).to_pylist()
     answers: dict[bytes, list[_Answer]] = {}
     for place in np.flatnonzero(use.to_numpy()).tolist():
-        one = _Answer(numbers[place], rewards[place], ids[place].astype(np.int32, copy=False).tobytes())
+        content = ids[place].astype(np.int32, copy=False).tobytes()
+        one = _Answer(numbers[place], rewards[place], content, texts[place], cut[place])
         answers.setdefault(keys[place], []).append(one)
     return answers
 

@@ -6,6 +6,7 @@ import hashlib
 import struct
 from collections.abc import Callable, Sequence
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -24,7 +25,7 @@ from raydpo.data.split import held_out, prompt_digest, question_digest
 from raydpo.data.tally import SourceReport
 from raydpo.data.tokenise import TokenisedPair, Tokeniser
 from raydpo.errors import DataError
-from raydpo.rounds.columns import as_json, other_columns
+from raydpo.rewards.columns import as_json, other_columns
 from raydpo.rundir.rounds import PROMPT_SCHEMA
 from raydpo.storage.uri import redact
 from raydpo.terminal.console import Console
@@ -168,7 +169,7 @@ class _Reader:
 
     def _row(
         self, record: Record, prompt: PromptAlone, ids: TokenisedPair | Malformed, found: Sequence[Remark]
-    ) -> tuple | None:
+    ) -> tuple[Any, ...] | None:
         """The row of a prompt, or None if it cannot be used."""
         report, rounds = self.report, self.config.rounds
         if isinstance(ids, Malformed):

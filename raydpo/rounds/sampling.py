@@ -7,14 +7,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from raydpo.answers.answering import Answering
 from raydpo.answers.draws import answer_rows, rows_of_block
-from raydpo.cluster.resources import resources_for
+from raydpo.answers.engine import pick_engine, sampling
 from raydpo.reference.score import ReferenceSpec
 from raydpo.rounds.inputs import Inputs
 from raydpo.rundir.rounds import SAMPLE_SCHEMA
 
-__all__ = ["GREEDY", "answer", "answering", "sample_settings"]
+__all__ = ["GREEDY", "answer", "sample_settings"]
 
 WORK_BLOCK = 64
 """Least number of answers that a worker makes and stores together; a kill loses one such block for each worker. It is no
@@ -30,22 +29,6 @@ def sample_settings(inputs: Inputs) -> dict[str, Any]:
         "rounds.per_round": inputs.rounds.per_round,
         "model.tokenizer (stop tokens)": list(inputs.tokeniser.stop_ids),
     }
-
-
-def answering(inputs: Inputs, spec: ReferenceSpec) -> Answering:
-    """The work of answering prompts with the policy ``spec``."""
-    sample = inputs.rounds.sample
-    longest = max(map(len, inputs.prompts["prompt_ids"]))
-    return Answering(
-        spec=spec,
-        max_tokens=sample.max_tokens,
-        stop=inputs.tokeniser.stop_ids,
-        batch=sample.batch,
-        engine="transformers",
-        python=sample.vllm_python,
-        positions=longest + sample.max_tokens,
-        memory_share=resources_for("score", inputs.config).memory_share,
-    )
 
 
 def answer(
@@ -69,7 +52,9 @@ def answer(
     tables += [answer_rows(ids)] if greedy else []
     places = [np.repeat(np.arange(len(ids)), n), *([np.arange(len(ids))] if greedy else [])]
     samples = [np.tile(np.arange(n), len(ids)), *([np.full(len(ids), GREEDY)] if greedy else [])]
-    work = answering(inputs, spec)
+    engine, line = pick_engine(inputs.config, spec)
+    inputs.say_once(line)
+    work = sampling(inputs.config, spec, engine, inputs.tokeniser.stop_ids, max(map(len, inputs.prompts["prompt_ids"])))
     found = inputs.work(work, tables, "answering", rows_of_block(n, WORK_BLOCK))
     answers = [one for table in found for one in table["answer_ids"].to_pylist()]
     stop = set(work.stop)

@@ -23,6 +23,7 @@ from raydpo.pipeline.train import train_prepared
 from raydpo.reference.identity import identify, origin_of, resolve_model
 from raydpo.reference.score import ReferenceSpec
 from raydpo.reference.shards import Wanted
+from raydpo.rounds.stored import compare_stored, groups_of, stored_pairs
 from raydpo.rundir.directory import (
     CACHE_HITS,
     CHECKPOINTS,
@@ -176,9 +177,10 @@ def train_round(config: Config, number: int, pairs: pa.Table, start: Start, cons
     summary = finished_summary(storage, prepared.fingerprint(), sets.train)
     counts = _count_hits(prepared, storage)
     if summary is None:
-        score_prepared(prepared, console, prepared.tables)
+        prepared = _scored(prepared, console)
         rate = counts["hits"] / counts["wanted"] if counts["wanted"] else None
-        summary = train_prepared(prepared, console, rate)
+        train_prepared(prepared, console, rate)
+        summary = _summary(config, number)
     _remove_checkpoints(config, number)
     return summary | counts
 
@@ -277,21 +279,42 @@ def _check_identities(config: Config, prepared: Prepared, start: Start) -> None:
         )
 
 
+def _scored(prepared: Prepared, console: Console) -> Prepared:
+    """Fill the cache. If the step-0 gate will not be able to compare it with the policy, compare some of what it held."""
+    if _begins_as_reference(prepared):
+        score_prepared(prepared, console, prepared.tables)
+        return prepared
+    stored = stored_pairs(prepared)
+    report = score_prepared(prepared, console, prepared.tables, again=groups_of(stored))
+    compared = "none of its pairs was scored before this round"
+    if not report.scored:
+        compared = "all of its pairs were scored before, and nothing was scored again"
+    elif report.again is not None:
+        compared = compare_stored(prepared, stored, report.again)
+    return replace(prepared, continued=replace(prepared.continued, compared=compared))
+
+
+def _begins_as_reference(prepared: Prepared) -> bool:
+    """Whether the step-0 gate can compare policy and cache; also without a reference, where there is nothing to compare."""
+    identity = prepared.reference.identity
+    return not prepared.config.needs_reference or prepared.policy_identity().same_model(identity)
+
+
 def _continued(config: Config, number: int) -> Continued:
     """What round ``number`` takes over from those before it."""
-    rounds, first = config.rounds, _reference_round(config, number) + 1
+    rounds = config.rounds
     steps = sum(_summary(config, each)["steps"] for each in range(1, number))
     begins_as = "the policy before round 1" if number == 1 else f"the policy of round {number - 1}"
-    compared = (
-        "none of its log-probs is known by an earlier round"
-        if number == first
-        else f"round {first} compared its log-probs, and further ones are computed from the same files"
-    )
     carried: dict[str, Any] = {}
     if rounds.optimizer == "carry":
         carried = {"first": steps, "total": rounds.count * config.train.steps}
         carried["checkpoint"] = None if number == 1 else _last_checkpoint(config, number - 1)
-    return Continued(begins_as=begins_as, compared=compared, position=steps if rounds.offline else 0, **carried)
+    return Continued(
+        name=f"{config.run_name}, round {number}",
+        begins_as=begins_as,
+        position=steps if rounds.offline else 0,
+        **carried,
+    )
 
 
 def _last_checkpoint(config: Config, number: int) -> str:

@@ -6,12 +6,21 @@ from typing import Any
 
 import yaml
 
-from raydpo.config import Config, is_hub_name
+from raydpo.config import Config, RoundsConfig, is_hub_name, reward_name
 from raydpo.config.counting import EVERYTHING, counting_texts
 from raydpo.rundir.summary import EVALUATION_TABLE
 from raydpo.storage.uri import redact
 
 __all__ = ["model_card"]
+
+FIXED = (
+    "Preference tuning on a fixed set of pairs takes over that set's biases, favours length where the set does, and does "
+    "not explore beyond it; the figures above are of pairs of the same origin."
+)
+ON_POLICY = (
+    "The pairs are answers of the model itself, chosen by the reward functions above. Training on them strengthens whatever "
+    "these functions pay for, also where they are wrong, and makes answers more alike."
+)
 
 
 def model_card(config: Config, summary: dict[str, Any]) -> str:
@@ -30,10 +39,11 @@ def model_card(config: Config, summary: dict[str, Any]) -> str:
         front["base_model"] = config.model.path
     train, reference, unit = config.train, summary["reference"], summary.get("unit", "pairs")
     method = "direct preference optimization (arXiv 2305.18290)" if train.loss == "sigmoid" else "preference optimization"
-    start = f"`{_last(config.model.path)}`"
+    start = _named(config.model.path, config)
     if config.model.adapter:
-        start += f" with adapter `{_last(config.model.adapter)}`"
-    lines = ["---", yaml.safe_dump(front, sort_keys=False).strip(), "---", "", f"# {config.run_name}", ""]
+        start += f" with adapter {_named(config.model.adapter, config)}"
+    name = summary.get("name", config.run_name)
+    lines = ["---", yaml.safe_dump(front, sort_keys=False).strip(), "---", "", f"# {name}", ""]
     lines += [f"Trained from {start} by {method} with raydpo {summary['raydpo']}.", "", "| | |", "|---|---|"]
     how = (
         "the adapter that it began with"
@@ -42,8 +52,8 @@ def model_card(config: Config, summary: dict[str, Any]) -> str:
         if config.model.lora
         else "all weights"
     )
-    data = ", ".join(f"`{_last(source.path)}`" for source in config.data.train)
-    compared = reference["path"] and f"`{_last(reference['path'])}`, identity `{reference['identity']}`"
+    data = ", ".join(f"`{_last(source.path)}`" for source in config.data.train or config.rounds.prompts)
+    compared = reference["path"] and f"{_named(reference['path'], config)}, identity `{reference['identity']}`"
     counted, _ = counting_texts(config.model_dump(mode="json", include={"data"})["data"])
     rows = [
         ("what trained", how),
@@ -58,7 +68,8 @@ def model_card(config: Config, summary: dict[str, Any]) -> str:
         (f"{unit} a step", f"{train.pairs_per_step:,}"),
         (f"{unit} seen", f"{summary['pairs_seen']:,}"),
         ("seed", f"{train.seed}"),
-        ("data", f"{data}, {summary['training_pairs']:,} {unit}"),
+        ("data", f"{'answers to prompts of ' if config.rounds else ''}{data}, {summary['training_pairs']:,} {unit}"),
+        *([("rewards", _rewards(config.rounds))] if config.rounds else []),
         ("reference", compared or "none"),
         ("step-0 gate", (summary["gate"] or "not run").removeprefix("step-0 gate: ")),
     ]
@@ -71,13 +82,25 @@ def model_card(config: Config, summary: dict[str, Any]) -> str:
             for key, label in EVALUATION_TABLE
             if key in after and key in before
         ]
-    lines += [
-        "",
-        "Preference tuning on a fixed set of pairs takes over that set's biases, favours length where the set "
-        "does, and does not explore beyond it; the figures above are of pairs of the same origin.",
-        "",
-    ]
+    lines += ["", ON_POLICY if config.rounds else FIXED, ""]
     return "\n".join(lines)
+
+
+def _rounds_of(config: Config) -> str:
+    """Directory of the rounds to which a training belongs."""
+    return config.output.rstrip("/").rpartition("/")[0]
+
+
+def _named(path: str, config: Config) -> str:
+    """The name of a model in the card: of the policy of an earlier round, that round."""
+    begin = f"{_rounds_of(config)}/"
+    if config.rounds and path.startswith(f"{begin}round-"):
+        return f"the policy of `{path.removeprefix(begin).partition('/')[0]}`"
+    return f"`{_last(path)}`"
+
+
+def _rewards(rounds: RoundsConfig) -> str:
+    return ", ".join(f"{reward_name(reward)} (weight {reward.weight:g})" for reward in rounds.rewards)
 
 
 def _last(path: str) -> str:

@@ -65,14 +65,15 @@ class RunRecord:
             )
         config = read_file(storage, CONFIG, yaml.safe_load) or {}
         evals = _table(storage, EVAL)
-        name = config.get("name") or str(storage).rstrip("/").rsplit("/", 1)[-1]
+        summary = read_file(storage, SUMMARY, json.loads)
+        name = (summary or {}).get("name") or config.get("name") or str(storage).rstrip("/").rsplit("/", 1)[-1]
         return cls(
             str(storage),
             str(name),
             redacted(config),
             _table(storage, METRICS),
             evals.rename({column: column.removeprefix("eval_") for column in evals.columns}),
-            read_file(storage, SUMMARY, json.loads),
+            summary,
             read_file(storage, EVALUATION, json.loads),
             (read_file(storage, RUN, json.loads) or {}).get("held_out"),
         )

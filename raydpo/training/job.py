@@ -24,6 +24,7 @@ class Continued:
     """What a training takes over from those of the rounds before it.
 
     Attributes:
+        name: of the training, for people: the name of the rounds and the number of this one.
         begins_as: the policy that it begins with, in words, such as "the policy of round 1".
         compared: what is known of the cached log-probs where the gate cannot compare them, as a sentence without full stop.
         position: steps that earlier rounds took on the same pairs. Their order goes on from there.
@@ -32,6 +33,7 @@ class Continued:
             moments.
     """
 
+    name: str
     begins_as: str
     compared: str = ""
     position: int = 0

@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 Opinion = Callable[[str, str], str]
-"""From the first and the second answer to what the model says."""
+"""From the first and the second answer to what the model says. The second is empty if there is only one."""
 
 
 class JudgeServer:
@@ -45,7 +45,8 @@ def serving(opinion: Opinion) -> Iterator[JudgeServer]:
                 number = len(state.requests)
             time.sleep(state.delay)
             status = 404 if self.path != "/v1/chat/completions" else state.trouble(number) or 200
-            first, second = re.findall(r"<answer_[AB]>\n(.*?)\n</answer_[AB]>", body["messages"][-1]["content"], re.DOTALL)
+            said = body["messages"][-1]["content"]
+            first, second = [*re.findall(r"<answer(?:_[AB])?>\n(.*?)\n</answer(?:_[AB])?>", said, re.DOTALL), ""][:2]
             reply = {"choices": [{"message": {"role": "assistant", "content": state.opinion(first, second)}}]}
             data = json.dumps(reply).encode() if state.body is None else state.body
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # whoever asked has given up

@@ -37,7 +37,12 @@ FAMILIES = {
         "position_buckets": 32,
         "pos_att_type": ["p2c", "c2p"],
     },
-    "modernbert": {"max_position_embeddings": 128, "pad_token_id": 0, "global_attn_every_n_layers": 2, "local_attention": 16},
+    "modernbert": {
+        "max_position_embeddings": 128,
+        "pad_token_id": 0,
+        "global_attn_every_n_layers": 2,
+        "local_attention": 16,
+    },
 }
 
 
@@ -145,11 +150,10 @@ def test_a_causal_model_may_ignore_the_mask_of_padding_behind_its_text():
 
 
 def test_batches_hold_similar_lengths_and_few_positions(monkeypatch):
-    monkeypatch.setattr(batching, "BATCH_TOKENS", 100)
     monkeypatch.setattr(batching, "BATCH_ROWS", 4)
     lengths = [3, 50, 40, 200, 3, 3, 3, 3, 30]
-    found = list(batching._batches(lengths))
-    assert found == [[3], [1, 2], [8, 0, 4], [5, 6, 7]] and list(batching._batches([])) == []
+    found = list(batching._batches(lengths, 100))
+    assert found == [[3], [1, 2], [8, 0, 4], [5, 6, 7]] and list(batching._batches([], 100)) == []
 
 
 def test_equal_answers_have_equal_scores_and_one_that_cannot_be_scored_is_its_own_error(tmp_path):

@@ -1,6 +1,7 @@
 """Wins by scores: a user's function, and a reward model."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -127,8 +128,8 @@ def test_reward_model(classifier):
             expected = model(tokenizer(text, return_tensors="pt")["input_ids"]).logits[0, 0].item()
         assert score == pytest.approx(expected, abs=1e-6)
     assert np.std(scores) > 0
-    with pytest.raises(ModelError, match="tokens, but the reward model takes at most 128"):
-        work.open("cpu")(pa.table({"prompt": [json.dumps("sky " * 300)], "answer": ["x"]}))
+    (refused,) = work.open("cpu")(pa.table({"prompt": [json.dumps("sky " * 300)], "answer": ["x"]})).to_pylist()
+    assert refused["score"] is None and "tokens, but the reward model takes at most 128" in refused["error"]
 
 
 def with_tokens(classifier, directory, tokens, special):
@@ -156,10 +157,10 @@ def test_token_ids_that_a_reward_model_does_not_have(classifier, tmp_path):
     (warning,) = check_reward_model(padded, False)
     assert "has 1 special token(s) (<turn>) beyond the " in warning
     act = RewardModel.at(padded, "float32", False).open("cpu")
-    with pytest.raises(
-        FilesError, match=r"gives token ids up to [\d]+ \('<turn>'\).*give the reward model with the tokenizer"
-    ):
-        act(pa.table({"prompt": [json.dumps("The sky <turn> is")], "answer": [" blue"]}))
+    rows = pa.table({"prompt": [json.dumps("The sky <turn> is"), json.dumps("The sky is")], "answer": [" blue"] * 2})
+    refused, scored = act(rows).to_pylist()
+    assert re.search(r"gives token ids up to [\d]+ \('<turn>'\).*give the reward model with the tok", refused["error"])
+    assert refused["score"] is None and scored["score"] is not None and scored["error"] is None
     talk = [{"role": "user", "content": "why"}]
     check_prompts(padded, False, ["The sky", talk])
     (tmp_path / "padded" / "chat_template.jinja").write_text("{% for m in messages %}<turn>{{ m['content'] }}{% endfor %}")
@@ -191,9 +192,9 @@ def test_a_reward_model_that_numbers_positions_behind_its_padding(tmp_path):
     tokenizer.save_pretrained(tmp_path)
     act = RewardModel.at(str(tmp_path), "float32", False).open("cpu")
     table = pa.table({"prompt": [json.dumps("")], "answer": ["\n" * 32]})
-    assert len(tokenizer("\n" * 32)["input_ids"]) == 32 and act(table).num_rows == 1
-    with pytest.raises(FilesError, match="have 33 tokens, but the reward model takes at most 32"):
-        act(pa.table({"prompt": [json.dumps("")], "answer": ["\n" * 33]}))
+    assert len(tokenizer("\n" * 32)["input_ids"]) == 32 and act(table)["error"].to_pylist() == [None]
+    (error,) = act(pa.table({"prompt": [json.dumps("")], "answer": ["\n" * 33]}))["error"].to_pylist()
+    assert "have 33 tokens, but the reward model takes at most 32" in error
 
 
 def test_what_is_no_reward_model_is_refused(tiny_llama, tmp_path):
@@ -254,5 +255,5 @@ def test_a_score_that_is_no_number_is_an_error(classifier, tmp_path):
     tensors["score.weight"].fill_(3e38)  # finite, but no sum of a few is
     save_file(tensors, ours / "model.safetensors", metadata={"format": "pt"})
     act = RewardModel.at(str(ours), "float32", False).open("cpu")
-    with pytest.raises(ModelError, match=r"gives the answer ' blue' a score of (nan|-?inf)"):
-        act(pa.table({"prompt": [json.dumps("The sky is")], "answer": [" blue"]}))
+    (found,) = act(pa.table({"prompt": [json.dumps("The sky is")], "answer": [" blue"]})).to_pylist()
+    assert found["score"] is None and re.search(r"gives the answer ' blue' a score of (nan|-?inf)", found["error"])

@@ -134,7 +134,7 @@ def _row(number: int, rounds: int, step: int, parts: dict[str, float]) -> dict[s
         "eval_any": min(1.0, 0.5 + 0.2 * number),
         "eval_errors": 0,
         "eval_tokens": 10.0 - 0.25 * number,
-        "eval_cut": 0.2 - 0.05 * number,
+        "eval_cut": max(0.0, 0.2 - 0.05 * number),
         "eval_distinct": 0.9 - 0.05 * number,
         "eval_entropy": 2.0 - 0.3 * number,
         "eval_drift_initial": 0.7 * number,

@@ -6,12 +6,12 @@ import polars as pl
 import pytest
 from browser import BROWSER, drive
 from made import HOSTILE, made_run, made_sweep
+from made_rounds import made_rounds
 
 from raydpo.reports import write_comparison, write_report
 from raydpo.reports.explain import SHOWN, WORLD, closed_form, write_explanation
 
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
-KINDS = ("run", "sweep", "comparison", "explain")
 POINT = (
     "const at = (target, kind, x, y) => target.dispatchEvent(new w.PointerEvent(kind, {clientX: x, clientY: y, "
     "bubbles: true, pointerType: 'mouse'}));"
@@ -26,6 +26,15 @@ def pages(tmp_path_factory):
         made_run(place, "two", beta=0.5, steps=20),
     ]
     found = {"run": write_report(str(runs[0])), "sweep": write_report(str(made_sweep(place, (0.03, 0.1, 0.3), steps=20)))}
+    rounds = [
+        made_rounds(
+            place, "rounds-of-a-long-name", rounds=5, prompt=HOSTILE, answer=HOSTILE * 9, errors={2: f"math: {HOSTILE}"}
+        ),
+        made_rounds(place, "fixed", settings={"offline": True, "train.seed": 1}),
+        made_rounds(place, "fixed-2", settings={"offline": True, "train.seed": 2}),
+    ]
+    found["rounds"] = write_report(str(rounds[0]))
+    write_comparison([str(run) for run in rounds], place / "rounds-compared.html")
     for kind, page in found.items():
         shutil.copy(page, place / f"{kind}.html")
     write_comparison([str(run) for run in runs], place / "comparison.html")
@@ -33,7 +42,17 @@ def pages(tmp_path_factory):
     return place
 
 
-@pytest.mark.parametrize(("kind", "dark"), [("run", False), ("sweep", True), ("comparison", False), ("explain", True)])
+@pytest.mark.parametrize(
+    ("kind", "dark"),
+    [
+        ("run", False),
+        ("sweep", True),
+        ("comparison", False),
+        ("explain", True),
+        ("rounds", False),
+        ("rounds-compared", True),
+    ],
+)
 def test_opens_without_complaint_and_fits_a_phone(pages, kind, dark):
     found, complaints = drive(
         pages / f"{kind}.html",
@@ -51,7 +70,7 @@ def test_opens_without_complaint_and_fits_a_phone(pages, kind, dark):
         dark=dark,
     )
     assert found["content"] <= found["window"] <= 360 and found["wide"] == []
-    assert found["svgs"] >= 4 and found["images"] == 0
+    assert found["svgs"] >= 3 and found["images"] == 0
     assert found["paper"] == ("rgb(20, 23, 26)" if dark else "rgb(255, 255, 255)")
     # The script that was smuggled in is refused by the page's policy, and nothing else is complained of.
     assert not found["ran"] and len(complaints) == 1 and "Content Security Policy" in complaints[0]
@@ -148,3 +167,24 @@ def test_the_slider_shows_what_beta_does(pages):
         assert seen["policy"] == pytest.approx(closed_form(WORLD, beta), abs=0.0051)
         assert seen["frames"] == [str(frame)] * 5
     assert found["strokes"] == 2 and min(found["heights"]) > 20
+
+
+def test_rounds_tell_their_values_to_pointer_and_keys(pages):
+    found, complaints = drive(
+        pages / "rounds.html",
+        """
+        const figure = [...d.querySelectorAll("figure")].find(one => one.querySelector("h3").textContent === "Success");
+        const svg = figure.querySelector("svg"), told = [];
+        svg.dispatchEvent(new w.KeyboardEvent("keydown", { key: "Home" }));
+        svg.dispatchEvent(new w.KeyboardEvent("keydown", { key: "ArrowRight" }));
+        told.push(figure.querySelector("output").textContent);
+        const mark = d.querySelector(".mark[data-mark=round-2]");
+        mark.focus();
+        told.push(mark.closest("figure").querySelector("output").textContent);
+        return told;""",
+    )
+    assert complaints == []
+    assert found[0] == (
+        "round 1: held out 0.4 ± 0.031 · training answers 0.2 · held out, greedy 0.45 · held out, any of 4 0.7"
+    )
+    assert found[1] == "round 2: success 0.600 ± 0.032, drift 1.40 ± 0.10 nats an answer"

@@ -90,15 +90,18 @@ def test_results_are_stored_and_only_failures_are_tried_again(place):
     assert len(calls.read_text().splitlines()) == 3  # the function may read trainer_state
 
 
-def test_an_edited_function_and_an_edited_helper_score_again(place):
+def test_an_edited_function_and_an_edited_helper_score_again(place, monkeypatch):
+    monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
     (place / "edited.py").write_text(
         "import helper\ndef f(completions, **kwargs): return [helper.value] * len(completions)\n"
     )
     (place / "helper.py").write_text("value = 1.0\n")
+    written = (place / "helper.py").stat()
     answers = answers_of(["ok"] * 8)
     before = resolve(RewardConfig(use="edited:f"))
     assert {row["reward"] for row in score(place, answers, {"use": "edited:f"})[0]} == {1.0}
-    (place / "helper.py").write_text("value = 2.5\n")  # of the same size and, for Python's caches, of the same second
+    (place / "helper.py").write_text("value = 2.5\n")
+    os.utime(place / "helper.py", ns=(written.st_atime_ns, written.st_mtime_ns))  # Python's caches see no difference
     assert {row["reward"] for row in score(place, answers, {"use": "edited:f"})[0]} == {2.5}
     (place / "unrelated.py").write_text("x = 1\n")
     (place / "helper.py").write_text("value = 1.0\n")
@@ -120,10 +123,12 @@ def test_answers_to_a_prompt_are_scored_together(place):
 
 def test_every_answer_has_the_same_columns(place):
     (place / "gold.py").write_text("def f(gold, **kwargs): return [None if one is None else float(one) for one in gold]\n")
-    answers = answers_of(["ok"] * 3, n=1)
-    columns = [json.dumps({"gold": 2}), json.dumps({}), json.dumps({"gold": 3, "other": "x"})]
-    answers = answers.set_column(5, "columns", [columns])
-    assert [row["reward"] for row in score(place, answers.cast(ANSWERS), {"use": "gold:f"})[0]] == [2.0, None, 3.0]
+    answers = answers_of(["ok"] * 130, n=1)  # three blocks; in the first and the last no prompt has the column
+    golds = {100: {"gold": 2}, 101: {"gold": 3, "other": "x"}}
+    answers = answers.set_column(5, "columns", [[json.dumps(golds.get(row, {})) for row in range(130)]])
+    rows, _ = score(place, answers.cast(ANSWERS), {"use": "gold:f"})
+    assert {row: one["reward"] for row, one in enumerate(rows) if one["reward"]} == {100: 2.0, 101: 3.0}
+    assert not any(one["error"] for one in rows)
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ from raydpo.rewards import constraints
 from raydpo.rewards.instructions import CHECKS, InstructionError, follows
 
 RECORDED = json.loads((Path(__file__).parent / "ifeval.json").read_text())
-"""What the checkers of lm-eval 0.4.13 said, with NLTK's English model of sentences: ``texts``, and ``rows`` of an instruction,
-its arguments, and a verdict (0, 1) for each text."""
+"""What the checkers of lm-eval 0.4.13 said, with NLTK's English model: ``texts``, and ``rows`` of an instruction, its
+arguments, and a verdict (0, 1) for each text."""
 OTHERWISE = {
     # instruction: texts (their beginning) on which ours decides otherwise, and why
     "change_case:english_lowercase": (  # theirs guesses the language of a few letters; ours looks at the letters only

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -157,3 +158,28 @@ def _until(true, seconds: float = 30) -> None:
     while not true():
         assert time.monotonic() < deadline, os.times()
         time.sleep(0.05)
+
+
+def test_ctrl_c_ends_the_processes_and_keeps_finished_blocks(place):
+    (place / "slow.py").write_text(
+        "import os, time\nfrom pathlib import Path\n"
+        "def mine(completions, kind, **kwargs):\n"
+        "    if kind[0] == 'hang':\n"
+        "        Path('pid').write_text(str(os.getpid()))\n"
+        "        time.sleep(600)\n"
+        "    return [1.0] * len(kind)\n"
+    )
+    code = (
+        f"import sys; sys.path[:0] = [{str(Path(__file__).parent)!r}]; from answers import *; from pathlib import Path\n"
+        "score(Path('.'), answers_of(['ok'] * 640 + ['hang'] * 64), {'use': 'slow:mine', 'timeout': 300})"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+    try:
+        _until(lambda: (place / "pid").is_file() and (place / "pid").read_text())
+        _until(lambda: len(list((place / "cache").rglob("*.parquet"))) == 10)
+        parent.send_signal(signal.SIGINT)
+        assert "KeyboardInterrupt" in parent.communicate(timeout=20)[1]
+        _until(lambda: not _alive(int((place / "pid").read_text())))
+    finally:
+        parent.kill()
+        parent.wait()

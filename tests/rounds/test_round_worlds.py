@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import pyarrow as pa
 import pytest
@@ -50,7 +51,7 @@ def test_with_the_initial_reference_many_rounds_aim_at_one_tilt(world, beta):
     assert total_variation(after_rounds(world, settings, 200), wanted) < CLOSE
 
 
-@pytest.mark.parametrize("beta", [0.5, 1.0, 3.0])
+@pytest.mark.parametrize("beta", [1.0, 3.0])
 def test_with_the_previous_reference_each_round_tilts_once_more(world, beta):
     """pi = ref * exp(R r / beta) / Z after R rounds, each until it converged: beta divided by R."""
     settings, now = ObjectiveConfig(beta=beta), replace(world, drawn=world.reference.exp())
@@ -125,7 +126,10 @@ class Rounds:
             for key, place in self.places.items()
             for sample in range(count)
         ]
-        samples = pa.Table.from_pylist([row | {"end": "stop", "engine": "world"} for row in rows], schema=SAMPLE_SCHEMA)
+        samples = pa.Table.from_pylist(
+            [row | {"end": "stop", "engine": "world", "answer": str(row["answer_ids"])} for row in rows],
+            schema=SAMPLE_SCHEMA,
+        )
         scored = {name: pa.nulls(len(rows), SCORE_SCHEMA.field(name).type) for name in SCORE_SCHEMA.names[3:]}
         scored["reward"] = pa.array(self.rewards[drawn.flatten()].numpy())
         found = make_pairs(self.prompts, samples, final_rewards(samples, pa.table(scored), config), config, number)
@@ -202,6 +206,6 @@ def test_pairs_of_a_verifier_have_no_finite_optimum():
             losses.append(loss / len(place))
             sunk.append(float(ratios.mean()))
     assert losses[0] == pytest.approx(math.log(2))
-    assert all(later < earlier / 3 for earlier, later in zip(losses[1:], losses[2:], strict=False))
-    assert all(later < earlier - 10 for earlier, later in zip(sunk[1:], sunk[2:], strict=False))
+    assert all(later < earlier / 3 for earlier, later in pairwise(losses[1:]))
+    assert all(later < earlier - 10 for earlier, later in pairwise(sunk[1:]))
     assert losses[-1] > 0

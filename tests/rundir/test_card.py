@@ -63,3 +63,39 @@ def test_a_directory_that_is_named_like_a_model_of_the_hub_is_none(tiny_llama, t
     assert base() == "org/model"
     (tmp_path / "org" / "model").mkdir(parents=True)
     assert base() is None
+
+
+def test_the_card_of_a_round_names_prompts_rewards_and_the_round_before(tmp_path):
+    """As rounds.training sets the configuration of a round: its directory, and the policy of the round before."""
+    config = load_config(
+        {
+            "name": "sums",
+            "output": str(tmp_path),
+            "model": {"path": "org/model"},
+            "rounds": {
+                "prompts": "org/sums",
+                "rewards": [{"use": "math"}, {"use": "regex", "pattern": "7", "weight": 0}],
+                "sample": {"max_tokens": 12},
+            },
+        }
+    )
+    before = f"{config.run_dir}/round-001/train/final"
+    update = {
+        "name": "train",
+        "output": f"{config.run_dir}/round-002",
+        "model": config.model.model_copy(update={"path": before}),
+    }
+    summary = {"raydpo": "1.0", "steps": 8, "pairs_seen": 64, "training_pairs": 24, "gate": None, "held_out_pairs": 0}
+    summary |= {"reference": {"path": "org/model", "identity": "abc"}, "eval_before": None, "eval_after": None}
+    summary["name"] = "sums/round-002"
+    card = model_card(config.model_copy(update=update), summary)
+    for told in (
+        "# sums/round-002",
+        "Trained from the policy of `round-001` by",
+        "| data | answers to prompts of `org/sums`, 24 pairs |",
+        "| rewards | math (weight 1), regex (weight 0) |",
+        "| reference | `org/model`, identity `abc` |",
+        "answers of the model itself",
+    ):
+        assert told in card, told
+    assert str(tmp_path) not in card and "fixed set" not in card

@@ -22,7 +22,16 @@ from raydpo.submit.client import exit_code
 from raydpo.submit.command import VERBS
 
 ROOT = Path(__file__).parents[2]
-NEEDED = {"sweep": ["sweep={grid: {train.lr: [1.0e-6]}}"], "eval": ["data.eval={fraction: 0.1}"]}
+NEEDED = {
+    "sweep": ["sweep={grid: {train.lr: [1.0e-6]}}"],
+    "rounds": [
+        "data.train=[]",
+        "data.eval=null",
+        "train.keep_best=null",
+        "rounds={prompts: /data/p.jsonl, sample: {max_tokens: 64}, rewards: [{use: math}]}",
+    ],
+    "eval": ["data.eval={fraction: 0.1}"],
+}
 """Settings without which these verbs refuse a configuration."""
 
 
@@ -127,6 +136,7 @@ def test_in_this_project_the_files_of_jobs_are_the_entry_points_and_each_prints_
         ("train", ["sweep={grid: {train.lr: [1.0e-6]}}"], "section 'sweep' has no effect on 'raydpo train'"),
         ("sweep", [], "nothing to sweep over"),
         ("sweep", ["sweep={grid: {train.lr: [fast]}}"], "trial train.lr=fast"),
+        ("rounds", [], "nothing to sample"),
         ("eval", [], "no pairs to evaluate on"),
     ],
 )
@@ -341,3 +351,18 @@ def test_every_package_of_the_lock_has_hashes_and_the_pinned_version():
     locked = {name: version for name, version, _ in blocks}
     assert {name: version for name, version in locked.items() if plain.get(name, version) != version} == {}
     assert {"ray", "torch", "transformers", "deepspeed", "safetensors", "pydantic"} <= locked.keys()
+
+
+def test_prompts_and_modules_of_rewards_must_reach_the_job(project, capsys):
+    """A module of the user's is packed as any code. Prompts are data, which --include packs."""
+    (project / "prompts.jsonl").write_text('{"prompt": "a"}\n')
+    (project / "my_rewards.py").write_text("def short(completions, **columns): ...\n")
+    rounds = "rounds={prompts: prompts.jsonl, sample: {max_tokens: 64}, rewards: [{use: 'my_rewards:short'}]}"
+    words = ["submit", "rounds", "config.yaml", "data.train=[]", rounds, "--dry-run"]
+    assert main(words) == 2
+    assert "'rounds.prompts.0.path' is 'prompts.jsonl', and data is not packed" in capsys.readouterr().err
+    assert main([*words, "--include", "prompts.jsonl"]) == 0
+    (project / ".gitignore").write_text("my_rewards.py\n")
+    subprocess.run(["git", "init", "-q"], check=True)
+    assert main([*words, "--include", "prompts.jsonl"]) == 2
+    assert "'rounds.rewards' needs a file that the job would lack: my_rewards.py" in capsys.readouterr().err

@@ -34,7 +34,7 @@ def one_and_rounds(table, model, place, lora, zero, dtype, forget=""):
             policy={"adapter": adapter} if adapter else None,
             steps=STEPS,
             keep=place / f"keep-{number + 1}",
-            continued=Continued(begins_as="the policy before", compared="nothing", **facts),
+            continued=Continued(name="rounds", begins_as="the policy before", compared="nothing", **facts),
             earlier=earlier,
             starts_as_reference=not number,
             **how,

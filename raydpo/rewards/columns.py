@@ -6,23 +6,21 @@ import base64
 import json
 import math
 from collections.abc import Collection, Mapping
-from datetime import date, datetime, time, timedelta
-from decimal import Decimal
+from datetime import date, datetime, time
 from typing import Any
 
 from raydpo.data.messages import Notes
+from raydpo.rewards.call import ARGUMENTS
 
-__all__ = ["RESERVED", "as_json", "other_columns"]
+__all__ = ["as_json", "other_columns"]
 
-RESERVED = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
-"""Arguments of reward functions that no column can be named like."""
 _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
-_AS_TEXT = "dates and exact decimal numbers are given to reward functions as text"
+_AS_TEXT = "dates and times are given to reward functions as text"
 _AS_BASE64 = "bytes are given to reward functions as text in base64"
 _NOT_FINITE = "warning: numbers that are not finite (NaN, Infinity) are given to reward functions as null"
 
 
-def other_columns(record: Mapping[str, Any], used: Collection[str]) -> tuple[str, Notes]:
+def other_columns(record: Mapping[str, Any], used: Collection[str]) -> tuple[str, tuple[str, ...]]:
     """Return the columns of ``record`` beside its prompt as a JSON object, and how they were changed.
 
     Args:
@@ -30,14 +28,15 @@ def other_columns(record: Mapping[str, Any], used: Collection[str]) -> tuple[str
     """
     notes: Notes = {}
     given = {name: value for name, value in record.items() if name not in used}
-    for name in RESERVED:
+    for name in ARGUMENTS:
         if name in given:
             del given[name]
             notes[
                 f"warning: the column {name!r} is not given to reward functions, which have an argument of this name; "
                 "rename it with the source's 'columns' if they need it"
             ] = None
-    return as_json(given, notes), notes
+    text = as_json(given, notes)
+    return text, tuple(notes)
 
 
 def as_json(value: Any, notes: Notes) -> str:
@@ -65,8 +64,5 @@ def _plain(value: Any, notes: Notes) -> Any:
     if isinstance(value, (date, datetime, time)):
         notes[_AS_TEXT] = None
         return value.isoformat()
-    if isinstance(value, (timedelta, Decimal)):
-        notes[_AS_TEXT] = None
-        return str(value)
     notes[f"warning: values of type {type(value).__name__} are given to reward functions as text"] = None
     return str(value)
