@@ -250,9 +250,10 @@ def test_what_cannot_run_is_refused_before_ray(place, run):
         assert result.returncode == 2, result.stdout + result.stderr
         return result.stderr
 
-    assert "no prompt is held out" in refused("rounds.held_out={fraction: 0.0001}")
+    (place / "empty.jsonl").write_text("")
+    assert "empty.jsonl holds no records" in refused("rounds.held_out={path: empty.jsonl}")
     assert "small_rewards:absent" in refused("rounds.rewards=[{use: 'small_rewards:absent'}]")
-    assert "reward" in refused("rounds.rewards=[{use: math, column: absent}]")
+    assert "needs the column 'absent'" in refused("rounds.rewards=[{use: math, column: absent}]")
     assert "positions" in refused("rounds.sample.max_tokens=4000", "data.max_length=5000")
     assert not (place / "runs/refused/rounds.json").exists()
     (place / "runs/taken").mkdir()
