@@ -71,7 +71,8 @@ def test_rewards_of_policy_and_reference(place, on_cluster, monkeypatch):
     assert list(entries) == [(name, mode) for mode in ("greedy", "sampled") for name in ("has-e", "length", "fails", TOTAL)]
     for mode in ("greedy", "sampled"):
         drawn = [row for row in rows if row["mode"] == mode]
-        prompts = [row["pair_id"] for row in drawn]
+        order = list(dict.fromkeys(row["pair_id"] for row in drawn))
+        prompts = [order.index(row["pair_id"]) for row in drawn]
         has_e = {side: np.array([float("e" in row[side]) for row in drawn]) for side in ("policy", "reference")}
         length = {side: np.array([float(len(row[side])) for row in drawn]) for side in ("policy", "reference")}
         for side in ("policy", "reference"):
