@@ -12,7 +12,10 @@ import pytest
 HERE = Path(__file__).parent
 sys.path[:0] = [
     str(HERE),
-    *(str(HERE / name) for name in ("cluster", "training", "reference", "losses", "evaluation", "tokens", "rewards")),
+    *(
+        str(HERE / name)
+        for name in ("answers", "cluster", "training", "reference", "losses", "evaluation", "rewards", "tokens")
+    ),
 ]
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

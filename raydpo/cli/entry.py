@@ -122,8 +122,8 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--measured", metavar="FILE", help="take rates and memory from a report of 'raydpo gpu check'")
     for verb in (audit, evaluate, plan):
         verb.add_argument("--json", action="store_true", help="print one JSON object")
-    report = add("report", _report, "write the page of a run or a sweep, or one that compares several of them")
-    report.add_argument("paths", nargs="+", metavar="PATH", help="run or sweep directory, local or URI")
+    report = add("report", _report, "write the page of a run, a sweep or rounds, or one that compares several")
+    report.add_argument("paths", nargs="+", metavar="PATH", help="directory of a run, a sweep or rounds, local or URI")
     report.add_argument("--out", metavar="FILE", help="the page of several runs (default: comparison.html)")
     explain = add("explain", _explain, "write a page that derives the loss and shows what beta does")
     explain.add_argument("--out", metavar="FILE", default="explain.html", help="the page (default: %(default)s)")

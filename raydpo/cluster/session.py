@@ -24,6 +24,9 @@ WORKER_ENV = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "PYTHONUTF8": "1",  # libraries open files in the encoding of the locale, which may be ASCII
 }
+PATIENT_ENV = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
+"""Threads of OpenMP that wait for each other give their core away. By default they spin, and where other processes need the
+cores, such as other workers, most of a step is spinning."""
 ONE_NODE_ENV = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # no node is taken away from a Ray of our own
     "RAY_TRAIN_METRICS_ENABLED": "0",  # there is no dashboard to show them
@@ -58,7 +61,7 @@ def session(config: Config) -> Iterator[None]:
     common = {"log_to_driver": False, "logging_level": "warning"}
     try:
         if address:
-            ray.init(address=address, runtime_env={"env_vars": WORKER_ENV}, **common)
+            ray.init(address=address, runtime_env={"env_vars": _worker_env()}, **common)
         else:
             # These CPUs only limit scheduling. Each actor holds one. Ray Data's own tasks need some more; without them they
             # would never start.
@@ -72,7 +75,7 @@ def session(config: Config) -> Iterator[None]:
             # Without "local" it would join a Ray that another user has started on this machine.
             store = _object_store_bytes()
             # Workers inherit the environment of our Ray. A runtime environment would cost each of them half a second.
-            with _environment(WORKER_ENV), _own_group():
+            with _environment(_worker_env()), _own_group():
                 ray.init(address="local", num_cpus=cpus, include_dashboard=False, object_store_memory=store, **common)
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise ConfigError(
@@ -92,6 +95,12 @@ def session(config: Config) -> Iterator[None]:
             yield
     finally:
         ray.shutdown()
+
+
+def _worker_env() -> dict[str, str]:
+    """Environment variables of workers. A waiting policy that the user has set stays."""
+    own = {name: os.environ[name] for name in PATIENT_ENV if name in os.environ}
+    return WORKER_ENV | (own or PATIENT_ENV)
 
 
 def owns_ray() -> bool:

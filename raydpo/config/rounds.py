@@ -188,7 +188,9 @@ class RoundsConfig(Section):
     offline: bool = False
     """Sample in the first round only, and train every round on its answers: offline DPO, to compare with."""
     optimizer: Literal["fresh", "carry"] = "fresh"
-    """Whether a round begins with new moments and a schedule of its own, or continues those of the round before."""
+    """Whether a round begins with new moments and a schedule of its own, or continues those of the round before. carry needs
+    train.steps: its schedule is over count times so many steps. Then count may be raised later only if train.schedule is
+    constant, train.warmup a number of steps, and train.beta a number."""
     measure: MeasureConfig = Field(default_factory=MeasureConfig)
     """Measurement on held-out prompts."""
     stop: StopConfig = Field(default_factory=StopConfig)

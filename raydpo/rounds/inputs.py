@@ -82,8 +82,11 @@ class Inputs:
     @functools.cached_property
     def reward_settings(self) -> dict[str, Any]:
         """Settings that decide the rewards, by their keys. Of a function they are the digests of its source and options."""
-        found = {f"rounds.rewards ({reward_name(one)})": reward_settings(one) for one in self.rounds.rewards}
-        return found | {"rounds.cut": self.rounds.cut}
+        found: dict[str, Any] = {"rounds.cut": self.rounds.cut}
+        for one in self.rounds.rewards:
+            key = f"rounds.rewards ({reward_name(one)})"
+            found |= {f"{key} {name}": value for name, value in reward_settings(one).items()}
+        return found
 
     def work(self, task: BlockTask, tables: Sequence[pa.Table], doing: str, block: int) -> list[pa.Table]:
         """Do work on tables, in blocks of ``block`` rows; see ``cluster.work.do_work``."""

@@ -6,6 +6,7 @@ import hashlib
 import struct
 from collections.abc import Callable, Sequence
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -168,7 +169,7 @@ class _Reader:
 
     def _row(
         self, record: Record, prompt: PromptAlone, ids: TokenisedPair | Malformed, found: Sequence[Remark]
-    ) -> tuple | None:
+    ) -> tuple[Any, ...] | None:
         """The row of a prompt, or None if it cannot be used."""
         report, rounds = self.report, self.config.rounds
         if isinstance(ids, Malformed):

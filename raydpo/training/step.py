@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -82,7 +82,7 @@ class Stepper:
     Attributes:
         plan: which pairs make up a step.
         memory: state of the objective after the last step that was taken.
-        schedule: of learning rate and beta; None = over the steps of the plan.
+        longer: the schedule over several trainings that this one is a part of; None = it has its own.
     """
 
     train: TrainConfig
@@ -92,10 +92,12 @@ class Stepper:
     objective: Objective
     clock: StepClock
     memory: ObjectiveState
-    schedule: Schedule | None = None
+    longer: Schedule | None = None
 
-    def __post_init__(self) -> None:
-        self.schedule = self.schedule or Schedule(self.train, self.plan.total_steps)
+    @functools.cached_property
+    def schedule(self) -> Schedule:
+        """Learning rate and beta of each step."""
+        return self.longer or Schedule(self.train, self.plan.total_steps)
 
     def prepared(self, first: int = 0) -> Iterator[Step]:
         """All steps from number ``first``, counted from 0. Each is laid out in another thread while the one before it is
@@ -170,8 +172,8 @@ class Stepper:
         for index, (batch, layout) in enumerate(step.batches):
             last = index == len(step.batches) - 1
             with clock.phase("forward"):
-                seen = None if gate is None else partial(gate.gaps.add, batch, layout)
-                routed = None if router is None else partial(router.add, batch, layout)
+                seen = None if gate is None else functools.partial(gate.gaps.add, batch, layout)
+                routed = None if router is None else functools.partial(router.add, batch, layout)
                 logps = pair_logps(engine, layout, pairs, batch.pairs, self.train, mean_chosen_tokens, seen, routed)
                 if whole is None:
                     loss = self.objective(logps, beta)

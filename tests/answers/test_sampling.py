@@ -27,7 +27,7 @@ NAMES = (
 
 @torch.no_grad()
 def probabilities(model, prompt, temperature, top_p):
-    """Each sequence by definition: one step of one sequence at a time."""
+    """Return the probability of each sequence by definition: one step of one sequence at a time."""
     found = []
     for answer in sequences():
         chance = 1.0
@@ -45,7 +45,7 @@ def probabilities(model, prompt, temperature, top_p):
 
 
 def band(count, chance):
-    """Band of a binomial distribution: as much lies below the first number as above the second, 1 - CERTAIN together."""
+    """Return the borders of the middle CERTAIN of a binomial distribution."""
     if not 0 < chance < 1:
         return (count * chance,) * 2
     logs = [

@@ -8,13 +8,13 @@ import pytest
 import yaml
 from documented import DOCUMENTS
 
-from raydpo.cli.entry import _parser
+from raydpo.cli.entry import parsed
 from raydpo.config import load_config
 
 ROOT = Path(__file__).parents[2]
 COMMAND = re.compile(
     r"(?:^|[\s'\"(])(?:raydpo (?=[a-z])|"
-    r"python (?:/opt/raydpo/)?jobs/(?P<job>score|train|run|sweep|eval)\.py |"
+    r"python (?:/opt/raydpo/)?jobs/(?P<job>score|train|run|sweep|eval|rounds)\.py |"
     r"sbatch (?:--\S+ )*cluster/(?P<slurm>slurm)\.sbatch )(?P<rest>[^|;]*)"
 )
 FILES = [
@@ -80,7 +80,7 @@ def test_commands_were_found_where_they_are():
 def test_the_command_line_takes_it(place, words, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     try:
-        args = _parser().parse_args(words)
+        args = parsed(words)
     except SystemExit:
         pytest.fail(f"{place}: {capsys.readouterr().err}")
     config = str(getattr(args, "config", "")).removeprefix("/opt/raydpo/")

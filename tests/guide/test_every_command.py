@@ -31,6 +31,21 @@ CONFIG = {
     "train": {"pairs_per_step": 8, "lr": 1e-3, "steps": 2},
     "evaluate": {"prompts": 2, "max_tokens": 4},
 }
+ROUNDS = {
+    "name": "sums",
+    "output": "runs",
+    "model": CONFIG["model"],
+    "data": {"max_length": 64},
+    "train": {"pairs_per_step": 4, "lr": 1e-3, "steps": 2},
+    "rounds": {
+        "count": 2,
+        "prompts": "prompts.jsonl",
+        "rewards": [{"use": "regex", "pattern": "[a-h]"}],
+        "sample": {"n": 4, "max_tokens": 4},
+        "cut": "keep",
+        "measure": {"n": 2},
+    },
+}
 TEAM = commands(block(GUIDE["cache"], "", "raydpo cache compact"))
 USE = commands(block(README, "", "raydpo doctor"))
 OWN_LOSS = commands(block(OBJECTIVES, "", "my_module:my_loss"))
@@ -41,6 +56,8 @@ PAGES = [
     for command in commands(text)
 ]
 """Commands that make sense after those of README's block, in the same directory."""
+OF_ROUNDS = [command for _, text in blocks(GUIDE["rounds"]) for command in commands(text)]
+"""Commands of rounds in the order of the page, after those of README's block."""
 
 
 @pytest.fixture
@@ -49,6 +66,8 @@ def place(tmp_path, tiny_llama, on_cluster):
     shutil.copytree(tiny_llama, tmp_path / "model")
     write_preferences(tmp_path / "a.jsonl", preferences(40))
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(CONFIG))
+    (tmp_path / "rounds.yaml").write_text(yaml.safe_dump(ROUNDS))
+    write_preferences(tmp_path / "prompts.jsonl", [{"prompt": record["prompt"]} for record in preferences(24, seed=1)])
     return tmp_path
 
 
@@ -69,7 +88,7 @@ def digest(place):
 
 
 def test_commands_are_found():
-    assert len(USE) == 10 and len(TEAM) == 8 and len(OWN_LOSS) == 1 and len(PAGES) >= 6
+    assert len(USE) == 11 and len(TEAM) == 8 and len(OWN_LOSS) == 1 and len(PAGES) >= 6
     found = [command for file in DOCUMENTS for _, text in blocks(file) for command in commands(text)]
     assert {"raydpo doctor", "raydpo cache gc s3://bucket/cache --delete", "make quickstart"} <= set(found)
     assert len([command for command in found if not not_run(command)]) >= 25
@@ -78,7 +97,14 @@ def test_commands_are_found():
 
 def test_each_block_with_commands_has_a_test_here():
     """One that is new needs a place in which it makes sense."""
-    known = {*USE, *TEAM, *OWN_LOSS, *PAGES, *(command for _, text in blocks(SWITCHING) for command in commands(text))}
+    known = {
+        *USE,
+        *TEAM,
+        *OWN_LOSS,
+        *PAGES,
+        *OF_ROUNDS,
+        *(command for _, text in blocks(SWITCHING) for command in commands(text)),
+    }
     assert {
         command for file in DOCUMENTS for _, text in blocks(file) for command in commands(text) if not not_run(command)
     } <= known
@@ -89,7 +115,9 @@ def test_use_it(place):
     """README's verbs in the order of a job, then the commands of pages and of running text."""
     verbs = [f"raydpo {verb} " for verb in ("score", "train")]
     first = [command for verb in verbs for command in USE if command.startswith(verb)]
-    for command in dict.fromkeys([*first, *USE, *PAGES, *(command for file in DOCUMENTS for command in inline(file))]):
+    for command in dict.fromkeys(
+        [*first, *USE, *PAGES, *OF_ROUNDS, *(command for file in DOCUMENTS for command in inline(file))]
+    ):
         if not_run(command):
             continue
         if "runs/mine" in command and not (place / "runs/mine").exists():

@@ -158,7 +158,7 @@ def place(tmp_path, monkeypatch):
     """A directory with what the configurations name."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model").mkdir()
-    for name in ("a.jsonl", "b.jsonl", "held-out.jsonl"):
+    for name in ("a.jsonl", "b.jsonl", "held-out.jsonl", "prompts.jsonl"):
         (tmp_path / name).write_text("{}\n")
     (tmp_path / "jobs").symlink_to(ROOT / "jobs")
     return tmp_path
@@ -169,7 +169,9 @@ CONFIGURATIONS = [
     for file in DOCUMENTS
     for number, text in enumerate(text for language, text in blocks(file) if language == "yaml")
 ]
-LEAST = {"output": "runs/", "model": {"path": "./model"}, "data": {"train": "a.jsonl", "eval": {"fraction": 0.1}}}
+LEAST = {"output": "runs/", "model": {"path": "./model"}}
+PAIRS = {"data": {"train": "a.jsonl", "eval": {"fraction": 0.1}}}
+ROUNDS = {"prompts": "prompts.jsonl", "rewards": [{"use": "math"}]}
 
 
 @pytest.mark.parametrize("text", [text for _, text in CONFIGURATIONS], ids=[name for name, _ in CONFIGURATIONS])
@@ -177,7 +179,7 @@ def test_every_configuration_loads(place, text):
     """As a file, as the page shows it; one that shows some sections only is completed."""
     shown = yaml.safe_load(text)
     if "base" not in shown:
-        shown = LEAST | shown
+        shown = LEAST | (PAIRS if "rounds" not in shown else {"rounds": ROUNDS | shown.pop("rounds")}) | shown
     (place / "config.yaml").write_text(yaml.safe_dump(shown))
     assert load_config("config.yaml", elsewhere="s3://" in text).output == shown["output"]
 
@@ -205,7 +207,7 @@ def test_the_commented_sweeps_load_too(place):
             for line in text.splitlines()
             if line.strip().startswith((f"{kind}:", f"# {kind}:", "sweep:", "metric:"))
         ]
-        assert getattr(load_config(LEAST | yaml.safe_load("\n".join(lines))).sweep, kind)
+        assert getattr(load_config(LEAST | PAIRS | yaml.safe_load("\n".join(lines))).sweep, kind)
 
 
 def test_names_of_the_guide_are_those_of_the_code():

@@ -1,6 +1,7 @@
 """Each recipe in jobs/ loads, and by raydpo's plan its training and its reference pass fit the hardware that it names."""
 
 import functools
+import json
 import re
 from pathlib import Path
 
@@ -27,7 +28,9 @@ anatomy_of = functools.cache(Anatomy.of)
 ROOT = Path(__file__).parents[2]
 MODELS = Path(__file__).parent
 GIB = 2**30
-RECIPES = sorted(file.stem for file in (ROOT / "jobs").glob("*.yaml") if file.stem != "base")
+ALL = sorted(file.stem for file in (ROOT / "jobs").glob("*.yaml") if file.stem != "base")
+ROUNDS = [name for name in ALL if "-rounds-" in name]
+RECIPES = [name for name in ALL if name not in ROUNDS]
 ON_GPUS = [name for name in RECIPES if not name.endswith("-cpu")]
 
 
@@ -72,6 +75,17 @@ def test_there_is_a_recipe_for_each_way_to_train():
     assert {"4bit", None} == {config.model.quantization for config in configs}
     assert {config.train.loss for config in configs} >= {"sigmoid", "sigmoid_norm"}
     assert {True, False} == {config.model.adapts for config in configs} and SWEEPS
+
+
+def test_the_recipe_of_rounds_has_its_prompts():
+    (name,) = ROUNDS  # tests/rounds/test_small_tasks.py runs it
+    config = recipe(name)
+    assert config.rounds.count == 3 and config.train.steps == 8
+    prompts = [json.loads(line) for line in (ROOT / config.rounds.prompts[0].path).read_text().splitlines()]
+    assert len({each["prompt"][0]["content"] for each in prompts}) == 81
+    for each in prompts:
+        one, other = map(int, re.findall(r"\d+", each["prompt"][0]["content"]))
+        assert each["answer"] == str(one + other)
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -107,6 +107,8 @@ def test_a_fault_is_found_and_nothing_else(tmp_path, figures, title, said, advic
         {"eval_success": [0.6, 0.6, 0.55, 0.53], "success": [None, 0.6, 0.6, 0.6]},  # within two standard errors
         {"eval_success": [0.6, 0.6, 0.5, 0.4], "reward": [None, 0.6, 0.5, 0.4], "success": [None, 0.6, 0.5, 0.4]},
         {"eval_success": [0.3, 0.3, 0.31, 0.32], "success": [None, 0.3, 0.3, 0.38]},
+        # Held-out prompts may have learnt as much: 0.08 with a standard error of 0.045, and training answers 0.15.
+        {"eval_success": [0.3, 0.3, 0.35, 0.38], "success": [None, 0.3, 0.4, 0.45]},
         {"mixed": [None, 0.1, 0.1, 0.2]},
         {"eval_cut": [0.0, 0.0, 0.0, 0.09]},
         {"eval_cut": [0.3, 0.3, 0.3, 0.34]},

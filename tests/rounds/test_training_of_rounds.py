@@ -246,7 +246,7 @@ def test_rounds_against_the_initial_model(in_ray, tmp_path, tiny_llama):
         with pytest.raises(ConfigError, match=r"run with other settings .*data.train: "):
             one(config, 2, pairs)
         spec = policy_spec(config, 1)
-    assert first["first_loss"] == pytest.approx(np.log(2), abs=1e-5) and first["gate"].startswith("step-0 gate: 3 pairs")
+    assert first["first_loss"] == pytest.approx(np.log(2), abs=1e-5) and first["gate"].startswith("step-0 gate: 5 pairs")
     assert second["first_loss"] != pytest.approx(np.log(2), abs=1e-3)
     assert f"first loss {second['first_loss']:.6f} = these pairs under the policy of round 1" in heard.text
     assert second["gate"].endswith("; all of its pairs were scored before, and nothing was scored again")
