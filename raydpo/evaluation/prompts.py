@@ -139,7 +139,7 @@ def prompt_records(prompts: Sequence[Prompt], config: Config, notes: Notes) -> l
             if record.row in left:
                 left.discard(record.row)
                 columns, changed = other_columns(record.value or {}, ("prompt",))
-                notes |= changed
+                notes |= dict.fromkeys(changed)
                 for place, number in wanted[name, record.row]:
                     found[place] = _preference_prompt(record, number), columns
             if not left:

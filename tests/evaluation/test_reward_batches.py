@@ -90,16 +90,18 @@ def test_a_model_without_padding_is_scored_at_its_last_token_whatever_that_is():
     """Any id may end a sequence. The one that pads must not be among them."""
     model = made("llama without padding")
     sequences = [[*row, last] for last, row in zip(range(60), rows(60), strict=True)]
-    expected = singly(model, sequences)
-    np.testing.assert_allclose(Classifier(model, PROBES).scores(sequences), expected, atol=2e-5 * np.abs(expected).max())
+    expected, scorer = singly(model, sequences), Classifier(model, PROBES)
+    assert scorer.alone is None
+    np.testing.assert_allclose(scorer.scores(sequences), expected, atol=2e-5 * np.abs(expected).max())
 
 
 def test_a_text_that_ends_with_the_padding_token_keeps_its_score():
     """Many reward models pad with the token that ends every answer."""
     model = made("llama")
     sequences = [[*row, 0] for row in rows(20)]
-    expected = singly(model, sequences)
-    np.testing.assert_allclose(Classifier(model, PROBES).scores(sequences), expected, atol=2e-5 * np.abs(expected).max())
+    expected, scorer = singly(model, sequences), Classifier(model, PROBES)
+    assert scorer.alone is None
+    np.testing.assert_allclose(scorer.scores(sequences), expected, atol=2e-5 * np.abs(expected).max())
 
 
 class Careless(torch.nn.Module):

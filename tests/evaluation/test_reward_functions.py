@@ -16,7 +16,7 @@ import raydpo
 from raydpo.config import RewardConfig, load_config
 from raydpo.data.interval import mean_by_group, share_by_group
 from raydpo.errors import ConfigError
-from raydpo.evaluation.prompts import Prompt
+from raydpo.evaluation.prompts import Prompt, prompt_records
 from raydpo.evaluation.rewards import TOTAL, Rewarded, answers_to_score
 from raydpo.evaluation.samples import Answers
 from raydpo.pipeline.evaluate import pairs_to_evaluate, protocol
@@ -71,7 +71,8 @@ def test_rewards_of_policy_and_reference(place, on_cluster, monkeypatch):
     assert list(entries) == [(name, mode) for mode in ("greedy", "sampled") for name in ("has-e", "length", "fails", TOTAL)]
     for mode in ("greedy", "sampled"):
         drawn = [row for row in rows if row["mode"] == mode]
-        prompts = [row["pair_id"] for row in drawn]
+        order = list(dict.fromkeys(row["pair_id"] for row in drawn))
+        prompts = [order.index(row["pair_id"]) for row in drawn]
         has_e = {side: np.array([float("e" in row[side]) for row in drawn]) for side in ("policy", "reference")}
         length = {side: np.array([float(len(row[side])) for row in drawn]) for side in ("policy", "reference")}
         for side in ("policy", "reference"):
@@ -188,3 +189,18 @@ def test_answers_are_scored_prompt_by_prompt_and_sorted_back():
 def test_nothing_is_rewarded_without_answers(place):
     with pytest.raises(ConfigError, match="rewards has no answers to judge, since prompts is 0"):
         load_config(place / "config.yaml", ["evaluate={prompts: 0, rewards: [{use: regex, pattern: x}]}"])
+
+
+def test_functions_get_the_columns_of_the_record_of_a_prompt(place, tmp_path):
+    tree = yaml.safe_load((place / "config.yaml").read_text())
+    records = [{**record, "answer": number, "completions": "x"} for number, record in enumerate(preferences(4, high=5))]
+    tree["evaluate"]["data"] = str(write_preferences(tmp_path / "b.jsonl", records))
+    config = load_config(tree)
+    notes = {}
+    asked = [Prompt(np.array([1], np.int32), f"b:{row}") for row in (3, 1)]
+    found = prompt_records(asked, config, notes)
+    assert [text for text, _ in found] == [records[2]["prompt"], records[0]["prompt"]]
+    assert [json.loads(columns)["answer"] for _, columns in found] == [2, 0]
+    assert set(json.loads(found[0][1])) == {"chosen", "rejected", "answer"}
+    (note,) = notes
+    assert "the column 'completions' is not given to reward functions" in note
