@@ -174,8 +174,8 @@ class RoundsConfig(Section):
     rewards: tuple[RewardConfig, ...] = Field(min_length=1)
     """Reward functions. The reward of an answer is the sum of weight times value over those that apply to it."""
     cut: Literal["zero", "drop", "keep"] = "zero"
-    """What an answer of max_tokens tokens without an end is worth: zero = its reward is 0, drop = no pair uses it, keep =
-    what the functions say."""
+    """What an answer of max_tokens tokens without an end is worth: zero = its reward is at most 0, drop = no pair uses it,
+    keep = what the functions say."""
     max_errors: Float = Field(default=0.01, ge=0, le=1)
     """Largest share of answers that a reward function may fail on; more is an error, after all rewards are stored."""
     pairs: PairingConfig = Field(default_factory=PairingConfig)

@@ -69,7 +69,8 @@ def final_rewards(samples: pa.Table, scored: pa.Table, rounds: RoundsConfig) -> 
     if pc.any(pc.invert(pc.is_finite(rewards))).as_py():
         raise ValueError("a reward is not a finite number; reward functions that return one have failed")
     if rounds.cut == "zero":
-        rewards = pc.if_else(_is_cut(samples), pa.scalar(0.0), rewards)
+        # Not 0 where the reward is below: among negative rewards a cut answer would be the best one.
+        rewards = pc.if_else(_is_cut(samples), pc.min_element_wise(pc.fill_null(rewards, 0.0), 0.0), rewards)
     columns = {name: samples[name] for name in ("prompt_id", "sample")} | {"reward": rewards}
     columns |= {name: scored[name] for name in SCORE_SCHEMA.names if name not in columns}
     return pa.table({name: columns[name] for name in SCORE_SCHEMA.names}).cast(SCORE_SCHEMA)
