@@ -14,7 +14,7 @@ import pyarrow as pa
 from raydpo import errors
 from raydpo.cluster.feed import Feed
 from raydpo.cluster.resources import Resources
-from raydpo.cluster.watch import RESTARTS, Watched, deaths, watching
+from raydpo.cluster.watch import RESTARTS, Worker, deaths, watching
 from raydpo.errors import RaydpoError
 
 __all__ = ["original_error", "over_actors"]
@@ -77,7 +77,7 @@ def over_actors(
     try:
         with ray.data.DataContext.current(context):
             dataset = feed.dataset().map_batches(
-                Watched,
+                Worker,
                 fn_constructor_args=(run, actor, arguments),
                 batch_size=1,
                 batch_format="pyarrow",

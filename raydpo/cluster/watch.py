@@ -18,7 +18,7 @@ from raydpo.cluster.ending import end_process, say_last_words_by
 from raydpo.errors import ProcessLostError, RaydpoError
 from raydpo.terminal.phases import Seldom
 
-__all__ = ["QUIET_SECONDS", "Watched", "deaths", "duration", "loading", "watching"]
+__all__ = ["QUIET_SECONDS", "Watched", "Worker", "deaths", "duration", "loading", "watching"]
 
 QUIET_SECONDS = 600.0
 """Seconds without a sign of an actor until it is named, and until it is named again."""
@@ -71,7 +71,7 @@ class Watched:
         self.loading = Seldom(lambda done, total: self._note(0, 0, [done, total] if done < total else None))
         _here[:] = [self]
         with self._ending():
-            self._actor = actor(*arguments)
+            self._actor: Any = actor(*arguments)
         self._note(-1, 0)
 
     def __call__(self, block: Any) -> Any:
@@ -81,6 +81,11 @@ class Watched:
                 return self._actor(block)
         finally:
             self._note(-1, 1)
+
+    def end(self) -> None:
+        """Let go of the actor, which ends the processes that it started, and note that."""
+        self._actor = None
+        self._note(0, 0, ended=True)
 
     @contextlib.contextmanager
     def _ending(self) -> Iterator[None]:
@@ -94,17 +99,38 @@ class Watched:
             self._words = {"kind": type(error).__name__, "text": str(error)}
         self._note(0, 0)
 
-    def _note(self, began: int, ended: int, loading: list[int] | None = None) -> None:
+    def _note(self, began: int, done: int, loading: list[int] | None = None, *, ended: bool = False) -> None:
         from ray.experimental.internal_kv import _internal_kv_put
 
         with self._lock:
             self._running += began
-            self._done += ended
+            self._done += done
             state = {"host": self._host, "process": os.getpid(), "running": self._running, "done": self._done}
             state |= {"deaths": self._deaths} | ({"words": self._words} if self._words else {})
             state |= {} if loading is None else {"loading": loading}
+            state |= {"ended": True} if ended else {}
         with contextlib.suppress(Exception):  # a sign that is lost must not end the work
             _internal_kv_put(self._key, json.dumps(state), namespace=_NAMESPACE)
+
+
+class Worker:
+    """A watched actor as Ray Data holds it: the actor ends when Ray Data lets go of this object.
+
+    Args:
+        run, actor, arguments: as of ``Watched``.
+    """
+
+    def __init__(self, run: str, actor: type, arguments: tuple[Any, ...]) -> None:
+        self._watched: Watched | None = None
+        self._watched = Watched(run, actor, arguments)
+
+    def __call__(self, block: Any) -> Any:
+        assert self._watched is not None
+        return self._watched(block)
+
+    def __del__(self) -> None:
+        if self._watched is not None:
+            self._watched.end()
 
 
 @contextlib.contextmanager
@@ -123,10 +149,10 @@ def watching(run: str, doing: str, tell: Callable[[str], None]) -> Iterator[None
     thread.start()
     try:
         yield
+        _await_end(run)
     finally:
         over.set()
         thread.join()
-        _await_end(run)
         with contextlib.suppress(Exception):  # Ray is gone
             _internal_kv_del(run, del_by_prefix=True, namespace=_NAMESPACE)
 
@@ -134,13 +160,15 @@ def watching(run: str, doing: str, tell: Callable[[str], None]) -> Iterator[None
 def _await_end(run: str) -> None:
     """Wait until the actors of an execution and what they started have ended, but not longer than ``ENDING_SECONDS``. The
     next stage needs their memory."""
-    from ray._private.state import actors
-
     until = time.monotonic() + ENDING_SECONDS
     with contextlib.suppress(Exception):  # Ray is gone
-        mine = [key.decode().rpartition("/")[2] for key in _signs(run)]
-        while time.monotonic() < until and any(actors(one).get("State") in ("ALIVE", "RESTARTING") for one in mine):
-            time.sleep(0.02)
+        while time.monotonic() < until and not all(map(_has_ended, map(json.loads, _signs(run).values()))):
+            time.sleep(0.05)
+
+
+def _has_ended(state: dict[str, Any]) -> bool:
+    """Whether an actor has ended. One that is still in its start is killed by Ray, and notes nothing."""
+    return state.get("ended", False) or (state["running"] > 0 and not state["done"])
 
 
 def deaths(run: str) -> dict[str, str]:

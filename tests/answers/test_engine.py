@@ -39,7 +39,11 @@ def test_auto_takes_vllm_where_it_is_and_serves_the_model(ray_with_gpu, tmp_path
         )
 
     def config(gpus=1, **sample):
-        rounds = {"prompts": str(tmp_path / "prompts.jsonl"), "rewards": [{"use": "regex", "regex": "a"}], "sample": sample}
+        rounds = {
+            "prompts": str(tmp_path / "prompts.jsonl"),
+            "rewards": [{"use": "regex", "pattern": "a"}],
+            "sample": sample,
+        }
         return load_config(
             {
                 "output": str(tmp_path / "runs"),

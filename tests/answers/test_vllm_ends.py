@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,28 @@ def make_python(folder, vllm):
     return str(folder / "bin" / "python")
 
 
+class Lingering:
+    """Work that ends slowly, as a process with much memory does."""
+
+    def __init__(self, mark):
+        self.mark, self.identity = str(mark), {"lingering": 1}
+
+    def open(self, device):
+        return _Act(self.mark)
+
+
+class _Act:
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __call__(self, rows):
+        return rows
+
+    def __del__(self):
+        time.sleep(2)
+        Path(self.mark).touch()
+
+
 @pytest.mark.slow
 def test_no_process_of_vllm_outlives_the_work(tmp_path, on_cluster, monkeypatch):
     import ray
@@ -48,14 +71,18 @@ def test_no_process_of_vllm_outlives_the_work(tmp_path, on_cluster, monkeypatch)
     )
     ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=False)
     try:
-        storage, resources = Storage(str(tmp_path / "cache")), Resources(workers=2, gpus_per_worker=0, threads=1)
+        storage, resources = Storage(str(tmp_path / "cache")), Resources(workers=1, gpus_per_worker=0, threads=1)
         how = {"block": 2, "progress": lambda *at: None, "doing": "answering", "warn": print}
         (found,) = do_work(work, [answer_rows([[3, 4], [5], [6], [7, 8]], samples=2)], storage, resources, **how)
         begun = [json.loads(line) for line in (tmp_path / "notes").read_text().splitlines()]
         processes = [note["pid"] for note in begun if "pid" in note]
         alive = [pid for pid in processes if Path(f"/proc/{pid}").exists()]
+        ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+        do_work(Lingering(tmp_path / "mark"), [answer_rows([[3, 4]])], storage, resources, **how)
+        waited = (tmp_path / "mark").exists()
     finally:
         ray.shutdown()
-    assert len(processes) == 2 and alive == []
+    assert len(processes) == 1 and alive == []
+    assert waited, "an actor that takes its time"
     assert found["answer_ids"].to_pylist()[:2] == [[4, 3], [4, 3]]
     assert {note["environment"]["VLLM_BATCH_INVARIANT"] for note in begun if "pid" in note} == {"1"}
