@@ -81,7 +81,7 @@ def test_greedy_answers_and_success_of_samples(model):
 
 
 def test_adapters_one_after_the_other(model, tmp_path):
-    """In one process, as an engine that stays up between rounds would be asked."""
+    """Two adapters are open at once, and each answers as itself."""
     asked, draws = prompts(20), [None] * 20
     paths = [make_lora(model, tmp_path / str(seed), seed) for seed in (1, 2)]
     expected = [ours(model, asked, draws, path) for path in (*paths, None)]
