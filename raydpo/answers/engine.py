@@ -20,6 +20,7 @@ from raydpo.reference.score import ReferenceSpec
 __all__ = ["SECTION", "Engine", "pick_engine", "sampling"]
 
 Engine = Literal["transformers", "vllm", "ray"]
+"""An engine that generates answers."""
 SECTION = "rounds.sample"
 """Section of the configuration with the settings of this module."""
 

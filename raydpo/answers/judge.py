@@ -42,7 +42,11 @@ QUESTION = """<conversation>
 {second}
 </answer_B>
 Which answer is {criterion}: A, B, or tie?"""
-FIRST, SECOND, TIE, REFUSED, FAILED = "first", "second", "tie", "refused", "failed"
+FIRST, SECOND, TIE = "first", "second", "tie"
+REFUSED = "refused"
+"""Verdict of a reply that names none."""
+FAILED = "failed"
+"""Verdict of a request without a reply."""
 _WORDS = {"A": FIRST, "B": SECOND, "tie": TIE}
 _AROUND = """answer best better choice choose decision final i is it it's my option overall prefer preferred result so the
 therefore verdict winner wins"""

@@ -60,12 +60,12 @@ def test_the_image_is_pinned_and_not_roots():
         "--only-binary=:all: --require-hashes -r build.lock",
         "--require-hashes --no-build-isolation -r requirements.lock",  # of CUDA
         "--only-binary=:all: --no-deps -c constraints.txt --index-url https://download.pytorch.org/whl/cpu torch",
-        '--no-build-isolation -c constraints.txt ".[cluster,gpu,launcher,quantization,track]"',
+        '--no-build-isolation -c constraints.txt ".[cluster,gpu,launcher,quantization,rewards,track]"',
         "--no-deps --no-build-isolation .",
     }
     # The lock was made from these extras, and it has the packages that build raydpo.
     lock = (ROOT / "requirements.lock").read_text()
-    assert set(re.findall(r"--extra (\w+)", lock)) == {"cluster", "gpu", "launcher", "quantization", "track"}
+    assert set(re.findall(r"--extra (\w+)", lock)) == {"cluster", "gpu", "launcher", "quantization", "rewards", "track"}
     assert "\nnvidia-cudnn" in lock
     assert [line for line in lines if line.startswith("USER")] == ["USER 1000"]
     assert any(line.startswith("HEALTHCHECK") for line in lines)

@@ -162,7 +162,9 @@ def test_the_next_shard_is_claimed_while_one_is_computed(builder):
     """On a store that takes a second to answer, the GPU does not wait for it."""
     claims, scoring = builder(), Scoring()
     actor = object.__new__(build._ScoreShard)
-    vars(actor).update(cache=claims.cache, claims=claims, known=claims.known, again=False, threads=None, scorer=scoring)
+    vars(actor).update(
+        cache=claims.cache, claims=claims, known=claims.known, again=False, threads=None, scorer=scoring, values=[]
+    )
     actor.tokens = Tokens()
     actor.planning, actor.computing = threading.Lock(), threading.Lock()
     blocks = [pa.table({"shard": [pickle.dumps(shard(*numbers))]}) for numbers in ((0, 1), (2, 3))]

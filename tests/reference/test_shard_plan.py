@@ -158,7 +158,8 @@ def test_only_row_numbers_travel_to_actors_that_can_read_tokens_themselves(monke
     cache.storage = SimpleNamespace(uri="cache")
     for tokens in (Tokens(table), None):
         work = build._Work([table], cache, tokens, None)
-        assert not [*build._score_on_ray(work.shards(0, 10**6, 2), work.source, spec, cache, set(), RESOURCES, 100, print)]
+        cut = work.shards(0, 10**6, 2)
+        assert not [*build._score_on_ray(cut, work.source, spec, cache, set(), RESOURCES, 100, print, [])]
     (stored, blocks), (in_memory, _) = sent
     assert isinstance(stored[0], Tokens) and in_memory[0] == "reference" and [type(one) for one in put] == [TokenTables]
     assert len(stored[7]) == 2, "groups to check the layout with"

@@ -66,7 +66,7 @@ class SlowScorer:
 def in_this_process(monkeypatch):
     """One actor per build, called in its own thread."""
 
-    def score(shards, source, spec, cache, known, resources, tokens_per_batch, tell):
+    def score(shards, source, spec, cache, known, resources, tokens_per_batch, tell, again):
         actor = module._ScoreShard(source, spec, cache.storage.uri, cache.builder, frozenset(known), resources, 100, [])
         for shard in shards:
             yield actor(pa.table({"shard": [pickle.dumps(shard)]})).to_pylist()[0]

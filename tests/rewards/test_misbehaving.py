@@ -178,7 +178,7 @@ def test_ctrl_c_ends_the_processes_and_keeps_finished_blocks(place):
         _until(lambda: (place / "pid").is_file() and (place / "pid").read_text())
         _until(lambda: len(list((place / "cache").rglob("*.parquet"))) == 10)
         parent.send_signal(signal.SIGINT)
-        assert "KeyboardInterrupt" in parent.communicate(timeout=20)[1]
+        assert "KeyboardInterrupt" in parent.communicate(timeout=60)[1]
         _until(lambda: not _alive(int((place / "pid").read_text())))
     finally:
         parent.kill()
