@@ -35,6 +35,8 @@ LONGEST = (
     "test_verbs",
     "test_equalities",
     "test_eval_command",
+    "test_rounds",
+    "test_reward_functions",
     "test_same_function",
     "test_sweep",
     "test_mixture_training",

@@ -233,6 +233,7 @@ def test_a_policy_at_a_uri_is_copied_to_every_machine(lora, tmp_path, tiny_llama
 # ---- with trainings
 
 
+@pytest.mark.slow
 def test_rounds_against_the_initial_model(in_ray, tmp_path, tiny_llama):
     config, heard = rounds_config(tmp_path, tiny_llama), Heard()
     pairs = pairs_of(1)
