@@ -9,6 +9,7 @@ from typing import Any
 from raydpo.config.rewards import RewardConfig
 from raydpo.errors import ConfigError
 from raydpo.rewards.instructions import InstructionError, arguments_of, follows
+from raydpo.rewards.sources import answer_text
 
 __all__ = ["check", "column", "make"]
 
@@ -52,7 +53,7 @@ def make(reward: RewardConfig) -> Callable[..., list[Any]]:
         results: list[Any] = []
         missed: list[list[str] | None] = []
         for row, completion in enumerate(completions):
-            text = completion if isinstance(completion, str) else completion[-1]["content"]
+            text = answer_text(completion)
             try:
                 listed = _listed(fixed) if fixed else _of_prompt([columns[name][row] for name in names])
                 missed.append([identifier for identifier, arguments in listed if not follows(identifier, arguments, text)])

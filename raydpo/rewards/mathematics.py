@@ -15,6 +15,7 @@ from typing import Any
 
 from raydpo.config.rewards import RewardConfig
 from raydpo.errors import ConfigError
+from raydpo.rewards.sources import answer_text
 
 __all__ = ["Verifier", "check", "column", "make"]
 
@@ -52,7 +53,7 @@ def make(reward: RewardConfig) -> Callable[..., list[Any]]:
     ) -> list[Any]:
         results, read = [], []
         for completion, gold in zip(completions, columns[name], strict=True):
-            text = completion if isinstance(completion, str) else completion[-1]["content"]
+            text = answer_text(completion)
             result, part = (None, None) if gold is None else verifier.verdict(gold, text)
             results.append(result)
             read.append(part)
