@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from raydpo.answers.draws import ROWS, draws_of
+from raydpo.answers.draws import ROWS, answers_identity, draws_of
 from raydpo.answers.transformers_engine import answer_all
 from raydpo.answers.vllm_engine import open_vllm
 from raydpo.model.load import load_causal_lm
@@ -58,13 +58,7 @@ class Answering:
 
     @property
     def identity(self) -> dict[str, Any]:
-        return {
-            "answers": 1,
-            "model": self.spec.identity.digest,
-            "engine": self.engine,
-            "max_tokens": self.max_tokens,
-            "stop": self.stop,
-        }
+        return answers_identity(self.spec.identity.digest, self.engine, self.max_tokens, self.stop)
 
     def open(self, device: str) -> Callable[[pa.Table], pa.Table]:
         """Load the model and return a function that answers a table with the schema ``draws.ROWS``.

@@ -10,11 +10,12 @@ import hashlib
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-__all__ = ["ROWS", "Draw", "answer_rows", "draws_of", "rows_of_block", "uniforms"]
+__all__ = ["ROWS", "Draw", "answer_rows", "answers_identity", "draws_of", "rows_of_block", "uniforms"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,3 +87,13 @@ def uniforms(draw: Draw, prompt: np.ndarray, count: int) -> np.ndarray:
     digest = hashlib.blake2b(struct.pack("<QQ", draw.seed, draw.sample), digest_size=16, person=b"raydpo-sample-1")
     digest.update(np.ascontiguousarray(prompt, "<u4").tobytes())
     return np.random.Generator(np.random.Philox(key=np.frombuffer(digest.digest(), "<u8"))).random(count)
+
+
+def answers_identity(model: str, engine: str, max_tokens: int, stop: Sequence[int]) -> dict[str, Any]:
+    """Return what answers depend on besides the rows of ``ROWS``, with any engine; see ``cluster.work.BlockTask``.
+
+    Args:
+        model: digest of the model's identity.
+        stop: token ids that end an answer.
+    """
+    return {"answers": 1, "model": model, "engine": engine, "max_tokens": max_tokens, "stop": stop}

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from raydpo.answers.draws import ROWS, draws_of
+from raydpo.answers.draws import ROWS, answers_identity, draws_of
 from raydpo.answers.vllm_engine import MEMORY, check_servable, engine_settings, sampling_settings
 from raydpo.cluster.actors import original_error
 from raydpo.cluster.doctor import vllm_of_ray
@@ -69,13 +69,7 @@ class RayAnswering:
 
     @property
     def identity(self) -> dict[str, Any]:
-        return {
-            "answers": 1,
-            "model": self.spec.identity.digest,
-            "engine": self.engine,
-            "max_tokens": self.max_tokens,
-            "stop": self.stop,
-        }
+        return answers_identity(self.spec.identity.digest, self.engine, self.max_tokens, self.stop)
 
     def run(self, blocks: Mapping[str, pa.Table], resources: Resources, doing: str) -> Iterator[tuple[str, pa.Table]]:
         """Yield the name of each block and its answers, when all of them are there.
