@@ -196,8 +196,10 @@ def plain(value: Any, depth: int = 0) -> Any:
 
 def _limit(request: dict[str, Any], left: float) -> None:
     seconds = max(1, int(left + 0.999))
+    # SIGXCPU before SIGKILL: a SIGKILL may also mean too little memory, and the CPU time that Linux reports then may be
+    # less than the limit that it applied.
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
     for limit, most in (
-        (resource.RLIMIT_CPU, seconds),
         (resource.RLIMIT_AS, request["memory"]),
         (resource.RLIMIT_FSIZE, request["file"]),
         (resource.RLIMIT_NOFILE, 64),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -130,6 +131,12 @@ def test_no_limit_ends_the_tests_that_follow(code) -> None:
     assert code([program], log_extra=logged.__setitem__, tests=[tests]) == [0.0]
     assert logged == {"passed": [1], "failed": ["test 2: more than its time"]}
     assert code([program], tests=[[tests[0], tests[2]]]) == [1.0]
+
+
+def test_the_limit_of_time_has_a_signal_of_its_own() -> None:
+    """SIGKILL may mean other limits, too."""
+    (reply,) = Sandbox(1).run("while True: pass", [{"input": ""}])
+    assert (reply["status"], reply["over"]) == (-signal.SIGXCPU, "time")
 
 
 def test_what_is_expected_cannot_be_found() -> None:
