@@ -13,7 +13,7 @@ from raydpo.cluster.nodes import NODE_SHARE, cores_of, grows_to, holds, nodes_wi
 from raydpo.config import Config
 from raydpo.errors import ConfigError
 
-__all__ = ["Resources", "bfloat16_is_faster", "resources_for"]
+__all__ = ["Resources", "bfloat16_is_faster", "dtypes", "resources_for"]
 
 
 @dataclass(frozen=True)
@@ -228,6 +228,15 @@ def _check_total(name: str, needed: float, needs: str, hint: str, config: Config
             f"{needs}, the Ray cluster has {has:g}, and its autoscaler adds up to {coming:g} in all; ask for "
             f"fewer{hint}; or raise the limit of its node groups"
         )
+
+
+def dtypes(config: Config) -> tuple[str, str]:
+    """Precisions of the policy and of the reference. ``auto`` is the faster one on this Ray's machines."""
+    policy, reference = config.model.dtype, config.score.dtype
+    wished = policy, policy if reference is None else reference
+    native = "bfloat16" if "auto" in wished and bfloat16_is_faster() else "float32"
+    policy, reference = (native if wish == "auto" else wish for wish in wished)
+    return policy, reference
 
 
 def bfloat16_is_faster() -> bool:

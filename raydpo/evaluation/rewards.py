@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from raydpo.config.rewards import RewardConfig, reward_name
 from raydpo.data.interval import Interval, mean_by_group, share_by_group
 from raydpo.data.messages import Text
 from raydpo.evaluation.samples import Answers
-from raydpo.rewards.task import ANSWERS
+from raydpo.rewards.task import ANSWERS, prompt_id
 
 __all__ = ["TOTAL", "Rewarded", "answers_to_score"]
 
@@ -37,7 +36,7 @@ def answers_to_score(answers: Answers, prompts: Sequence[tuple[Text, str]]) -> p
         text, columns = prompts[answers.places[row]]
         rows.append(
             {
-                "prompt_id": _prompt_id(answers.prompts[row].ids),
+                "prompt_id": prompt_id(answers.prompts[row].ids),
                 "sample": int(answers.samples[row]) + int(side == "reference") * (int(answers.samples.max()) + 1),
                 "prompt": json.dumps(text),
                 "completion": texts[side][row],
@@ -54,11 +53,6 @@ def _in_order(places: np.ndarray) -> Iterator[tuple[str, int]]:
         for side in SIDES:
             for row in np.flatnonzero(places == place).tolist():
                 yield side, row
-
-
-def _prompt_id(ids: np.ndarray) -> bytes:
-    content = np.ascontiguousarray(ids, "<i4").tobytes()
-    return hashlib.blake2b(content, digest_size=16, person=b"raydpo-eval-p-1").digest()
 
 
 @dataclass(frozen=True)

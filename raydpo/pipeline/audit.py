@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
@@ -80,6 +81,9 @@ def audit_prepared(prepared: Prepared, console: Console) -> Audit:
         scores=scores,
         objective=prepared.config.train,
     )
+    if prepared.continued is not None:
+        # The advice is about data that somebody wrote. The answers of a round are sampled: nothing of it can be followed.
+        done = replace(done, advice=[])
     write_audit(done, storage)
     for line in summary_lines(done):
         console.say(line)

@@ -299,7 +299,7 @@ def _check_judges(configs: Sequence[Config]) -> None:
     for config in configs:
         if config.evaluate.rewards not in checked:
             checked.append(config.evaluate.rewards)
-            check_rewards(config.evaluate.rewards, None, config)
+            check_rewards(config.evaluate.rewards, None)
 
 
 def pythons_of(configs: Sequence[Config]) -> list[str]:

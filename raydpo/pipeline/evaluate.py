@@ -52,7 +52,7 @@ from raydpo.model.limits import ModelLimits, check_limits
 from raydpo.model.rotary import rope_line
 from raydpo.pipeline.checks import check, check_models, pythons_of
 from raydpo.pipeline.partition import check_alone, place_reference
-from raydpo.pipeline.prepare import measured_pairs, native_dtype, open_reference, reference_line
+from raydpo.pipeline.prepare import measured_pairs, open_reference, reference_line
 from raydpo.pipeline.score import fill_cache
 from raydpo.pipeline.tokenised import limits_of, open_pairs, open_tokeniser
 from raydpo.reference.identity import resolve_model
@@ -160,7 +160,7 @@ def _check_columns(prompts: Sequence[Prompt], config: Config, console: Console) 
     records = prompt_records(prompts, config, notes)
     for note in notes:
         console.warn(note.removeprefix("warning: "))
-    check_rewards(config.evaluate.rewards, {name for _, columns in records for name in json.loads(columns)}, config)
+    check_rewards(config.evaluate.rewards, {name for _, columns in records for name in json.loads(columns)})
 
 
 def _check_lengths(prompts: Sequence[Prompt], max_tokens: int, models: Mapping[str, ModelLimits]) -> None:
@@ -209,7 +209,7 @@ class _Evaluation:
     @classmethod
     def of(cls, config: Config, console: Console, read: tuple[Tokeniser, pa.Table, int | None] | None = None) -> _Evaluation:
         """Find the models, and read the pairs unless ``read`` has them (the result of ``_read_pairs``)."""
-        reference, _ = open_reference(config, native_dtype())
+        reference, _ = open_reference(config)
         console.say(reference_line(config, reference))
         if reference.identity.rope_length is not None:
             console.say(rope_line(reference.identity.rope_length, config.data.max_length))

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raydpo.cluster.preflight import check_nodes
-from raydpo.cluster.resources import Resources, bfloat16_is_faster
+from raydpo.cluster.resources import Resources, dtypes
 from raydpo.cluster.waiting import wait_for
 from raydpo.config import Config, Verb, is_hub_name
 from raydpo.config.filter import PairFilter
@@ -42,7 +42,6 @@ __all__ = [
     "Prepared",
     "checked",
     "measured_pairs",
-    "native_dtype",
     "open_reference",
     "reference_line",
     "training_settings",
@@ -110,8 +109,7 @@ class Prepared:
         """
         console.begin("pairs, reference and cache")
         model = config.model
-        native = native_dtype()
-        dtype = native if model.dtype == "auto" else model.dtype
+        dtype, _ = dtypes(config)
         policy_dir = resolve_model(model.path)
         tokeniser, own = (both := tokenised or Tokenised.of(config, console)).tokeniser, both.sets
         sets = as_trained(own, config)
@@ -122,7 +120,7 @@ class Prepared:
                 f"of {silent:,} mismatched completions no token counts after data.max_length {config.data.max_length}, so "
                 "they are left out of KTO's estimate of the drift; raise data.max_length, or set data.train_on to count more"
             )
-        spec, cache = open_reference(config, native)
+        spec, cache = open_reference(config)
         if config.needs_reference:
             console.say(reference_line(config, spec))
             earlier, change = earlier_identity(spec.identity)
@@ -217,19 +215,9 @@ def training_settings(config: Config) -> dict[str, Any]:
     return config.train.model_dump(mode="json", include=_DECIDING) | config.train.shaped()
 
 
-def native_dtype() -> str:
-    """Precision for dtype ``auto`` on this Ray's machines."""
-    return "bfloat16" if bfloat16_is_faster() else "float32"
-
-
-def open_reference(config: Config, native: str) -> tuple[ReferenceSpec, ReferenceCache]:
-    """Find and identify the reference of a configuration, and open its cache.
-
-    Args:
-        native: precision for dtype ``auto``.
-    """
-    wish = config.model.dtype if config.score.dtype is None else config.score.dtype
-    dtype = native if wish == "auto" else wish
+def open_reference(config: Config) -> tuple[ReferenceSpec, ReferenceCache]:
+    """Find and identify the reference of a configuration, and open its cache."""
+    _, dtype = dtypes(config)
     directory, quantization = resolve_model(config.reference_path), config.reference_quantization
     adapter, trusted = config.reference_adapter and resolve_model(config.reference_adapter), config.model.trust_remote_code
     identity = identify(directory, dtype, adapter, quantization, trusted, max_length=config.data.max_length)

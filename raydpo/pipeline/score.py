@@ -18,7 +18,6 @@ from raydpo.pipeline.partition import place_reference
 from raydpo.pipeline.prepare import (
     Prepared,
     checked,
-    native_dtype,
     open_reference,
     reference_line,
     wait_for_workers,
@@ -56,7 +55,7 @@ def score_streamed(config: Config, console: Console) -> tuple[BuildReport, Token
     Raises:
         RaydpoError: if it fails. Committed log-probs and tokenised blocks stay in the cache.
     """
-    spec, cache = open_reference(config, native_dtype())
+    spec, cache = open_reference(config)
     console.say(reference_line(config, spec))
     console.begin("tokenising the first pairs")
     with Stream(config, console) as stream:

@@ -384,7 +384,7 @@ class _ScoreShard:
         import torch
 
         # Whether another process was this actor before, which may have died between committing a shard and saying so.
-        self.again = ray.is_initialized() and ray.get_runtime_context().was_current_actor_reconstructed
+        self.repeated = ray.is_initialized() and ray.get_runtime_context().was_current_actor_reconstructed
         if not hasattr(tokens, "rows"):  # a reference to an object in Ray's store
             tokens = ray.get(tokens)
         self.tokens: TokenSource = tokens
@@ -412,9 +412,9 @@ class _ScoreShard:
         with self.planning:  # asks the storage, while the other call computes
             # Another build may have scored it meanwhile. Parts of this build can contain it only if this call is repeated;
             # otherwise they are skipped.
-            known, builder = self.known, "" if self.again else self.cache.builder
+            known, builder = self.known, "" if self.repeated else self.cache.builder
             open_ = still_missing(planned, self.cache, skip=lambda name: name in known or builder_of(name) == builder)
-            earlier = self._committed(planned) if self.again else []
+            earlier = self._committed(planned) if self.repeated else []
             shard, claim = self.claims.take(open_)
             groups = read_groups(shard, self.tokens)
         with self.computing:

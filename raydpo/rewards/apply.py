@@ -152,7 +152,7 @@ def _actors() -> Resources:
     return Resources(workers, 0, None, 1)
 
 
-def check_rewards(rewards: Sequence[RewardConfig], columns: Collection[str] | None, config: Config) -> None:
+def check_rewards(rewards: Sequence[RewardConfig], columns: Collection[str] | None) -> None:
     """Refuse, before Ray is started, what can be refused: missing functions, libraries, columns and keys.
 
     Args:
@@ -165,16 +165,10 @@ def check_rewards(rewards: Sequence[RewardConfig], columns: Collection[str] | No
         if reward.judge is not None:
             from raydpo.answers.judge import Judge
 
-            with Judge(
-                reward.judge, f"judge of the reward {reward_name(reward)}"
-            ):  # raises an error without its key; sends no request
+            # raises an error without its key; sends no request
+            with Judge(reward.judge, f"judge of the reward {reward_name(reward)}"):
                 pass
-        if reward.reward_model is not None:
-            from raydpo.answers.reward import check_reward_model
-            from raydpo.reference.identity import resolve_model
-
-            check_reward_model(resolve_model(reward.reward_model), config.model.trust_remote_code)
-        if reward.use is None:
+        if reward.use is None:  # pipeline.checks checks reward models
             continue
         name = reward_name(reward)
         if reward.use in BUILT_IN:

@@ -15,7 +15,7 @@ from raydpo.answers.contests import Contest
 from raydpo.answers.judge import Judge, judge_contests
 from raydpo.answers.rating import HIGHEST, LOWEST, rate
 from raydpo.answers.reward import RewardModel
-from raydpo.cluster.resources import Resources, bfloat16_is_faster
+from raydpo.cluster.resources import Resources, dtypes
 from raydpo.cluster.work import do_work
 from raydpo.config import Config
 from raydpo.config.rewards import RewardConfig, duels_of, reward_name
@@ -71,9 +71,9 @@ def model_rewards(
         found = _by_reward_model(reward.reward_model, asked, config, storage, resources, progress, warn)
     else:
         assert reward.judge is not None
-        by = _by_scores if reward.scale == "score" else _by_duels
         with Judge(reward.judge, f"judge of the reward {reward_name(reward)}") as judge:
-            found = by(reward, judge, asked, storage, progress, warn)
+            given = judge, asked, storage, progress, warn
+            found = _by_scores(*given) if reward.scale == "score" else _by_duels(reward, *given)
         share = (time.perf_counter() - started) / len(asked)
         found = [{**one, "seconds": share} for one in found]
     of = dict(zip(asked, found, strict=True))
@@ -89,7 +89,8 @@ def _by_reward_model(
     progress: Callable[[int, int], None],
     warn: Callable[[str], None],
 ) -> list[dict[str, Any]]:
-    work = RewardModel.at(resolve_model(path), _precision(config), config.model.trust_remote_code)
+    _, dtype = dtypes(config)
+    work = RewardModel.at(resolve_model(path), dtype, config.model.trust_remote_code)
     rows = pa.table({"prompt": [prompt for prompt, _ in asked], "answer": [answer for _, answer in asked]})
     (scored,) = do_work(work, [rows], storage, resources, block=BLOCK, progress=progress, doing="reward model", warn=warn)
     for why in filter(None, scored["alone"].unique().to_pylist()):
@@ -100,16 +101,7 @@ def _by_reward_model(
     ]
 
 
-def _precision(config: Config) -> str:
-    """Precision of the reward model: that in which the reference is scored."""
-    wish = config.model.dtype if config.score.dtype is None else config.score.dtype
-    if wish != "auto":
-        return wish
-    return "bfloat16" if bfloat16_is_faster() else "float32"
-
-
 def _by_scores(
-    reward: RewardConfig,
     judge: Judge,
     asked: Sequence[_Asked],
     storage: Storage,

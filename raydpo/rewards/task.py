@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from raydpo.config.rewards import RewardConfig
 from raydpo.rewards.functions import RewardFunction, resolve
 from raydpo.rewards.process import RESULTS, Caller
 
-__all__ = ["ANSWERS", "RESULTS", "ROWS", "RewardTask"]
+__all__ = ["ANSWERS", "RESULTS", "ROWS", "RewardTask", "prompt_id"]
 
 VERSION = 1
 """Version of how functions are called. Results of another version are not used."""
@@ -28,6 +30,12 @@ ROWS = pa.schema(
 """What a function gets of an answer."""
 ANSWERS = pa.unify_schemas([pa.schema([("prompt_id", pa.binary(16)), ("sample", pa.int32())]), ROWS])
 """An answer to be scored. Answers to one prompt are consecutive."""
+
+
+def prompt_id(ids: Sequence[int] | np.ndarray) -> bytes:
+    """Return the 16-byte digest of the token ids of a prompt."""
+    content = np.ascontiguousarray(ids, "<u4")
+    return hashlib.blake2b(content.tobytes(), digest_size=16, person=b"raydpo-round-p-1").digest()
 
 
 @dataclass(frozen=True)

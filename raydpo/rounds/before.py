@@ -50,7 +50,7 @@ def check_inputs(config: Config, console: Console) -> Inputs:
     _check_prompts(inputs)
     console.begin("checking reward functions")
     columns = {name for text in inputs.prompts["columns"].to_pylist() for name in json.loads(text)}
-    check_rewards(inputs.rounds.rewards, columns, config)
+    check_rewards(inputs.rounds.rewards, columns)
     console.begin("checking model files")
     check_models(config, "rounds", console)
     models = {path: resolve_model(path) for path in (config.model.path, config.reference_path)}

@@ -26,11 +26,12 @@ from raydpo.data.tally import SourceReport
 from raydpo.data.tokenise import TokenisedPair, Tokeniser
 from raydpo.errors import DataError
 from raydpo.rewards.columns import as_json, other_columns
+from raydpo.rewards.task import prompt_id
 from raydpo.rundir.rounds import PROMPT_SCHEMA
 from raydpo.storage.uri import redact
 from raydpo.terminal.console import Console
 
-__all__ = ["held_out_of", "prompt_id", "read_prompts", "round_seed", "slice_of"]
+__all__ = ["held_out_of", "read_prompts", "round_seed", "slice_of"]
 
 TRAIN, OUT = "train", "held_out"
 """Values of column ``split``."""
@@ -47,12 +48,6 @@ class _PromptReport(SourceReport):
 
     def _kept(self) -> str:
         return f"{self.kept:,} prompts"
-
-
-def prompt_id(ids: Sequence[int] | np.ndarray) -> bytes:
-    """Return the 16-byte digest of the token ids of a prompt."""
-    content = np.ascontiguousarray(ids, "<u4")
-    return hashlib.blake2b(content.tobytes(), digest_size=16, person=b"raydpo-round-p-1").digest()
 
 
 def read_prompts(config: Config, tokeniser: Tokeniser, console: Console | None = None) -> pa.Table:

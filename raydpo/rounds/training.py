@@ -11,12 +11,13 @@ from typing import Any
 
 import pyarrow as pa
 
+from raydpo.cluster.resources import dtypes
 from raydpo.config import Config
 from raydpo.data.select import PAIR_SCHEMA, PairSets
 from raydpo.data.tally import DataReport, SourceReport
 from raydpo.errors import ConfigError, FilesError
 from raydpo.model.limits import check_limits
-from raydpo.pipeline.prepare import Prepared, native_dtype
+from raydpo.pipeline.prepare import Prepared
 from raydpo.pipeline.score import score_prepared
 from raydpo.pipeline.tokenised import Tokenised, limits_of, open_tokeniser
 from raydpo.pipeline.train import train_prepared
@@ -103,7 +104,7 @@ def policy_spec(config: Config, number: int) -> ReferenceSpec:
         FilesError: if the round is not trained yet, or the files of its policy are not those that it wrote.
     """
     model, (path, adapter) = config.model, _policy_paths(config, number)
-    dtype = native_dtype() if model.dtype == "auto" else model.dtype
+    dtype, _ = dtypes(config)
     base, adapter_dir, length = resolve_model(path), adapter and resolve_model(adapter), config.data.max_length
     identity = identify(base, dtype, adapter_dir, model.quantization, model.trust_remote_code, max_length=length)
     if number:

@@ -149,13 +149,13 @@ def test_every_answer_has_the_same_columns(place):
 def test_refused_before_anything_runs(place, reward, columns, said):
     (place / "broken.py").write_text("def f(\n")
     with pytest.raises(ConfigError, match=said):
-        check_rewards([RewardConfig.model_validate(reward)], columns, config_at(place))
+        check_rewards([RewardConfig.model_validate(reward)], columns)
 
 
 def test_accepted(place):
     for use in ("my_rewards:mine", "my_rewards:called", "my_rewards:state", "json"):
-        check_rewards([RewardConfig(use=use)], ["kind", "prompt"], config_at(place))
-    check_rewards([RewardConfig(use="my_rewards:strict")], None, config_at(place))
+        check_rewards([RewardConfig(use=use)], ["kind", "prompt"])
+    check_rewards([RewardConfig(use="my_rewards:strict")], None)
 
 
 def test_a_thousand_prompts_with_a_failing_a_hanging_and_a_misbehaving_function(place):

@@ -16,8 +16,8 @@ from torch import Tensor
 from raydpo.config import ObjectiveConfig
 from raydpo.config.rounds import RoundsConfig
 from raydpo.losses import Objective, PairLogps
+from raydpo.rewards.task import prompt_id
 from raydpo.rounds.pairing import final_rewards, make_pairs
-from raydpo.rounds.prompts import prompt_id
 from raydpo.rundir.rounds import PROMPT_SCHEMA, SAMPLE_SCHEMA, SCORE_SCHEMA
 
 CLOSE = 1e-2

@@ -112,7 +112,7 @@ def train_dir(config, number):
 
 def fill(config, *tables):
     """Fill the cache of a configuration in this process, which takes a second, and workers ten."""
-    spec, cache = open_reference(config, "float32")
+    spec, cache = open_reference(config)
     for table in tables:
         scored = with_reference(table, Path(spec.path), adapter=spec.adapter and Path(spec.adapter))
         for side in ("chosen", "rejected"):
@@ -298,14 +298,14 @@ def test_what_earlier_rounds_scored_is_compared_with_the_reference(in_ray, tmp_p
         assert (done["wanted"], done["hits"]) == (28, 20)
         shutil.rmtree(config.output)
         kept.rename(config.output)
-        spec, cache = open_reference(config, "float32")
+        spec, cache = open_reference(config)
         shutil.rmtree(Path(cache.storage.path(cache.directory)))
         fill(config, old.slice(1))
         scored = with_reference(old.slice(0, 1), Path(spec.path))
         for side in ("chosen", "rejected"):
             values = np.array(scored[f"ref_{side}_logps"][0].as_py(), np.float32)
             values[1] -= 2
-            open_reference(config, "float32")[1].commit(scored[f"{side}_key"].to_pylist(), [values], {})
+            open_reference(config)[1].commit(scored[f"{side}_key"].to_pylist(), [values], {})
         with pytest.raises(
             GateError, match=f"not those of the reference {spec.identity.digest}: scored again, pair r001:0:0-1"
         ):
