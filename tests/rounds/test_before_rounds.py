@@ -93,3 +93,10 @@ def test_fresh_renames_nothing_for_a_command_that_is_refused(file, tmp_path, oth
     with pytest.raises(ConfigError, match="section reference names"):
         rounds(config, Console(io.StringIO()), fresh=True)
     assert [place.name for place in (tmp_path / "runs").iterdir()] == ["small"]
+
+
+@pytest.mark.parametrize("key", ["rounds.sample.seed", "train.seed", "evaluate.seed"])
+def test_a_seed_that_no_generator_takes_is_refused(key, file):
+    for seed in (2**63, 10**30):
+        with pytest.raises(ConfigError, match=rf"'{key}' is {seed}, expected less than {2**63}"):
+            load_config(file, [f"{key}={seed}"])
