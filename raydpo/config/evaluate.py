@@ -55,7 +55,7 @@ class EvaluateConfig(Section):
     """Number of sampled answers to each prompt."""
     temperature: Float = Field(default=1.0, gt=0)
     """Temperature of sampling, without top-k or top-p. The drift is only measured at 1."""
-    seed: Int = Field(default=0, ge=0)
+    seed: Int = Field(default=0, ge=0, lt=2**63)
     """Seed for the choice of prompts and for sampling."""
     engine: Literal["transformers", "vllm"] = "transformers"
     """Engine that generates the answers. vLLM needs an environment of its own, see vllm_python; its speed is not yet

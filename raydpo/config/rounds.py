@@ -71,7 +71,7 @@ class SampleConfig(Section):
     """Smallest probability mass of the tokens that are sampled from; 1 = the whole vocabulary. The drift needs 1."""
     max_tokens: Int = Field(default=512, ge=1)
     """Longest answer, in tokens."""
-    seed: Int = Field(default=0, ge=0)
+    seed: Int = Field(default=0, ge=0, lt=2**63)
     """Seed of the random numbers. Each round, prompt and sample has its own."""
     engine: Literal["auto", "transformers", "vllm", "ray"] = "auto"
     """Engine that generates the answers; auto = vllm where there are GPUs and vLLM, else transformers. ray = ray.data.llm,

@@ -168,7 +168,7 @@ class TrainConfig(ObjectiveConfig):
     The second moment is always float32: its changes of 1/1000 would be rounded away in bfloat16."""
     merge_adapter: bool = False
     """Also export the model with the adapters merged into it, as final/merged."""
-    seed: Int = Field(default=0, ge=0)
+    seed: Int = Field(default=0, ge=0, lt=2**63)
     """Seed for the order of the pairs and the initial values of adapters."""
     deterministic: bool = False
     """Use only kernels that give the same bits each time (torch.use_deterministic_algorithms), which are slower, and fail

@@ -124,7 +124,9 @@ class RoundsPlan:
         sampling, rewards, measuring: of one round. Rewards are those of reward models; functions run on CPUs.
         requests: requests to judges, of one round with its measurement.
         starts: seconds of a round until its stages compute.
-        a_round: everything of one round with its starts. total: all rounds and the first measurement.
+        a_round: everything of one round with its starts; of offline rounds the first one.
+        total: all rounds, and the first measurement with its starts.
+        offline: rounds after the first sample no answers.
     """
 
     rounds: int
@@ -144,6 +146,7 @@ class RoundsPlan:
     starts: float
     a_round: Stage
     total: Stage
+    offline: bool = False
 
     @property
     def lost(self) -> float:
@@ -164,6 +167,11 @@ class RoundsPlan:
             f"an answer is taken to have {self.answer_tokens:,.4g} tokens; --answer-tokens sets another number. Pairs: at "
             "most as many as rounds.pairs allows; prompts whose answers are all equally good give none"
         ]
+        if self.offline:
+            lines.append(
+                "rounds.offline is true: the table has the first round; later ones sample no answers, and the reference "
+                "scores none again unless rounds.reference moves it"
+            )
         if self.requests:
             lines.append(f"judges: {self.requests:,} requests a round")
         if self.lost > MUCH_LOST:
@@ -247,12 +255,20 @@ def plan_rounds(
         amount = np.array([whole.sum(), (whole.astype(float) ** 2).sum() / 2, answer_tokens * len(whole)])
         return Stage.of(sum(operations(amount, cost) for cost in costs), workers, rates.score, price)
 
-    sampling = asked(of_round, rounds.sample.n)
-    rewards = read(of_round, rounds.sample.n, reward_models) + read(measured, each, reward_models)
+    sampling, scoring = asked(of_round, rounds.sample.n), read(of_round, rounds.sample.n, reward_models)
+    measured_rewards = read(measured, each, reward_models)
+    rewards = scoring + measured_rewards
     drift = 0 if rounds.sample.temperature != 1 or rounds.sample.top_p < 1 else rounds.measure.n
     measuring = asked(measured, each) + read(measured, drift, [sampler.cost] * 3)  # policy, initial model, policy before
-    starts = 2 * STARTS[engine] + STARTS["trainer"] + STARTS["scorer"] * ((4 if drift else 1) + 2 * len(reward_models))
+    answering = STARTS[engine] + STARTS["scorer"] * len(reward_models)  # starts of an engine and of the reward models
+    starts = 2 * answering + STARTS["trainer"] + STARTS["scorer"] * (4 if drift else 1)
     a_round = sampling + rewards + one.score + one.training + measuring + stage(0.0, starts)
+    later = a_round
+    if rounds.offline:  # rounds after the first train on its answers, which one reference has scored
+        moves = rounds.reference != "initial"
+        again = starts - answering - (0 if moves else STARTS["scorer"])
+        later = measured_rewards + one.score * int(moves) + one.training + measuring + stage(0.0, again)
+    first = asked(measured, each) + measured_rewards + stage(0.0, answering)
     return RoundsPlan(
         rounds=rounds.count,
         prompts=len(of_round),
@@ -270,5 +286,6 @@ def plan_rounds(
         requests=requests,
         starts=starts,
         a_round=a_round,
-        total=a_round * rounds.count + asked(measured, each),
+        total=a_round + later * (rounds.count - 1) + first,
+        offline=rounds.offline,
     )

@@ -193,8 +193,12 @@ def _answers(record: RoundsRecord) -> Iterator[Finding]:
                 f"{last['eval_cut']:.0%} of the held-out answers reach rounds.sample.max_tokens "
                 f"({record.setting('rounds.sample.max_tokens')}) without an end after round {last['round']}; "
                 f"{_before(first)} {first['eval_cut']:.0%} did.",
-                "Raise rounds.sample.max_tokens. If answers only ramble, set rounds.cut to zero, so that a cut answer has "
-                "reward 0.",
+                "Raise rounds.sample.max_tokens."
+                + (
+                    ""
+                    if record.setting("rounds.cut") == "zero"
+                    else " If answers only ramble, set rounds.cut to zero, so that a cut answer has a reward of at most 0."
+                ),
             )
 
 

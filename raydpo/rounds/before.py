@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pyarrow.compute as pc
@@ -21,8 +22,8 @@ from raydpo.rounds.measuring import measure_settings
 from raydpo.rounds.prompts import held_out_of, read_prompts, slice_of
 from raydpo.rounds.sampling import sample_settings
 from raydpo.rounds.stage import Made, made_of, refusal
-from raydpo.rounds.training import check_training
-from raydpo.rundir.directory import PROMPTS, RUN, SWEEP, TRAIN, round_folder
+from raydpo.rounds.training import check_reference, check_training
+from raydpo.rundir.directory import FINAL, PROMPTS, RUN, SWEEP, TRAIN, round_folder
 from raydpo.rundir.fingerprint import changed_settings
 from raydpo.storage.files import Storage
 from raydpo.terminal.console import Console
@@ -40,6 +41,7 @@ def check_inputs(config: Config, console: Console) -> Inputs:
     """
     console.begin("checks")
     check(config, "rounds", console)
+    check_reference(config)
     storage = Storage(config.run_dir)
     for file, what in ((RUN, "a single run"), (SWEEP, "a sweep")):
         if storage.exists(file):
@@ -130,9 +132,11 @@ def refuse_changes(inputs: Inputs, ledger: Ledger) -> None:
 
     Raises:
         ConfigError: with all settings that differ.
+        FilesError: if ``final`` is no link, which a round could not replace.
     """
     check_training(inputs.config)
     storage = inputs.storage
+    _check_final(storage)
     now = {
         "sample": sample_settings(inputs),
         "score": inputs.reward_settings,
@@ -144,7 +148,7 @@ def refuse_changes(inputs: Inputs, ledger: Ledger) -> None:
     if stages and (prompts := made_of(storage, PROMPTS)) is not None:
         changed.append((PROMPTS, prompts.changes(prompts_made(inputs))))
     for name, made in stages:
-        changes = changed_settings(made.settings, now[made.stage])
+        changes = changed_settings(made.settings, now[made.stage]) + _other_model(inputs, made)
         if changes and ledger.replaceable(made.stage, made.number):
             ledger.records.pop(made.number, None)  # its figures are made again, too
         elif made.failed is None:
@@ -155,3 +159,22 @@ def refuse_changes(inputs: Inputs, ledger: Ledger) -> None:
             changed.append((f"{round_folder(number)}/{TRAIN}", changed_settings(record["settings"], trained)))
     if changed := [(name, changes) for name, changes in changed if changes]:
         raise refusal(storage, changed)
+
+
+def _other_model(inputs: Inputs, made: Made) -> list[str]:
+    """How the model before the first round differs from that of a stored stage. A round that is over is not looked into
+    again, but later ones would measure their drift from the other model."""
+    initial = {("measure", made.number): "initial policy", ("sample", 1): "policy"}.get((made.stage, made.number))
+    if initial is None or made.inputs.get(initial) is None:
+        return []
+    key = "model.path (its weights, with model.adapter, model.dtype and data.max_length)"
+    return changed_settings({key: made.inputs[initial]}, {key: inputs.policy(0).identity.digest})
+
+
+def _check_final(storage: Storage) -> None:
+    path = Path(storage.path(FINAL))
+    if storage.is_local and path.is_dir() and not path.is_symlink():
+        raise FilesError(
+            f"{path} is a directory, but rounds keep a link to the last policy there; was {storage} copied without its "
+            "links? Rename or delete it: the policies are in the folders of their rounds"
+        )

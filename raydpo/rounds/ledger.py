@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -53,8 +54,12 @@ class Ledger:
         self.config, self.storage = config, Storage(config.run_dir)
         self.status: Status = "running"
         self.why: str | None = None
-        numbers = [int(name.removeprefix("round-")) for name in self.storage.list() if name.startswith("round-")]
-        self.records = {number: record for number in sorted(numbers) if (record := self._record(number)) is not None}
+        self.records = {number: record for number in self._numbers() if (record := self._record(number)) is not None}
+
+    def _numbers(self) -> list[int]:
+        """Numbers of the rounds that have a folder. A folder with another name, such as round-002.old, is none of them."""
+        found = [int(name.removeprefix("round-")) for name in self.storage.list() if re.fullmatch(r"round-[0-9]+", name)]
+        return sorted(number for number in found if self.storage.exists(round_folder(number)))
 
     def _record(self, number: int) -> dict[str, Any] | None:
         name = f"{round_folder(number)}/{ROUND}"
@@ -92,7 +97,7 @@ class Ledger:
             RaydpoError: if one of them is damaged.
         """
         found = []
-        for folder in (name for name in self.storage.list() if name.startswith("round-")):
+        for folder in map(round_folder, self._numbers()):
             for file in FILES.values():
                 if file.endswith(".parquet") and (made := made_of(self.storage, f"{folder}/{file}")) is not None:
                     found.append((f"{folder}/{file}", made))

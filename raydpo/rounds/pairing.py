@@ -54,7 +54,8 @@ class _Answer:
 def final_rewards(samples: pa.Table, scored: pa.Table, rounds: RoundsConfig) -> pa.Table:
     """Return rows of ``rundir.rounds.SCORE_SCHEMA``: what reward functions say, after ``rounds.cut``.
 
-    With zero, the reward of a cut answer is 0. With drop it stays, and ``make_pairs`` passes over the answer.
+    With zero, the reward of a cut answer is at most 0; an unknown one stays unknown. With drop it stays, and ``make_pairs``
+    passes over the answer.
 
     Args:
         samples: rows of ``SAMPLE_SCHEMA``.
@@ -69,8 +70,8 @@ def final_rewards(samples: pa.Table, scored: pa.Table, rounds: RoundsConfig) -> 
     if pc.any(pc.invert(pc.is_finite(rewards))).as_py():
         raise ValueError("a reward is not a finite number; reward functions that return one have failed")
     if rounds.cut == "zero":
-        # Not 0 where the reward is below: among negative rewards a cut answer would be the best one.
-        rewards = pc.if_else(_is_cut(samples), pc.min_element_wise(pc.fill_null(rewards, 0.0), 0.0), rewards)
+        # Not 0 where the reward is below or unknown: among negative rewards a cut answer would be the best one.
+        rewards = pc.if_else(_is_cut(samples), pc.min_element_wise(rewards, 0.0, skip_nulls=False), rewards)
     columns = {name: samples[name] for name in ("prompt_id", "sample")} | {"reward": rewards}
     columns |= {name: scored[name] for name in SCORE_SCHEMA.names if name not in columns}
     return pa.table({name: columns[name] for name in SCORE_SCHEMA.names}).cast(SCORE_SCHEMA)

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+import yaml
 
-from raydpo.config import Config, load_config
-from raydpo.errors import ConfigError
+from raydpo.config import load_config
+from raydpo.errors import ConfigError, FilesError, one_line
 from raydpo.rounds.sampling import GREEDY
+from raydpo.rounds.stage import stored_table
 from raydpo.rundir.directory import (
     CONFIG,
     LEDGER,
@@ -57,31 +57,35 @@ def show(place: str, number: int, console: Console, *, prompt: str | None = None
 
     Raises:
         ConfigError: if there is no such round or prompt.
+        RaydpoError: if a file is damaged, or config.yaml is missing.
     """
     storage, folder = place_of(place), round_folder(number)
-    config = load_config(_yaml(storage), elsewhere=True)
-    prompts = {row["prompt_id"]: row for row in _rows(storage, PROMPTS) or []}
+    cut, margin = _settings(storage)
+    asked = {row["prompt_id"]: row["prompt"] for row in _rows(storage, PROMPTS) or []}
     trained, measured = _trained(storage, folder), _by_prompt(_rows(storage, f"{folder}/{ROUND_HELD_OUT}") or [])
     if not trained and not measured:
         raise ConfigError(f"round {number} in {storage} has no answers yet; run 'raydpo rounds' first")
     chosen = _chosen([*trained, *(measured if prompt is not None or not trained else ())], prompt, count, number)
-    pairs: dict[bytes, Answers] = _by_prompt(_rows(storage, f"{folder}/{ROUND_PAIRS}") or [])
+    made = [row for row in _rows(storage, f"{folder}/{ROUND_PAIRS}") or [] if row["pair_id"].startswith(f"r{number:03d}:")]
+    pairs = _by_prompt(made)  # replayed ones are of other answers to the same prompts
     paired = storage.exists(f"{folder}/{ROUND_PAIRS}")
     for key in chosen:
         answers = trained.get(key) or measured[key]
-        told = _about_pairs(answers, pairs.get(key, ()), config) if key in trained and paired else []
+        told = _about_pairs(answers, pairs.get(key, ()), cut, margin) if key in trained and paired else []
         held_out = "" if key in trained else ", held out"
-        print_answers(console, f"prompt {key.hex()[:12]}{held_out}", prompts[key]["prompt"], answers, told)
+        print_answers(console, f"prompt {key.hex()[:12]}{held_out}", asked.get(key), answers, told)
     left = len(trained or measured) - len(chosen)
     if prompt is None and left > 0:
         console.say(f"{left:,} more prompts; --prompt ID shows one of them, -n more")
 
 
-def print_answers(console: Console, title: str, prompt: str, answers: Sequence[dict[str, Any]], told: Sequence[str]) -> None:
+def print_answers(
+    console: Console, title: str, prompt: str | None, answers: Sequence[dict[str, Any]], told: Sequence[str]
+) -> None:
     """Print a prompt, its answers with their rewards, and lines about them.
 
     Args:
-        prompt: text or messages, as JSON.
+        prompt: text or messages, as JSON; None if it is not known.
         answers: rows with sample, reward, parts, error, end and answer.
     """
     console.say(f"{title}: {plain_text(_text(prompt))}")
@@ -106,19 +110,15 @@ def print_answers(console: Console, title: str, prompt: str, answers: Sequence[d
         console.say(f"  {line}")
 
 
-def _about_pairs(answers: Answers, pairs: Sequence[dict[str, Any]], config: Config) -> list[str]:
+def _about_pairs(answers: Answers, pairs: Sequence[dict[str, Any]], cut: str, margin: float) -> list[str]:
     """Which pairs were made of the answers to a prompt, and why; or why none was."""
-    rounds = config.rounds
-    if rounds is None:
-        return []
-    margin = rounds.pairs.margin
     if pairs:
         return [
             f"pair: {one['good']} over {one['bad']}, whose rewards differ by {one['reward_good'] - one['reward_bad']:g}, "
             f"more than rounds.pairs.margin ({margin:g})"
             for one in pairs
         ]
-    usable = [row for row in answers if row["reward"] is not None and not (rounds.cut == "drop" and row["end"] == "length")]
+    usable = [row for row in answers if row["reward"] is not None and not (cut == "drop" and row["end"] == "length")]
     rewards = {row["reward"] for row in usable}
     if len(usable) < 2:
         return [
@@ -128,7 +128,7 @@ def _about_pairs(answers: Answers, pairs: Sequence[dict[str, Any]], config: Conf
         return [f"no pair: all answers have reward {rewards.pop():g}"]
     if max(rewards) - min(rewards) <= margin:
         return [f"no pair: rewards differ by {max(rewards) - min(rewards):g} at most, and rounds.pairs.margin is {margin:g}"]
-    return ["no pair: the answers of different reward have the same tokens"]
+    return ["no pair: the answers of different reward say the same"]
 
 
 def _chosen(keys: Sequence[bytes], prompt: str | None, count: int, number: int) -> list[bytes]:
@@ -159,17 +159,26 @@ def _by_prompt(rows: Answers) -> dict[bytes, Answers]:
 
 
 def _rows(storage: Storage, name: str) -> Answers | None:
-    return pq.read_table(pa.BufferReader(storage.read(name))).to_pylist() if storage.exists(name) else None
+    return stored_table(storage, name).to_pylist() if storage.exists(name) else None
 
 
-def _yaml(storage: Storage) -> dict[str, Any]:
-    import yaml
+def _settings(storage: Storage) -> tuple[str, float]:
+    """``rounds.cut`` and ``rounds.pairs.margin`` of stored rounds. The files that their configuration names need not be
+    here: they may lie on another machine, or below another working directory."""
+    try:
+        rounds = yaml.safe_load(storage.read(CONFIG))["rounds"]
+        return str(rounds["cut"]), float(rounds["pairs"]["margin"])
+    except (KeyError, TypeError) as error:
+        why = f"it is no configuration of rounds: {one_line(error, 200)}"
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        why = one_line(error, 200)
+    raise FilesError(f"{storage}/{CONFIG} cannot be read ({why}); run 'raydpo rounds' again, which writes it")
 
-    return yaml.safe_load(storage.read(CONFIG))
 
-
-def _text(prompt: str) -> str:
+def _text(prompt: str | None) -> str:
     """A prompt as one text: of messages, each with its role."""
+    if prompt is None:
+        return f"(it is not in {PROMPTS})"
     value = json.loads(prompt)
     if isinstance(value, str):
         return value

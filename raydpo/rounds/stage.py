@@ -23,7 +23,7 @@ from raydpo.rundir.fingerprint import changed_settings
 from raydpo.storage.files import Storage
 from raydpo.version import __version__
 
-__all__ = ["NEUTRAL", "Made", "content_digest", "made_of", "refusal", "stage_table"]
+__all__ = ["NEUTRAL", "Made", "content_digest", "made_of", "refusal", "stage_table", "stored_table"]
 
 SCHEMA_VERSION = 1
 """Version of the columns of ``rundir.rounds``."""
@@ -116,7 +116,7 @@ def stage_table(
     stored = made_of(storage, name)
     if stored is not None and stored.failed is None:
         if stored.digest == made.digest:
-            return _read(storage, name), stored
+            return stored_table(storage, name), stored
         if not again:
             raise refusal(storage, [(name, stored.changes(made))])
         note(f"{name} is made again: {'; '.join(stored.changes(made))}")
@@ -125,7 +125,7 @@ def stage_table(
     made = dataclasses.replace(made, seconds=round(time.monotonic() - began, 2), failed=failed)
     metadata = made.metadata()
     storage.write(name, _encode(table.select(schema.names).cast(schema).replace_schema_metadata(metadata)))
-    return _read(storage, name), made
+    return stored_table(storage, name), made
 
 
 def refusal(storage: Storage, changed: Sequence[tuple[str, Sequence[str]]]) -> ConfigError:
@@ -165,7 +165,12 @@ def _encode(table: pa.Table) -> bytes:
     return sink.getvalue()
 
 
-def _read(storage: Storage, name: str) -> pa.Table:
+def stored_table(storage: Storage, name: str) -> pa.Table:
+    """Return the table of a stored file, without what it was made from.
+
+    Raises:
+        RaydpoError: if the file is damaged.
+    """
     try:
         table = pq.read_table(pa.BufferReader(storage.read(name)), page_checksum_verification=True)
     except (pa.ArrowException, OSError) as error:

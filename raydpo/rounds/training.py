@@ -40,7 +40,7 @@ from raydpo.storage.uri import redact
 from raydpo.terminal.console import Console
 from raydpo.training.job import SCHEDULE_STEPS, Continued
 
-__all__ = ["Start", "check_training", "policy_spec", "round_config", "start_of", "train_round"]
+__all__ = ["Start", "check_reference", "check_training", "policy_spec", "round_config", "start_of", "train_round"]
 
 _REFERENCE = "reference identity"
 """The key of a run's fingerprint with the identity of its reference."""
@@ -193,12 +193,7 @@ def check_training(config: Config) -> None:
         ConfigError: if section reference contradicts ``rounds.reference``; or if ``rounds.optimizer`` is carry, and the
             number of steps of all rounds is not the one with which the first rounds were trained.
     """
-    policy, reference = (config.model.path, config.model.adapter), (config.reference_path, config.reference_adapter)
-    if config.rounds.reference != "initial" and reference != policy:
-        raise ConfigError(
-            f"section reference names {' + '.join(filter(None, reference))}, but by rounds.reference "
-            f"{config.rounds.model_dump(mode='json')['reference']} the policy of a round becomes the reference; drop one"
-        )
+    check_reference(config)
     if config.rounds.optimizer != "carry":
         return
     total = config.rounds.count * config.train.steps
@@ -214,6 +209,20 @@ def check_training(config: Config) -> None:
                 "them back, or begin other rounds (name=...). Only train.schedule constant, with a train.warmup that is a "
                 "number of steps and a train.beta that is a number, can be prolonged"
             )
+
+
+def check_reference(config: Config) -> None:
+    """Refuse a section reference that contradicts ``rounds.reference``.
+
+    Raises:
+        ConfigError: if it does.
+    """
+    policy, reference = (config.model.path, config.model.adapter), (config.reference_path, config.reference_adapter)
+    if config.rounds.reference != "initial" and reference != policy:
+        raise ConfigError(
+            f"section reference names {' + '.join(filter(None, reference))}, but by rounds.reference "
+            f"{config.rounds.model_dump(mode='json')['reference']} the policy of a round becomes the reference; drop one"
+        )
 
 
 def _policy_paths(config: Config, number: int) -> tuple[str, str | None]:

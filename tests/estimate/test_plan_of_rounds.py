@@ -85,13 +85,27 @@ def test_a_round_is_the_sum_of_its_parts(tiny_llama):
     assert plan.starts == 2 * STARTS["vllm"] + STARTS["trainer"] + STARTS["scorer"] * 6
     assert plan.a_round.seconds == pytest.approx(sum(part.seconds for part in parts) + plan.starts)
     assert plan.sampling.dollars == pytest.approx(1000 * plan.sampling.seconds)  # 3.6 million an hour
-    first = SAMPLER.seconds(PROMPTS.held_out, 3, 16.0, 1)
+    read = (3 * 52 * 2000 + 3 * 2 * 26**2 / 2 * 64 + 16 * 6 * 1000) / RATES.score  # held-out answers by the reward model
+    first = SAMPLER.seconds(PROMPTS.held_out, 3, 16.0, 1) + read + STARTS["vllm"] + STARTS["scorer"]
     assert plan.total.seconds == pytest.approx(5 * plan.a_round.seconds + first)
     # A reward model reads each prompt with each of its answers: 4 x (26 + 26 + 36 + 36) and 3 x (26 + 26) positions.
     positions, squares = 4 * 124 + 3 * 52, 4 * 2 * (26**2 + 36**2) + 3 * 2 * 26**2
     assert plan.rewards.flops == pytest.approx(positions * 2000 + squares / 2 * 64 + 16 * (16 + 6) * 1000)
     assert "judges: 7 requests a round" in plan.lines()
     assert any("raise train.steps" in line for line in plan.lines()) and plan.lost > 0.9
+
+
+@pytest.mark.parametrize("reference", ["initial", "previous"])
+def test_offline_rounds_sample_once(reference, tiny_llama):
+    config, other = (configured(tiny_llama, count=count, offline=True, reference=reference) for count in (5, 1))
+    plan = estimated(config, reward_models=[SIZES])
+    later = plan.total.seconds - estimated(other, reward_models=[SIZES]).total.seconds
+    scored = (4 * 124 * 2000 + 4 * (26**2 + 36**2) * 64 + 16 * 16 * 1000) / RATES.score  # by the reward model
+    saved = plan.sampling.seconds + scored + STARTS["vllm"] + STARTS["scorer"]
+    if reference == "initial":
+        saved += plan.one.score.seconds + STARTS["scorer"]
+    assert later == pytest.approx(4 * (plan.a_round.seconds - saved))
+    assert any("rounds.offline" in line for line in plan.lines())
 
 
 def test_no_drift_is_scored_where_it_is_not_measured(tiny_llama):

@@ -96,6 +96,14 @@ def test_a_fault_is_found_and_nothing_else(tmp_path, figures, title, said, advic
     assert list(one) == [title] and one[title][0] == said and advice in one[title][1]
 
 
+@pytest.mark.parametrize("cut", ["zero", "keep", "drop"])
+def test_no_setting_is_advised_that_is_set(cut, tmp_path):
+    (_, advice) = found(tmp_path, figures={"eval_cut": [0.05, 0.08, 0.1, 0.16]}, settings={"cut": cut})[
+        "More answers are cut"
+    ]
+    assert advice.startswith("Raise rounds.sample.max_tokens.") and ("set rounds.cut to zero" in advice) is (cut != "zero")
+
+
 @pytest.mark.parametrize(
     "figures",
     [

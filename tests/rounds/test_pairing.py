@@ -126,9 +126,10 @@ def test_final_rewards():
     table = prompts(1)
     samples, scored = answered(table, {0: [(0.7, [5, STOP]), (0.9, [5, 6], "length"), (None, [6, 7], "length")]})
     rewards = {cut: final_rewards(samples, scored, settings(cut=cut)) for cut in ("zero", "drop", "keep")}
-    assert rewards["zero"]["reward"].to_pylist() == [0.7, 0.0, 0.0]
-    below = final_rewards(*answered(table, {0: [(-3.0, [5, STOP]), (-2.0, [5, 6], "length")]}), settings(cut="zero"))
-    assert below["reward"].to_pylist() == [-3.0, -2.0], "0 would make the cut answer the best by far"
+    assert rewards["zero"]["reward"].to_pylist() == [0.7, 0.0, None]
+    negative = {0: [(-3.0, [5, STOP]), (-2.0, [5, 6], "length"), (None, [6, 7], "length")]}
+    below = final_rewards(*answered(table, negative), settings(cut="zero"))
+    assert below["reward"].to_pylist() == [-3.0, -2.0, None], "0 would make a cut answer the best by far"
     assert rewards["drop"]["reward"].to_pylist() == rewards["keep"]["reward"].to_pylist() == [0.7, 0.9, None]
     assert all(each.schema == SCORE_SCHEMA for each in rewards.values())
     assert rewards["zero"]["parts"].to_pylist()[1] == [("reward", 0.9)]
@@ -172,7 +173,7 @@ def test_what_holds_for_every_pair(answers, rounds, random):
         for side, number in (("good", pair["good"]), ("bad", pair["bad"])):
             reward, ids, end = each[number]
             assert not (end == "length" and rounds.cut == "drop")
-            reward = min(reward or 0.0, 0.0) if end == "length" and rounds.cut == "zero" else reward
+            reward = min(reward, 0.0) if end == "length" and rounds.cut == "zero" else reward
             assert pair[f"reward_{side}"] == reward
             assert pair["chosen_ids" if side == "good" else "rejected_ids"] == ids
             sides.append((reward, ids))
@@ -185,11 +186,10 @@ def test_what_holds_for_every_pair(answers, rounds, random):
     assert len(set(pairs["pair_id"].to_pylist())) == len(pairs)
     for row, each in described.items():  # a prompt without a pair has none to give
         able = [
-            (min(reward or 0.0, 0.0) if end == "length" and rounds.cut == "zero" else reward, ids, text_of(ids), end)
+            (min(reward, 0.0) if end == "length" and rounds.cut == "zero" else reward, ids, text_of(ids), end)
             for reward, ids, end in each
-            if not (end == "length" and rounds.cut == "drop")
+            if reward is not None and not (end == "length" and rounds.cut == "drop")
         ]
-        able = [one for one in able if one[0] is not None]
         fits = any(
             good[0] - bad[0] > rounds.pairs.margin and good[1] != bad[1] and good[2:] != bad[2:]
             for good, bad in product(able, able)

@@ -160,6 +160,8 @@ def test_the_ledger_is_what_the_files_say(config):
     ]
     rows = pq.read_table(again.storage.path("rounds.parquet")).to_pylist(maps_as_pydicts="strict")
     assert [row["eval_success"] for row in rows] == [0.5, None, None] and rows[0]["seconds"] == {"measure": 1.5}
+    again.storage.write("round-002.old/round.json", b"{")  # a user's copy is no round
+    assert Ledger(config).records == ledger.records and Ledger(config).stages() == []
     again.storage.write("round-001/round.json", b"{")
     with pytest.raises(RaydpoError, match=r"round-001/round.json is damaged"):
         Ledger(config)

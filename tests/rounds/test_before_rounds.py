@@ -1,0 +1,102 @@
+"""What is refused before Ray is started, given the files of earlier commands."""
+
+import io
+
+import pytest
+from small import small_rounds
+from tiny import make_model
+
+from raydpo.config import load_config
+from raydpo.errors import ConfigError, FilesError
+from raydpo.rounds.before import check_inputs, prompts_made, refuse_changes
+from raydpo.rounds.ledger import Ledger
+from raydpo.rounds.measuring import measure_settings
+from raydpo.rounds.run import rounds
+from raydpo.rounds.sampling import sample_settings
+from raydpo.rounds.stage import Made, stage_table
+from raydpo.rundir.rounds import HELD_OUT_SCHEMA, PROMPT_SCHEMA, SAMPLE_SCHEMA
+from raydpo.terminal.console import Console
+
+REGEX = [{"use": "regex", "pattern": "a"}]
+
+
+@pytest.fixture(scope="module")
+def other_llama(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("models") / "other", seed=1)
+
+
+@pytest.fixture
+def file(tmp_path, tiny_llama):
+    return small_rounds(tmp_path, tiny_llama, rewards=REGEX)
+
+
+def inputs_of(file, *overrides):
+    return check_inputs(load_config(file, overrides), Console(io.StringIO()))
+
+
+def store(inputs, stage, number, name, settings, schema, **digests):
+    """Store an empty file of a stage, made with these inputs."""
+    made = Made(stage=stage, number=number, settings=settings, inputs=digests)
+    stage_table(inputs.storage, name, made, schema, lambda: (schema.empty_table(), None))
+
+
+def measured(inputs):
+    """Store the prompts and the measurement before the first round, which is over."""
+    stage_table(inputs.storage, "prompts.parquet", prompts_made(inputs), PROMPT_SCHEMA, lambda: (inputs.prompts, None))
+    digest = inputs.policy(0).identity.digest
+    name = "round-000/held_out.parquet"
+    store(inputs, "measure", 0, name, measure_settings(inputs), HELD_OUT_SCHEMA, **{"initial policy": digest})
+    Ledger(inputs.config).end_round(0, {"round": 0, "eval_success": 0.5}, {})
+    return digest
+
+
+def test_a_measurement_of_another_model_is_made_again_until_one_is_trained(file, other_llama):
+    measured(inputs_of(file))
+    same, other = inputs_of(file), inputs_of(file, f"model.path={other_llama}")
+    ledger = Ledger(same.config)
+    refuse_changes(same, ledger)
+    assert ledger.over(0)
+    refuse_changes(other, ledger)
+    assert not ledger.over(0), "its figures are of the model before"
+    same.storage.write("round-001/train/run.json", b"{}")
+    with pytest.raises(ConfigError, match=r"model.path .* has changed \(round-000/held_out.parquet\)"):
+        refuse_changes(other, Ledger(other.config))
+    refuse_changes(same, Ledger(same.config))
+
+
+def test_samples_of_another_model_are_refused(file, other_llama):
+    inputs = inputs_of(file)
+    digest = measured(inputs)
+    store(inputs, "sample", 1, "round-001/samples.parquet", sample_settings(inputs), SAMPLE_SCHEMA, policy=digest)
+    store(inputs, "sample", 2, "round-002/samples.parquet", sample_settings(inputs), SAMPLE_SCHEMA, policy="ab" * 16)
+    refuse_changes(inputs, Ledger(inputs.config))  # round 2 was sampled from the policy of round 1
+    other = inputs_of(file, f"model.path={other_llama}")
+    with pytest.raises(ConfigError, match=r"model.path .* has changed \(round-001/samples.parquet\)"):
+        refuse_changes(other, Ledger(other.config))
+
+
+def test_a_directory_in_place_of_final_is_refused(file, tmp_path):
+    """A copy that follows links has the policy there once more."""
+    inputs = inputs_of(file)
+    (tmp_path / "runs/small/final").mkdir(parents=True)
+    with pytest.raises(FilesError, match=r"runs/small/final is a directory, but rounds keep a link"):
+        refuse_changes(inputs, Ledger(inputs.config))
+    (tmp_path / "runs/small/final").rmdir()
+    (tmp_path / "runs/small/final").symlink_to(tmp_path)
+    refuse_changes(inputs, Ledger(inputs.config))
+
+
+def test_fresh_renames_nothing_for_a_command_that_is_refused(file, tmp_path, other_llama):
+    (tmp_path / "runs/small").mkdir(parents=True)
+    (tmp_path / "runs/small/rounds.json").write_text("{}")
+    config = load_config(file, ["rounds.reference=previous", f"reference.path={other_llama}"])
+    with pytest.raises(ConfigError, match="section reference names"):
+        rounds(config, Console(io.StringIO()), fresh=True)
+    assert [place.name for place in (tmp_path / "runs").iterdir()] == ["small"]
+
+
+@pytest.mark.parametrize("key", ["rounds.sample.seed", "train.seed", "evaluate.seed"])
+def test_a_seed_that_no_generator_takes_is_refused(key, file):
+    for seed in (2**63, 10**30):
+        with pytest.raises(ConfigError, match=rf"'{key}' is {seed}, expected less than {2**63}"):
+            load_config(file, [f"{key}={seed}"])

@@ -1,0 +1,69 @@
+"""``raydpo rounds show`` on files that are given: replayed pairs, and files that are missing or damaged."""
+
+import io
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from round_tables import STOP, answered, config, prompts
+
+from raydpo.errors import RaydpoError
+from raydpo.rounds.pairing import final_rewards, make_pairs
+from raydpo.rounds.show import show
+from raydpo.storage.files import Storage
+from raydpo.terminal.console import Console
+
+ANSWERS = ({0: [(1.0, [5, STOP]), (0.0, [6, STOP]), (0.0, [7, STOP])]}, {0: [(0.0, [5, 3]), (0.0, [6, 3]), (1.0, [7, 3])]})
+"""Of two rounds on one prompt."""
+
+
+@pytest.fixture
+def run(tmp_path):
+    made = config(tmp_path / "prompts.jsonl")
+    table = prompts(2, held_out=1)
+    pairs = []
+    for number, answers in enumerate(ANSWERS, 1):
+        samples, scored = answered(table, answers, number)
+        scores = final_rewards(samples, scored, made.rounds)
+        pairs.append(make_pairs(table, samples, scores, made.rounds, number))
+        (folder := tmp_path / f"round-00{number}").mkdir()
+        for name, each in {"samples": samples, "scores": scores, "pairs": pa.concat_tables(pairs[::-1])}.items():
+            pq.write_table(each, folder / f"{name}.parquet")
+    pq.write_table(table, tmp_path / "prompts.parquet")
+    Storage(str(tmp_path)).write("config.yaml", made.to_yaml().encode())
+    (tmp_path / "rounds.json").write_text("{}")
+    return tmp_path
+
+
+def shown(run, number):
+    stream = io.StringIO()
+    show(str(run), number, Console(stream))
+    return stream.getvalue()
+
+
+def test_a_replayed_pair_is_no_pair_of_these_answers(run):
+    assert pq.read_table(run / "round-002/pairs.parquet")["pair_id"].to_pylist() == ["r002:1:2-0", "r001:1:0-1"]
+    assert shown(run, 2).count("pair: ") == 1 and "pair: 2 over 0, whose rewards differ by 1" in shown(run, 2)
+    assert "pair: 0 over 1, whose rewards differ by 1" in shown(run, 1)
+
+
+def test_answers_are_shown_without_their_prompts(run):
+    (run / "prompts.parquet").unlink()
+    assert "(it is not in prompts.parquet)" in shown(run, 1) and "pair: 0 over 1" in shown(run, 1)
+
+
+@pytest.mark.parametrize("name", ["prompts", "round-001/samples", "round-001/scores", "round-001/pairs"])
+def test_a_damaged_file_is_named(run, name):
+    file = run / f"{name}.parquet"
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(RaydpoError, match=f"{name}.parquet is damaged .* delete it"):
+        shown(run, 1)
+
+
+@pytest.mark.parametrize("content", [None, b"a: [", b"- 1\n", b"\xff\xfe\x00"])
+def test_a_missing_or_damaged_configuration_is_named(run, content):
+    (run / "config.yaml").unlink()
+    if content is not None:
+        (run / "config.yaml").write_bytes(content)
+    with pytest.raises(RaydpoError, match=r"config.yaml cannot be read .* run 'raydpo rounds' again"):
+        shown(run, 1)
