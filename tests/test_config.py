@@ -278,6 +278,20 @@ def test_bad_input_names_key_value_and_fix(override, said, tree):
 
 
 @pytest.mark.parametrize(
+    ("reference", "told"),
+    [
+        ("wrong", "'rounds.reference' is 'wrong', expected 'initial' or 'previous' or a section of keys: every"),
+        ("{every: 0}", "'rounds.reference.every' is 0, expected greater than or equal to 1"),
+        ("{}", "'rounds.reference.every' is missing"),
+    ],
+)
+def test_a_word_or_a_section_is_one_mistake(reference, told, tree):
+    with pytest.raises(ConfigError) as caught:
+        load_config(tree, ["rounds={prompts: x.jsonl, rewards: [{use: math}]}", f"rounds.reference={reference}"])
+    assert str(caught.value) == told
+
+
+@pytest.mark.parametrize(
     "words",
     [
         ["train", "c.yaml", "name=a", "--fresh", "train.beta=0.2"],

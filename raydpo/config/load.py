@@ -128,7 +128,9 @@ def load_config(source: str | Path | dict[str, Any], overrides: Sequence[str] = 
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError("\n".join(_one_each([_explain(tree, problem) for problem in error.errors()]))) from None
+        raise ConfigError(
+            "\n".join(_one_each([_explain(tree, problem) for problem in _innermost(error.errors())]))
+        ) from None
     _check_paths(config, elsewhere)
     if config.data.filter is not None:
         _check_filter(config.data.filter)
@@ -295,8 +297,24 @@ def _replaced(node: Any, path: Sequence[str], value: Any, what: str, above: tupl
     return node | {head: _replaced(node.get(head), rest, value, what, (*above, head))}
 
 
-_INNER = ("function-", "tuple[", "constrained-", "tagged-", "literal[")
-"""Prefixes of pydantic's location parts that are not keys."""
+_INNER = re.compile(r"function-|tuple\[|constrained-|tagged-|literal\[|[A-Z]\w*Config$")
+"""How pydantic's location parts begin that are not keys, such as the section of a value that may be one."""
+
+
+def _keys(problem: ErrorDetails) -> list[str]:
+    """The keys down to the value that ``problem`` is about."""
+    return [str(part) for part in problem["loc"] if not _INNER.match(str(part))]
+
+
+def _innermost(problems: Sequence[ErrorDetails]) -> list[ErrorDetails]:
+    """``problems`` without those of a value that was read further as a section: what is wrong is inside of it."""
+    found = [_keys(problem) for problem in problems]
+    return [
+        problem
+        for problem, keys in zip(problems, found, strict=True)
+        if problem["type"] != "literal_error"
+        or not any(len(keys) < len(other) and keys == other[: len(keys)] for other in found)
+    ]
 
 
 def _one_each(lines: Sequence[str]) -> list[str]:
@@ -316,7 +334,7 @@ def _one_each(lines: Sequence[str]) -> list[str]:
 
 def _explain(tree: dict[str, Any], problem: ErrorDetails) -> str:
     """One sentence on what pydantic found: key, value, what is expected, and the fix where it is known."""
-    where = [str(part) for part in problem["loc"] if not str(part).startswith(_INNER)]
+    where = _keys(problem)
     key, value = ".".join(where), problem["input"]
     told = shown(value, where[-1] if where else "")
     kind, context = problem["type"], problem.get("ctx", {})
@@ -335,7 +353,8 @@ def _explain(tree: dict[str, Any], problem: ErrorDetails) -> str:
         value_told = "" if where[:2] == ["evaluate", "judge"] else f" (value {told})"
         return f"unknown key {key!r}{value_told}; {hint}"
     if kind == "missing":
-        return f"{key!r} is missing; every run needs a model (model.path), data (data.train) and an output (output)"
+        every = "; every run needs a model (model.path), data (data.train) and an output (output)"
+        return f"{key!r} is missing" + ("" if where[1:] and key != "model.path" else every)
     if kind == "literal_error":
         choices = context.get("expected", "")
         near = difflib.get_close_matches(str(value), re.findall(r"'([^']+)'", choices), n=1, cutoff=0.5)

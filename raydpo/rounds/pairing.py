@@ -270,16 +270,16 @@ def no_pairs(samples: pa.Table, scores: pa.Table, rounds: RoundsConfig) -> tuple
     total, known = len(samples), len(answers)
     threshold = rounds.measure.success
     right = sum(one.reward > threshold for one in answers)
-    if not known:
+    if not known or (right == known and 2 * known < total):  # a few right answers say nothing about the others
+        few = f"none of {total:,} answers" if not known else f"only {known:,} of {total:,} answers, all right,"
         cut = int(pc.sum(_is_cut(samples)).as_py() or 0)
         if rounds.cut == "drop" and cut:
             return "unknown", (
-                f"none of {total:,} answers can be in a pair: {cut:,} are cut at {rounds.sample.max_tokens} tokens "
-                f"(rounds.cut is drop) and {total - cut:,} have no reward; raise rounds.sample.max_tokens, or set "
-                "rounds.cut to zero"
+                f"{few} can be in a pair: {cut:,} are cut at {rounds.sample.max_tokens} tokens (rounds.cut is drop) and "
+                f"{total - known - cut:,} have no reward; raise rounds.sample.max_tokens, or set rounds.cut to zero"
             )
         return "unknown", (
-            f"none of {total:,} answers has a reward, since no reward function applies to them or all have failed; correct "
+            f"{few} can be in a pair: no reward function applies to the others, or one failed on them; correct "
             "rounds.rewards, or the columns of the prompts that they read"
         )
     apart = f", and {total - known:,} more are in no pair" if known < total else ""
