@@ -94,8 +94,8 @@ class Rewarded:
 
         ``policy`` and ``reference`` are means over the answers that have a value, ``difference`` is the mean over those
         whose answer of the other side with the same number has one, too. All have intervals over prompts. ``errors`` counts
-        the answers on which the function failed, ``none`` those to which it does not apply, each by side. Of the sum ``errors``
-        counts the answers that have none because a function failed.
+        the answers on which the function failed, ``none`` those to which it does not apply, each by side. Of the sum
+        ``errors`` counts the answers that have none because a function failed.
         """
         found = [self._figures(reward_name(one), one.weight) for one in rewards]
         return [*found, *([self._figures(TOTAL, None)] if len(rewards) > 1 else [])]
