@@ -88,7 +88,8 @@ class Rewarded:
 
         ``policy`` and ``reference`` are means over the answers that have a value, ``difference`` is the mean over those
         whose answer of the other side with the same number has one, too. All have intervals over prompts. ``errors`` counts
-        the answers on which the function failed, ``none`` those to which it does not apply, each by side.
+        the answers on which the function failed, ``none`` those to which it does not apply, each by side. Of the sum
+        ``errors`` counts the answers that have none because a function failed.
         """
         found = [self._figures(reward_name(one), one.weight) for one in rewards]
         return [*found, *([self._figures(TOTAL, None)] if len(rewards) > 1 else [])]
@@ -97,6 +98,8 @@ class Rewarded:
         values = {side: self._values(side, name) for side in SIDES}
         known = {side: ~np.isnan(each) for side, each in values.items()}
         failed = {side: self._failures(side, None if weight is None else name) for side in SIDES}
+        if weight is None:  # a function without a weight may fail, and the sum is known
+            failed = {side: [one for one in each if not known[side][one[0]]] for side, each in failed.items()}
         groups, both = self.answers.places, known["policy"] & known["reference"]
         of_all = np.concatenate([values[side][known[side]] for side in SIDES])
         binary = len(of_all) > 0 and bool(np.isin(of_all, (0, 1)).all())

@@ -230,7 +230,7 @@ def too_many(rewards: Sequence[RewardConfig], scored: pa.Table, max_errors: floa
     beyond = [
         f"{name} on {len(failed):,} of {scored.num_rows:,} answers (first error: {failed[0][1]})"
         for name, failed in _failures(rewards, scored).items()
-        if failed and len(failed) > max_errors * scored.num_rows
+        if failed and len(failed) / scored.num_rows > max_errors  # 0.29 * 100 would be less than 29
     ]
     if not beyond:
         return None

@@ -53,11 +53,17 @@ def main() -> None:
         _send(replies, {"failed": _told(error)})
         return
     _send(replies, about)
-    while (request := read_message(stream)) is not None:
-        reply = answer_to(function, request)
-        signal.setitimer(signal.ITIMER_REAL, 0)  # an alarm that the function has left would end a later call
-        sys.stdout.flush()
-        _send(replies, reply)
+    process = os.getpid()
+    # One event loop for all calls, as in TRL: clients and locks of async functions belong to the loop that first used them.
+    with asyncio.Runner() as loop:
+        while (request := read_message(stream)) is not None:
+            reply = answer_to(function, request, loop)
+            if os.getpid() != process:
+                os._exit(0)  # a process that the function has forked, and that came back; its reply would be another's
+            signal.setitimer(signal.ITIMER_REAL, 0)  # an alarm that the function has left would end a later call
+            with contextlib.suppress(Exception):  # the function may have closed or replaced it
+                sys.stdout.flush()
+            _send(replies, reply)
 
 
 def _end_with(requests: int, replies: int) -> None:
@@ -93,13 +99,15 @@ def _opened(reward: Mapping[str, Any]) -> tuple[Callable[..., Any], dict[str, An
 
 
 def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
-    return list(inspect.signature(function).parameters.values())
+    """Parameters that the function itself takes. Those of a function that it wraps may be fewer."""
+    return list(inspect.signature(function, follow_wrapped=False).parameters.values())
 
 
-def answer_to(function: Callable[..., Any], request: Mapping[str, Any]) -> dict[str, Any]:
+def answer_to(function: Callable[..., Any], request: Mapping[str, Any], loop: asyncio.Runner) -> dict[str, Any]:
     """Call the function for the answers of a request.
 
     Args:
+        loop: runs what an async function returns.
         request: ``prompts`` as JSON texts, ``completions``, ``completion_ids``, ``columns`` as JSON objects, one entry for
             each answer; ``round`` and ``step``.
 
@@ -114,6 +122,7 @@ def answer_to(function: Callable[..., Any], request: Mapping[str, Any]) -> dict[
         ]
         rows = [json.loads(columns) for columns in request["columns"]]
         names = dict.fromkeys(name for row in rows for name in row if name not in NO_COLUMNS)
+        count = len(prompts)  # the function may change its lists
         extra: dict[str, list[Any]] = {}
         metrics: dict[str, list[float]] = {}
         returned = function(
@@ -126,9 +135,9 @@ def answer_to(function: Callable[..., Any], request: Mapping[str, Any]) -> dict[
             **{name: [row.get(name) for row in rows] for name in names},
         )
         if inspect.isawaitable(returned):
-            returned = asyncio.run(_awaited(returned))
-        rewards, errors = _rewards(returned, len(prompts))
-        details = _details(extra, metrics, len(prompts))
+            returned = loop.run(_awaited(returned))
+        rewards, errors = _rewards(returned, count)
+        details = _details(extra, metrics, count)
     except BaseException as error:  # a function may also raise SystemExit
         return {"failed": _told(error)}
     return {"rewards": rewards, "errors": errors, "details": details}

@@ -84,6 +84,8 @@ def _of_prompt(values: list[Any]) -> list[tuple[Any, dict[str, Any]]]:
         return []
     if not isinstance(names, list) or not isinstance(arguments, list) or len(names) != len(arguments):
         raise InstructionError(f"expected two lists of one length in {' and '.join(IFEVAL)}, found {_shown(read)}")
+    if not all(one is None or isinstance(one, Mapping) for one in arguments):
+        raise InstructionError(f"expected objects or null in the list {IFEVAL[1]}, found {_shown(arguments)}")
     return [(name, dict(one or {})) for name, one in zip(names, arguments, strict=True)]
 
 

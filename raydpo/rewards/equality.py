@@ -23,6 +23,7 @@ MOST_CHARACTERS = 4000
 MEMORY = 4 << 30
 """Bytes of address space of the process."""
 _NUMBER = r"-?[$€£]?\s*(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|-?\.\d+"
+_PLAIN = rf"(?:{_NUMBER})(?:\s*%|\s+[A-Za-z]{{2,}}[\w ./^]*)?"
 _TIMES = r"(?:\\times|\\cdot|[*\u00d7\u00b7])"
 _POWER = re.compile(rf"(\d+(?:\.\d+)?)\s*(?:{_TIMES}\s*10\s*\^\s*(?:\{{\s*(-?\d+)\s*\}}|(-?\d+))|[eE]([+-]?\d+)\b)")
 _MIXED = re.compile(r"(?<![\d.,/^*+={}-])(?<![\d.,/^*+={}-]\s)(\d+) (\d+)/(\d+)(?![\d/.])")
@@ -31,6 +32,16 @@ _BASE = re.compile(r"(?<=\d)_(?:\{(\d+)\}|(\d+))")
 _TEXT = re.compile(r"\\(?:text|textbf|mathrm|mathbf|textrm|operatorname)\s*\{([^{}]*)\}")
 _ANSWER = re.compile(r"(?i)\banswers?\b[^\n.]{0,100}?(?:\bis\b|\bare\b|[:=])[ \t*]*")
 _JOINT = re.compile(r"(?:,|;|\band\b|\bor\b|\\text\{\s*(?:and|or)\s*\}|[\s$\\])*")
+_GLUED = re.compile(
+    r"</?[A-Za-z][\w-]*>|(?:(?<=[\uff1a\u3001\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af])|(?<=[^\d\s]:)|(?<!\S)[\"'`\u201c\u2018])"
+    r"(?=[-$\u20ac\u00a3\u00a5]?\.?\d)"
+)
+"""What may stand before a number without a space: tags, colons, quotation marks, and letters of languages without spaces.
+math-verify reads a number only after a space or an equals sign."""
+_CHOICES = re.compile(
+    r"[\s$*(\[]*[A-J][\s$*)\].:]*(?:(?:,|;|/|&|\band\b|\bor\b|\\text\{\s*(?:and|or)\s*\})[\s$*(\[]*[A-J]\b[\s$*)\].:]*)+"
+)
+"""Several letters of a multiple choice, which are no answer."""
 _WORDS = {"yes", "no", "true", "false", "even", "odd", "none"}
 # Minus sign, dash, multiplication, division and fraction signs, and spaces that do not break.
 _SIGNS = str.maketrans("\u2212\u2013\u00d7\u00f7\u2044\u00a0\u202f", "--*//  ")
@@ -62,7 +73,10 @@ def verdict(gold: Any, answer: str) -> tuple[bool, str]:
     bases = [{one for pair in _BASE.findall(text) for one in pair if one} for text in (right, part)]
     if all(bases) and bases[0] != bases[1]:
         return False, part
-    found = _parse(_as_latex(_tidy(part)))
+    said = _tidy(_GLUED.sub(" ", part))
+    if _bare(said) == _bare(right):
+        return True, part
+    found = _parse(_as_latex(said, symbolic=not re.fullmatch(_PLAIN, right)))
     equal = verify(expected, found, float_rounding=_digits(expected[0]), allow_set_relation_comp=True, timeout_seconds=None)
     return bool(equal), part
 
@@ -132,7 +146,7 @@ def _gold(gold: Any) -> tuple[str, str]:
     ):
         return "words", words
     text = _tidy(text)
-    if re.fullmatch(rf"(?:{_NUMBER})(?:\s*%|\s+[A-Za-z]{{2,}}[\w ./^]*)?", text) or re.search(r"\$.+\$|\\\(|\\\[", text):
+    if re.fullmatch(_PLAIN, text) or re.search(r"\$.+\$|\\\(|\\\[", text):
         return "value", text
     if text.startswith("{") and text.endswith("}"):
         text = f"\\{text[:-1]}\\}}"
@@ -152,11 +166,23 @@ def _decimal(match: re.Match[str]) -> str:
     return format(Decimal(match[1]).scaleb(exponent), "f") if abs(exponent) <= 40 else match[0]
 
 
-def _as_latex(part: str) -> str:
-    """``part`` between dollars, if it is LaTeX without them and without prose."""
+def _bare(text: str) -> str:
+    """``text`` to be compared as it stands: without its box, dollars, and spaces that part no numbers."""
+    text = text.removeprefix("answer is ").strip()
+    boxes = _boxes(text)
+    if len(boxes) == 1 and boxes[0] == (0, len(text)):
+        text = text[text.index("{") + 1 : -1]
+    return re.sub(r"\\(?=[{}])|(?<!\d)\s+|\s+(?!\d)", "", text.replace("$", "")).rstrip(".")
+
+
+def _as_latex(part: str, symbolic: bool) -> str:
+    """``part`` between dollars, if it is LaTeX without them and without prose. The same holds for other signs of mathematics
+    if the right answer is ``symbolic``, and no number."""
     body = part.removeprefix("answer is ").rstrip(" .")
     prose = re.search(r"(?<![\\A-Za-z])[A-Za-z]{3,}", _TEXT.sub("", body))
-    if re.search(r"\\[A-Za-z]", body) and not re.search(r"\$|\\\(|\\\[|\\boxed|\n", body) and not prose:
+    if symbolic and "\\" not in body and re.fullmatch(r"\{.*\}", body):
+        body = f"\\{body[:-1]}\\}}"
+    if (symbolic or re.search(r"\\[A-Za-z]|\^\{", body)) and not re.search(r"\$|\\\(|\\\[|\\boxed|\n", body) and not prose:
         return f"${body}$"
     return part
 
@@ -194,6 +220,8 @@ def _plain_words(text: str) -> str:
 def _choice(part: str) -> str | None:
     """The last letter of a multiple choice that ``part`` names, or None."""
     body = _sentence(part).strip()
+    if _CHOICES.match(body):
+        return None
     whole = re.fullmatch(r"[\s$*({\[]*([A-Ja-j])[\s$*)}\].:]*", body)
     if whole:
         return whole[1].upper()

@@ -7,6 +7,7 @@ regular expression, NaN is no JSON, and no check detects a language. So ``change
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -32,6 +33,8 @@ _STARTERS = re.compile(
     "|There|These|They|This|Though|Thus|Under|When|While|Yet"
 )
 """Words that begin a sentence even after an abbreviation or an ellipsis."""
+_OPENING, _CLOSING = "\"'\u201c\u2018([*", "\"'\u201d\u2019)]}*"
+"""Signs before and after the words of a sentence."""
 _PART = re.compile(
     r"--+|\.{2,}|\w+(?=n't\b)|n't\b|['\u2019](?:s|S|m|M|d|D|ll|LL|re|RE|ve|VE)(?!\w)"
     r"|(?:[A-Za-z]\.)+(?=[\s,;:!?]|$)|(?:\w|[-/._&+~\\=|](?=\S)|(?<=\w)['\u2019*](?!(?:s|S|m|M|d|D|ll|LL|re|RE|ve|VE)(?!\w))(?=\w)"
@@ -55,7 +58,7 @@ def arguments_of(identifier: Any, arguments: Mapping[str, Any]) -> dict[str, Any
     Raises:
         InstructionError: naming the instruction, the argument and what was expected.
     """
-    if identifier not in CHECKS:
+    if not isinstance(identifier, str) or identifier not in CHECKS:
         raise InstructionError(f"the instruction {identifier!r} is unknown; there are {', '.join(CHECKS)}")
     kinds = CHECKS[identifier][1]
     given = {name: value for name, value in arguments.items() if value is not None}
@@ -70,11 +73,12 @@ def arguments_of(identifier: Any, arguments: Mapping[str, Any]) -> dict[str, Any
 
 def _typed(name: str, kind: str, value: Any) -> Any:
     if kind == "count":
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and value == int(value) >= 0:
+        whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+        if whole and not isinstance(value, bool) and value >= 0:
             return int(value)
         raise InstructionError(f"{name} is {value!r}, expected a number of 0 or more")
     if kind == "relation":
-        if value in RELATIONS:
+        if isinstance(value, str) and value in RELATIONS:
             return RELATIONS[value]
         raise InstructionError(f"{name} is {value!r}, expected {' or '.join(map(repr, RELATIONS))}")
     if kind == "texts":
@@ -110,13 +114,16 @@ def _sentences(answer: str, num_sentences: int, relation: Callable[[int, int], b
 def _count_sentences(text: str) -> int:
     """Number of sentences. One ends with ., ! or ? before a space. Abbreviations, initials and ellipses end a sentence only
     before one of ``_STARTERS``; a number and a dot, only if no lower-case letter follows."""
-    rest = text.strip()
-    count = int(bool(rest))
-    for end in re.finditer(r"(\S*?)([.!?]+)[\"'\u201d\u2019)\]}*]*\s+(?=[\"'\u201c\u2018(\[*]*(\w*))", rest):
-        word, sign, following = end[1].lstrip("\"'\u201c\u2018([*").lower(), end[2], end[3]
+    parts = text.split()
+    count = int(bool(parts))
+    for part, after in itertools.pairwise(parts):
+        body = part.rstrip(_CLOSING)
+        word = body.rstrip(".!?")
+        sign, word = body[len(word) :], word.lstrip(_OPENING).lower()
+        following = re.match(r"\w*", after.lstrip(_OPENING))[0]  # type: ignore[index]
         if sign.endswith("..") or (sign == "." and _ABBREVIATED.fullmatch(word)):
             count += bool(_STARTERS.fullmatch(following))
-        else:
+        elif sign:
             count += not (sign == "." and word.isdigit() and following[:1].islower())
     return count
 

@@ -138,6 +138,11 @@ def _first_error(validator: Any, value: Any) -> Any:
         return next(validator.iter_errors(value), None)
     except Unresolvable as error:
         raise ValueError(f"the prompt's schema refers to {error.ref!r}, which is not in it; nothing is fetched") from None
+    except (RecursionError, OverflowError) as error:
+        raise ValueError(
+            f"the prompt's schema cannot be compared with this answer ({type(error).__name__}): the schema refers to itself "
+            "without end, or the answer is too deeply nested or has too large a number"
+        ) from None
 
 
 @functools.lru_cache(maxsize=256)
@@ -158,7 +163,8 @@ def _validator(text: str) -> Any:
     if not isinstance(schema, (dict, bool)):
         raise ValueError(f"the prompt's schema is a {type(schema).__name__}; expected an object")
     draft = schema.get("$schema") if isinstance(schema, dict) else None
-    kind = validators.validator_for(schema, None) if draft is not None else jsonschema.Draft202012Validator
+    known = draft is None or (isinstance(draft, str) and validators.validator_for(schema, None) is not None)
+    kind = validators.validator_for(schema, jsonschema.Draft202012Validator) if known else None
     if kind is None:
         raise ValueError(f"the prompt's schema has the unknown $schema {draft!r}")
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import json
 import os
@@ -31,7 +32,7 @@ _OWN = ("math", "code")
 OWN_LIMIT = 4.0
 """Seconds of the clock for one of their limit: a machine may be busy, and a process is replaced."""
 HANGS = 3
-"""Calls in a row beyond the time limit after which no answer of a block that hangs is tried alone."""
+"""Calls in a row beyond the time limit after which the other answers of a block are not tried alone, if none has ended."""
 _LOOK = 0.1
 """Seconds between two looks at whether the process is alive: a child of it may keep its pipe open."""
 _START = "import json, sys; sys.path[:] = json.loads(sys.argv.pop()); from raydpo.rewards.call import main; sys.exit(main())"
@@ -171,16 +172,27 @@ class Caller:
         if isinstance(found, str) and rows.num_rows == 1:
             found = [self._failed(found)]
         elif isinstance(found, str):
-            found = [self._alone({name: [values[row]] for name, values in block.items()}) for row in range(rows.num_rows)]
+            found = self._one_by_one(block)
         return pa.Table.from_pylist(found, RESULTS)
 
-    def _alone(self, block: Mapping[str, list[Any]]) -> dict[str, Any]:
-        if self.hangs >= HANGS:
-            limit = f"{self._seconds(1):g} s"
-            return self._failed(f"TimeoutError: not tried, since {self.hangs} calls in a row took more than {limit}")
-        start = time.monotonic()
-        found = self._call(block)
-        return self._failed(found, time.monotonic() - start) if isinstance(found, str) else found[0]
+    def _one_by_one(self, block: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
+        """Results of answers that are each tried alone. If the function does not end on any, the others are not tried."""
+        found: dict[int, dict[str, Any]] = {}
+        ends = False  # whether a call for an answer of this block has ended in time
+        for row in _spread(block["prompt"]):
+            if found and not ends and self.hangs >= HANGS:
+                limit = f"{self._seconds(1):g} s"
+                found[row] = self._failed(
+                    f"TimeoutError: not tried, since {self.hangs} calls in a row took more than {limit}"
+                )
+                continue
+            start = time.monotonic()
+            one = self._call({name: [values[row]] for name, values in block.items()})
+            found[row] = self._failed(one, time.monotonic() - start) if isinstance(one, str) else one[0]
+            ends = ends or self.hangs == 0
+        if ends:
+            self.hangs = 0
+        return [found[row] for row in range(len(found))]
 
     def _call(self, block: Mapping[str, list[Any]]) -> list[dict[str, Any]] | str:
         """One result for each answer; or what failed."""
@@ -227,6 +239,17 @@ class Caller:
         process = self.process
         if process is not None:
             process.kill()
+
+
+def _spread(prompts: list[Any]) -> list[int]:
+    """Places of answers in the order in which they are tried: the first to each prompt, then the second, and so on. A
+    function that hangs on one answer to a prompt often hangs on all of them."""
+    seen: collections.Counter[str] = collections.Counter()
+    turns = []
+    for prompt in prompts:
+        turns.append(seen[prompt])
+        seen[prompt] += 1
+    return sorted(range(len(prompts)), key=turns.__getitem__)
 
 
 def described(reward: RewardConfig) -> dict[str, Any]:

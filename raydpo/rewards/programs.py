@@ -17,8 +17,8 @@ from raydpo.rewards.sources import answer_text
 
 __all__ = ["UnreadableTests", "check", "column", "make", "program_of", "read_tests"]
 
-_FENCE = re.compile(r"^[ \t]*```[ \t]*([\w+-]*)[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
-_PYTHON = ("python", "py", "python3", "Python")
+_FENCE = re.compile(r"^([ \t]*)```[ \t]*([\w+-]*)[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
+_PYTHON = ("python", "py", "python3")
 FORMS = '{"input": text, "output": text}, {"call": "f(1)", "output": value} or "assert f(1) == value"'
 """Forms of a test."""
 
@@ -82,12 +82,13 @@ def make(reward: RewardConfig) -> Callable[..., list[Any]]:
 
 def program_of(answer: str) -> str:
     """The program in an answer: its last fenced block that is marked as Python, else its last block without a mark, else the
-    whole answer."""
+    whole answer. The lines of a block lose as much indentation as its fence has, as in Markdown."""
     blocks = _FENCE.findall(answer)
     for marks in (_PYTHON, ("",)):
-        found = [text for mark, text in blocks if mark in marks]
+        found = [(indent, text) for indent, mark, text in blocks if mark.lower() in marks]
         if found:
-            return found[-1]
+            indent, text = found[-1]
+            return re.sub(rf"^[ \t]{{1,{len(indent)}}}", "", text, flags=re.MULTILINE) if indent else text
     return answer
 
 
@@ -162,7 +163,7 @@ def _why(given: Mapping[str, str], expected: Any, reply: Mapping[str, Any] | Non
         return "no value"
     try:
         same = _equal(json.loads(reply["value"]), expected)
-    except (ValueError, OverflowError):  # no JSON, or numbers too large to compare
+    except (ValueError, OverflowError, RecursionError):  # no JSON, too deep, or numbers too large to compare
         same = False
     return None if same else "another value"
 

@@ -184,6 +184,13 @@ def test_answers_are_scored_prompt_by_prompt_and_sorted_back():
     assert found.scores["reference"]["reward"].to_pylist() == [3, 2, 3, 3]
     (figures,) = found.figures([RewardConfig(use="a:f")])
     assert figures["difference"]["value"] == 0.5 and figures["policy"]["value"] == 3.25 and figures["answers"] == 4
+    # A function without a weight failed on one answer: the sum is known, and nothing of it is missing.
+    errors = pa.array(["g: ValueError: no", *[None] * 7])
+    scored = scored.set_column(scored.schema.get_field_index("error"), "error", errors)
+    measured = RewardConfig.model_validate({"use": "a:g", "weight": 0})
+    total = Rewarded.of(answers, scored).figures([RewardConfig(use="a:f"), measured])[-1]
+    assert total["name"] == TOTAL and total["policy"]["value"] == 3.25
+    assert total["errors"] == total["none"] == {"policy": 0, "reference": 0}
 
 
 def test_nothing_is_rewarded_without_answers(place):

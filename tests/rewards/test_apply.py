@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from answers import MISBEHAVING, answers_of, config_at, score
 
@@ -207,3 +208,11 @@ def test_actors_of_a_cluster_give_the_same(place, monkeypatch):
     stored = [sorted(file.name for file in (place / at).rglob("*.parquet")) for at in ("here", "there")]
     assert stored[0] == stored[1] and len(stored[0]) == 14
     assert np.isfinite(there["seconds"].to_numpy()).all() and os.path.isdir(place / "there")
+
+
+def test_as_many_errors_as_allowed_are_not_too_many():
+    rewards = [RewardConfig(use="json")]
+    for failed, allowed in ((29, 0.29), (57, 0.57), (58, 0.58), (0, 0.0)):
+        scored = pa.Table.from_pylist([{"error": "json: x" if row < failed else None} for row in range(100)], SCORES)
+        assert too_many(rewards, scored, allowed) is None
+        assert failed == 0 or too_many(rewards, scored, allowed - 0.001) is not None

@@ -88,7 +88,10 @@ def test_drafts():
         (3, "is a int; expected an object"),
         ({"type": 5}, "is not valid: $.type"),
         ({"$schema": "http://localhost/none"}, "unknown $schema 'http://localhost/none'"),
+        ({"$schema": 5}, "unknown $schema 5"),
+        ({"$schema": []}, "unknown $schema []"),
         ({"$ref": "#/$defs/none"}, "which is not in it; nothing is fetched"),
+        ({"$ref": "#"}, "the schema refers to itself without end"),
     ],
 )
 def test_a_wrong_schema_is_an_error_and_not_a_reward(schema, said):
@@ -117,3 +120,16 @@ def test_nothing_is_fetched():
         reward, _ = verdict("{}", {"$ref": f"http://127.0.0.1:{server.server_port}/schema"})
         server.shutdown()
     assert isinstance(reward, ValueError) and "nothing is fetched" in str(reward) and not asked
+
+
+@pytest.mark.parametrize(
+    ("answer", "schema"),
+    [
+        ('{"a":' * 400 + "1" + "}" * 400, {"additionalProperties": {"$ref": "#"}, "type": ["object", "integer"]}),
+        ("1" + "0" * 400, {"multipleOf": 0.01}),
+        ("1e400", {"multipleOf": 0.01}),
+    ],
+)
+def test_an_answer_that_no_schema_is_compared_with_costs_itself_only(answer, schema):
+    reward, _ = verdict(answer, schema)
+    assert isinstance(reward, ValueError) and "cannot be compared with this answer" in str(reward)

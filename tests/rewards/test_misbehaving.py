@@ -14,7 +14,7 @@ from answers import MISBEHAVING, answers_of, config_at, score
 
 from raydpo.config.rewards import RewardConfig
 from raydpo.errors import RaydpoError
-from raydpo.rewards.apply import account, apply, too_many
+from raydpo.rewards.apply import account, apply, check_rewards, too_many
 from raydpo.rewards.process import HANGS, FunctionProcess
 from raydpo.terminal.console import Console
 
@@ -105,6 +105,37 @@ def test_a_function_that_always_hangs_ends_soon(place):
     assert time.monotonic() - start < 30
     assert 1 <= errors.count("mine: TimeoutError: took more than 0.5 s") <= 2 * HANGS
     assert "mine: TimeoutError: not tried, since" in errors[-1]
+
+
+def test_a_prompt_on_which_a_function_hangs_costs_no_other(place):
+    """All answers to the first prompt of a block hang, so the first calls for single answers would all hang in order."""
+    rows, _ = score(place, answers_of(["hang"] * 4 + ["ok"] * 60), {**MINE, "timeout": 0.5})
+    assert [row["reward"] for row in rows] == [None] * 4 + [1.0] * 60
+    assert {row["error"] for row in rows[:4]} == {"mine: TimeoutError: took more than 0.5 s"}
+
+
+def test_what_a_function_does_to_its_process_changes_no_reward(place):
+    (place / "odd.py").write_text(
+        "import asyncio, functools, os, sys\n"
+        "def value(kind): return [float(one[3:]) for one in kind]\n"
+        "def forks(kind, **kwargs):\n    return [99.0] * len(kind) if os.fork() == 0 else value(kind)\n"
+        "def pops(prompts, completions, kind, **kwargs):\n"
+        "    found = value(kind)\n    prompts.clear(); completions.pop(); kind.clear()\n    return found\n"
+        "def closes(kind, **kwargs):\n    sys.stdout = None\n    return value(kind)\n"
+        "class Client:\n    loop = None\n    async def ask(self, one):\n"
+        "        self.loop = self.loop or asyncio.get_running_loop()\n"
+        "        assert self.loop is asyncio.get_running_loop()\n        return float(one[3:])\n"
+        "client = Client()\n"
+        "async def waits(kind, **kwargs): return [await client.ask(one) for one in kind]\n"
+        "def only_named(function):\n    @functools.wraps(function)\n"
+        "    def wrapper(**kwargs): return function(kwargs['kind'])\n    return wrapper\n"
+        "@only_named\ndef wrapped(kind): return value(kind)\n"
+    )
+    answers = answers_of([f"ok {row}" for row in range(320)])
+    for name in ("forks", "pops", "closes", "waits", "wrapped"):
+        check_rewards([RewardConfig(use=f"odd:{name}")], ["kind"], config_at(place))
+        rows, _ = score(place, answers, {"use": f"odd:{name}", "timeout": 20.0})
+        assert [(row["reward"], row["error"]) for row in rows] == [(float(row), None) for row in range(320)], name
 
 
 def test_a_child_of_a_hanging_function_is_ended(place):

@@ -34,10 +34,13 @@ def test_programs_read_and_print(code) -> None:
         "print(int(input()) * 2, 'extra')",
         "print(int(input()) * 2)\nimport atexit\natexit.register(print, 'at the end')",
         "import threading\nthreading.Thread(target=lambda: print(int(input()) * 2)).start()",
+        "1. So:\n   ```Python\n   if True:\n       print(int(input()) * 2)\n   ```",
+        "print(int(input()) * 2)\nexit()\nprint('more')",
+        "print(int(input()) * 2)\nquit(1)",
     ]
     logged: dict[str, list] = {}
-    assert code(answers, log_extra=logged.__setitem__, tests=[DOUBLE] * 9) == [1, 1, 0, 0, 1, 1, 0, 0, 1]
-    assert logged["passed"] == [2, 2, 1, 0, 2, 2, 0, 0, 2]
+    assert code(answers, log_extra=logged.__setitem__, tests=[DOUBLE] * 12) == [1, 1, 0, 0, 1, 1, 0, 0, 1, 1, 1, 0]
+    assert logged["passed"] == [2, 2, 1, 0, 2, 2, 0, 0, 2, 2, 2, 0]
     assert logged["failed"][2:4] == ["test 2: another output", "test 1: exit status 1, SyntaxError: invalid syntax"]
 
 
@@ -79,6 +82,7 @@ def test_a_call_may_forge_nothing(code) -> None:
     logged: dict[str, list] = {}
     assert code([forged], log_extra=logged.__setitem__, tests=[[{"call": "f()", "output": 3}]]) == [0.0]
     assert code(["import os\nos.write(3, b'[[[')\nos._exit(0)"], tests=[[{"call": "f()", "output": 3}]]) == [0.0]
+    assert code(["import os\nos.write(3, b'[' * 9999)\nos._exit(0)"], tests=[[{"call": "f()", "output": 3}]]) == [0.0]
     assert code(["import os\nos.write(3, b'9' * 9999)\nos._exit(0)"], tests=[[{"call": "f()", "output": 3}]]) == [0.0]
 
 
@@ -118,7 +122,8 @@ def test_tests_are_read_from_json_and_cost_their_answer_only(code) -> None:
         ("```python\ncut = 1\n", "cut = 1\n"),
         ("~~~\nprint(1)", "~~~\nprint(1)"),
         ("```json\n{}\n```", "```json\n{}\n```"),
-        ("  ```python\n  1\n  ```", "  1\n"),
+        ("  ```python\n  1\n  ```", "1\n"),
+        ("  ```python\n  if x:\n\n      1\n 2\n  ```", "if x:\n\n    1\n2\n"),
     ],
 )
 def test_the_program_of_an_answer(answer: str, program: str) -> None:

@@ -48,6 +48,8 @@ TRIES = {
     "large file": f"open('x', 'wb').write(b'x' * (2 << 20))\n{DONE}",
     "many files": f"for i in range(64):\n    open(f'{{i}}', 'wb').write(b'x' * (1 << 20))\n{DONE}",
     "shared memory": f"open('/dev/shm/x', 'wb').write(b'x')\n{DONE}",
+    "shared memory of System V": "import ctypes\nlibc = ctypes.CDLL(None)\nsegment = libc.shmget(0, 1 << 20, 0o1600)\n"
+    f"assert segment >= 0 and libc.shmctl(segment, 0, None) == 0\n{DONE}",
     "socket": f"import socket\nsocket.create_connection(('127.0.0.1', 22), 1)\n{DONE}",
     "any socket": f"import socket\nsocket.socket()\n{DONE}",
     "kill the parent": f"import os\nos.kill(os.getppid(), 9)\n{DONE}",
@@ -118,7 +120,7 @@ def test_tries_are_real(private: Path) -> None:
         can
     )
     # These work in a plain Python.
-    for what in ("process", "daemon", "any socket", "environment", "shared memory"):
+    for what in ("process", "daemon", "any socket", "environment", "shared memory", "shared memory of System V"):
         plain = f"import signal\n{TRIES[what].replace('60', '0')}"
         assert subprocess.run([sys.executable, "-c", plain], capture_output=True, text=True).stdout == "done\n", what
     Path("/dev/shm/x").unlink()
