@@ -315,8 +315,18 @@ def test_a_round_without_new_pairs_replays_none():
         ({0: rewarded(1, 1), 1: rewarded(0, 0)}, {}, "tied", "2 of 4 answers are right.*rounds.sample.n"),
         ({0: rewarded(0.9, 0.3)}, {"pairs": {"margin": 0.7}}, "tied", r"rounds.pairs.margin \(0.7\)"),
         ({0: rewarded(None, None)}, {}, "unknown", "none of 2 answers can be in a pair: no reward .*rounds.rewards"),
-        ({0: rewarded(1, None, None)}, {}, "unknown", "only 1 of 3 answers, all right, can be in a pair: no reward function"),
-        ({0: [(1.0, [5]), *2 * [(1.0, [6], "length")]]}, {"cut": "drop"}, "unknown", "only 1 of 3 .*: 2 are cut at 512 .* 0 "),
+        (
+            {0: rewarded(1, None, None)},
+            {},
+            "unknown",
+            "only 1 of 3 answers, all right, can be in a pair: no reward function",
+        ),
+        (
+            {0: [(1.0, [5]), *2 * [(1.0, [6], "length")]]},
+            {"cut": "drop"},
+            "unknown",
+            "only 1 of 3 .*: 2 are cut at 512 .* 0 ",
+        ),
         ({0: [(1.0, [5], "length"), (None, [6])]}, {"cut": "drop"}, "unknown", "1 are cut at 512 tokens.*1 have no reward"),
     ],
 )
