@@ -133,7 +133,7 @@ def test_what_a_function_does_to_its_process_changes_no_reward(place):
     )
     answers = answers_of([f"ok {row}" for row in range(320)])
     for name in ("forks", "pops", "closes", "waits", "wrapped"):
-        check_rewards([RewardConfig(use=f"odd:{name}")], ["kind"], config_at(place))
+        check_rewards([RewardConfig(use=f"odd:{name}")], ["kind"])
         rows, _ = score(place, answers, {"use": f"odd:{name}", "timeout": 20.0})
         assert [(row["reward"], row["error"]) for row in rows] == [(float(row), None) for row in range(320)], name
 
