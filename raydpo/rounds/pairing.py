@@ -59,7 +59,7 @@ def final_rewards(samples: pa.Table, scored: pa.Table, rounds: RoundsConfig) -> 
 
     Args:
         samples: rows of ``SAMPLE_SCHEMA``.
-        scored: columns reward, parts, error, details and seconds of the same answers, in the same order.
+        scored: rows of ``rewards.apply.SCORES`` of the same answers, in the same order.
 
     Raises:
         ValueError: if these are not as many, or a reward is not finite.

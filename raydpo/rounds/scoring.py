@@ -8,7 +8,6 @@ from raydpo.rewards.apply import account, apply, too_many
 from raydpo.rewards.task import ANSWERS
 from raydpo.rounds.inputs import Inputs
 from raydpo.rounds.pairing import final_rewards
-from raydpo.rundir.rounds import SCORE_SCHEMA
 
 __all__ = ["score"]
 
@@ -30,9 +29,7 @@ def score(inputs: Inputs, samples: pa.Table, *, number: int, step: int) -> tuple
     for line in account(rewards, scored, answers):
         inputs.console.say(line)
     failed = too_many(rewards, scored, inputs.rounds.max_errors)
-    keys = {name: samples[name] for name in ("prompt_id", "sample")}
-    scores = pa.table(keys | {name: scored[name] for name in SCORE_SCHEMA.names if name not in keys}, schema=SCORE_SCHEMA)
-    return final_rewards(samples, scores, inputs.rounds), failed
+    return final_rewards(samples, scored, inputs.rounds), failed
 
 
 def _answers(prompts: pa.Table, samples: pa.Table) -> pa.Table:
