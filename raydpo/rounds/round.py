@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -92,21 +92,21 @@ class Round:
         return 1 if self.inputs.rounds.offline else self.number
 
     def _sample(self) -> None:
-        source, inputs = self._source, self.inputs
-        if source != self.number:
+        inputs, number = self.inputs, self.number
+        if self._source != number:
             return  # read by _score
-        policy = inputs.policy(source - 1)
+        policy = inputs.policy(number - 1)
         made = Made(
             stage="sample",
-            number=source,
+            number=number,
             settings=sample_settings(inputs),
             inputs={"policy": policy.identity.digest, "prompts": inputs.prompts_digest},
         )
 
         def make() -> tuple[pa.Table, None]:
             rounds = inputs.rounds
-            rows, seed = slice_of(inputs.prompts, rounds, source), round_seed(rounds.sample.seed, source)
-            return answer(inputs, policy, rows, n=rounds.sample.n, seed=seed, number=source), None
+            rows, seed = slice_of(inputs.prompts, rounds, number), round_seed(rounds.sample.seed, number)
+            return answer(inputs, policy, rows, n=rounds.sample.n, seed=seed, number=number), None
 
         self._samples = self._table("sample", made, SAMPLE_SCHEMA, make)
 
@@ -193,8 +193,8 @@ class Round:
         self._held_out = self._table("measure", made, HELD_OUT_SCHEMA, lambda: measure(inputs, number, step=step))
         self.figures |= {"policy": digests["policy"]} | held_out_figures(self._held_out, inputs.rounds)
 
-    def _table(self, stage: str, made: Made, schema: pa.Schema, make: Any) -> pa.Table:
-        """The table of a stage.
+    def _table(self, stage: str, made: Made, schema: pa.Schema, make: Callable[[], tuple[pa.Table, str | None]]) -> pa.Table:
+        """The table of a stage, which ``make`` makes as ``stage.stage_table`` has it.
 
         Raises:
             RaydpoError: if a reward function failed too often, after the table is stored.
