@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 
-__all__ = ["KeyIndex", "as_bytes"]
+__all__ = ["KeyIndex", "as_bytes", "as_values"]
 
 
 def as_bytes(keys: pa.Array | pa.ChunkedArray) -> np.ndarray:
@@ -14,6 +14,11 @@ def as_bytes(keys: pa.Array | pa.ChunkedArray) -> np.ndarray:
         return np.concatenate([np.empty((0, 16), np.uint8), *map(as_bytes, keys.chunks)])
     flat = np.frombuffer(keys.buffers()[1], np.uint8) if len(keys) else np.empty(0, np.uint8)
     return flat[keys.offset * 16 : (keys.offset + len(keys)) * 16].reshape(-1, 16)
+
+
+def as_values(keys: pa.Array | pa.ChunkedArray) -> np.ndarray:
+    """A binary(16) array without nulls as values that can be compared and sorted: V16 [rows]."""
+    return as_bytes(keys).view("V16").ravel()
 
 
 class KeyIndex:

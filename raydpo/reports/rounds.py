@@ -15,6 +15,7 @@ from raydpo.reports.rounds_pictures import cost_pictures, rounds_curves, seconds
 from raydpo.reports.run import SCRIPTS
 from raydpo.reports.tables import Cell, Row, Table, duration, number
 from raydpo.rundir.read_rounds import RoundsRecord
+from raydpo.rundir.rounds import CUT, GREEDY
 from raydpo.version import __version__
 
 __all__ = ["rounds_page", "rounds_status"]
@@ -198,7 +199,7 @@ def _answers(record: RoundsRecord) -> list[dict[str, Any]]:
         (number_, row["prompt_id"], row["sample"]): row
         for number_, table in tables.items()
         for row in table.select(["prompt_id", "sample", "answer", "end", "reward", "error", "length"]).to_pylist()
-        if row["prompt_id"] in ids and row["sample"] < 1
+        if row["prompt_id"] in ids and row["sample"] in (GREEDY, 0)
     }
     return [
         {
@@ -209,7 +210,7 @@ def _answers(record: RoundsRecord) -> list[dict[str, Any]]:
                     "name": "start" if number_ == 0 else f"round {number_}",
                     "answers": [
                         _answer(kind, answers[number_, one, sample])
-                        for kind, sample in (("greedy", -1), ("sampled", 0))
+                        for kind, sample in (("greedy", GREEDY), ("sampled", 0))
                         if (number_, one, sample) in answers
                     ],
                 }
@@ -230,7 +231,7 @@ def _some(numbers: Sequence[int]) -> list[int]:
 def _answer(kind: str, row: dict[str, Any]) -> dict[str, Any]:
     text = row["answer"] or ""
     reward = "unknown" if row["reward"] is None else f"{row['reward']:.2f}"
-    about = [kind, f"reward {reward}", f"{row['length']:,} tokens", *(["cut"] if row["end"] == "length" else [])]
+    about = [kind, f"reward {reward}", f"{row['length']:,} tokens", *(["cut"] if row["end"] == CUT else [])]
     long = len(text) > MOST_CHARACTERS
     return {
         "about": ", ".join(about) + (f"; {shown(row['error'])}" if row["error"] else ""),

@@ -13,6 +13,7 @@ from raydpo.errors import one_line
 from raydpo.pages.finding import Finding
 from raydpo.pages.text import shown
 from raydpo.rundir.read_rounds import RoundsRecord
+from raydpo.rundir.rounds import GREEDY
 
 __all__ = ["FAR", "rounds_findings", "starts", "within"]
 
@@ -137,7 +138,7 @@ def _by_prompt(record: RoundsRecord, name: str, number: int) -> dict[bytes, floa
     values = defaultdict(list)
     for row in [] if table is None else table.select(["prompt_id", "sample", "parts"]).to_pylist():
         value = dict(row["parts"] or ()).get(name)
-        if row["sample"] >= 0 and value is not None and math.isfinite(value):
+        if row["sample"] != GREEDY and value is not None and math.isfinite(value):
             values[row["prompt_id"]].append(value)
     return {prompt: sum(each) / len(each) for prompt, each in values.items()}
 

@@ -13,11 +13,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raydpo.config.rounds import RoundsConfig
-from raydpo.data.index import as_bytes
+from raydpo.data.index import as_values
 from raydpo.data.interval import by_group, standard_error
 from raydpo.data.ragged import Ragged, digests
 from raydpo.errors import DataError
-from raydpo.rounds.pairing import aligned
+from raydpo.rounds.pairing import aligned, id_prefix, is_cut
+from raydpo.rundir.rounds import GREEDY
 
 __all__ = ["held_out_figures", "pair_figures", "sampled_figures"]
 
@@ -61,7 +62,7 @@ def held_out_figures(held_out: pa.Table, rounds: RoundsConfig) -> dict[str, Any]
     Args:
         held_out: rows of ``HELD_OUT_SCHEMA``.
     """
-    greedy = pc.less(held_out["sample"], 0)
+    greedy = pc.equal(held_out["sample"], GREEDY)
     alone, sampled = held_out.filter(greedy), held_out.filter(pc.invert(greedy))
     found = {f"eval_{name}": value for name, value in _answer_figures(sampled, sampled, rounds).items()}
     groups = _groups(sampled)
@@ -78,7 +79,7 @@ def held_out_figures(held_out: pa.Table, rounds: RoundsConfig) -> dict[str, Any]
 
 def pair_figures(pairs: pa.Table, number: int) -> dict[str, int]:
     """Return the figures ``pairs`` and ``replayed`` of the pairs of round ``number``."""
-    new = int(pc.sum(pc.starts_with(pairs["pair_id"], f"r{number:03d}:")).as_py() or 0)
+    new = int(pc.sum(pc.starts_with(pairs["pair_id"], id_prefix(number))).as_py() or 0)
     return {"pairs": len(pairs), "replayed": len(pairs) - new}
 
 
@@ -98,7 +99,7 @@ def _answer_figures(samples: pa.Table, scores: pa.Table, rounds: RoundsConfig) -
         "success": _mean(right),
         "any": _share(int((wins > 0).sum()), prompts),
         "errors": len(scores) - scores["error"].null_count,
-        "cut": _mean(pc.equal(samples["end"], "length").to_numpy()),
+        "cut": _mean(is_cut(samples).to_numpy()),
         "tokens": _mean(Ragged.of(ids).lengths),
         "distinct": _mean(np.bincount(groups[distinct], minlength=prompts) / sizes),
         "entropy": _mean(_entropies(groups, ids, prompts)),
@@ -107,8 +108,7 @@ def _answer_figures(samples: pa.Table, scores: pa.Table, rounds: RoundsConfig) -
 
 def _groups(samples: pa.Table) -> np.ndarray:
     """Number of the prompt of each answer, from 0, int64 [answers]."""
-    keys = np.ascontiguousarray(as_bytes(samples["prompt_id"])).view("V16").ravel()
-    return np.unique(keys, return_inverse=True)[1]
+    return np.unique(as_values(samples["prompt_id"]), return_inverse=True)[1]
 
 
 def _successes(scores: pa.Table, rounds: RoundsConfig) -> np.ndarray:

@@ -14,10 +14,10 @@ from raydpo.reference.pairs import reference_values
 from raydpo.reference.score import ReferenceSpec
 from raydpo.reference.store import ReferenceCache
 from raydpo.rounds.inputs import Inputs
-from raydpo.rounds.prompts import held_out_of, round_seed
-from raydpo.rounds.sampling import GREEDY, answer, sample_settings
+from raydpo.rounds.prompts import held_out_of, round_seed, rows_of
+from raydpo.rounds.sampling import answer, sample_settings
 from raydpo.rounds.scoring import score
-from raydpo.rundir.rounds import HELD_OUT_SCHEMA
+from raydpo.rundir.rounds import GREEDY, HELD_OUT_SCHEMA
 
 __all__ = ["measure", "measure_settings"]
 
@@ -76,9 +76,7 @@ def _log_ratios(inputs: Inputs, number: int, samples: pa.Table) -> dict[str, np.
             values[drawn] = 0.0
         return found
     chosen = samples.filter(pa.array(drawn))
-    place = {name: row for row, name in enumerate(inputs.prompts["prompt_id"].to_pylist())}
-    asked = [place[name] for name in chosen["prompt_id"].to_pylist()]
-    prompts = inputs.prompts["prompt_ids"].take(pa.array(asked, pa.int64()))
+    prompts = inputs.prompts["prompt_ids"].take(rows_of(inputs.prompts, chosen["prompt_id"]))
     columns = (prompts, chosen["answer_ids"])
     pairs = answer_pairs(*([np.array(ids, np.int32) for ids in column.to_pylist()] for column in columns))
     sums: dict[int, np.ndarray] = {}

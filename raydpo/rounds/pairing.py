@@ -17,10 +17,10 @@ from raydpo.data.keys import completion_key
 from raydpo.data.pairs import PAIR_SCHEMA
 from raydpo.data.ragged import Ragged
 from raydpo.errors import DataError
-from raydpo.rundir.rounds import SCORE_SCHEMA
+from raydpo.rundir.rounds import CUT, SCORE_SCHEMA, TRAIN
 from raydpo.terminal.console import Console
 
-__all__ = ["ROUND_PAIR_SCHEMA", "aligned", "final_rewards", "make_pairs", "no_pairs", "with_replay"]
+__all__ = ["ROUND_PAIR_SCHEMA", "aligned", "final_rewards", "id_prefix", "is_cut", "make_pairs", "no_pairs", "with_replay"]
 
 ROUND_PAIR_SCHEMA = pa.schema(
     [
@@ -71,10 +71,15 @@ def final_rewards(samples: pa.Table, scored: pa.Table, rounds: RoundsConfig) -> 
         raise ValueError("a reward is not a finite number; reward functions that return one have failed")
     if rounds.cut == "zero":
         # Not 0 where the reward is below or unknown: among negative rewards a cut answer would be the best one.
-        rewards = pc.if_else(_is_cut(samples), pc.min_element_wise(rewards, 0.0, skip_nulls=False), rewards)
+        rewards = pc.if_else(is_cut(samples), pc.min_element_wise(rewards, 0.0, skip_nulls=False), rewards)
     columns = {name: samples[name] for name in ("prompt_id", "sample")} | {"reward": rewards}
     columns |= {name: scored[name] for name in SCORE_SCHEMA.names if name not in columns}
     return pa.table({name: columns[name] for name in SCORE_SCHEMA.names}).cast(SCORE_SCHEMA)
+
+
+def id_prefix(number: int) -> str:
+    """Return what the ids of the pairs that round ``number`` makes begin with, such as ``r001:``."""
+    return f"r{number:03d}:"
 
 
 def make_pairs(prompts: pa.Table, samples: pa.Table, scores: pa.Table, rounds: RoundsConfig, number: int) -> pa.Table:
@@ -108,7 +113,7 @@ def make_pairs(prompts: pa.Table, samples: pa.Table, scores: pa.Table, rounds: R
             name = f"{source}:{row}" if several else str(row)
             found.append(
                 {
-                    "pair_id": f"r{number:03d}:{name}:{good.sample}-{bad.sample}",
+                    "pair_id": f"{id_prefix(number)}{name}:{good.sample}-{bad.sample}",
                     "source": source,
                     "weight": 1.0,
                     "prompt_ids": ids,
@@ -186,9 +191,9 @@ def _by_prompt(samples: pa.Table, scores: pa.Table, rounds: RoundsConfig) -> dic
     keys, numbers = (samples[name].to_pylist() for name in ("prompt_id", "sample"))
     use = pc.is_valid(scores["reward"])
     if rounds.cut == "drop":
-        use = pc.and_(use, pc.invert(_is_cut(samples)))
+        use = pc.and_(use, pc.invert(is_cut(samples)))
     ids, rewards = Ragged.of(samples["answer_ids"]), scores["reward"].to_pylist()
-    texts, cut = samples["answer"].to_pylist(), _is_cut(samples).to_pylist()
+    texts, cut = samples["answer"].to_pylist(), is_cut(samples).to_pylist()
     answers: dict[bytes, list[_Answer]] = {}
     for place in np.flatnonzero(use.to_numpy()).tolist():
         content = ids[place].astype(np.int32, copy=False).tobytes()
@@ -200,7 +205,7 @@ def _by_prompt(samples: pa.Table, scores: pa.Table, rounds: RoundsConfig) -> dic
 def _places(prompts: pa.Table, samples: pa.Table, number: int) -> dict[bytes, int]:
     """Row of each training prompt, by its id. Refuses answers to other prompts."""
     splits = prompts["split"].to_pylist()
-    places = {key: place for place, key in enumerate(prompts["prompt_id"].to_pylist()) if splits[place] == "train"}
+    places = {key: place for place, key in enumerate(prompts["prompt_id"].to_pylist()) if splits[place] == TRAIN}
     others = {key for key in samples["prompt_id"].unique().to_pylist() if key not in places}
     if others:
         raise DataError(
@@ -211,8 +216,9 @@ def _places(prompts: pa.Table, samples: pa.Table, number: int) -> dict[bytes, in
     return places
 
 
-def _is_cut(samples: pa.Table) -> pa.ChunkedArray:
-    return pc.equal(samples["end"], "length")
+def is_cut(samples: pa.Table) -> pa.ChunkedArray:
+    """Return which answers were cut at ``rounds.sample.max_tokens``, bool [answers]."""
+    return pc.equal(samples["end"], CUT)
 
 
 # ---- replay
@@ -272,7 +278,7 @@ def no_pairs(samples: pa.Table, scores: pa.Table, rounds: RoundsConfig) -> tuple
     right = sum(one.reward > threshold for one in answers)
     if not known or (right == known and 2 * known < total):  # a few right answers say nothing about the others
         few = f"none of {total:,} answers" if not known else f"only {known:,} of {total:,} answers, all right,"
-        cut = int(pc.sum(_is_cut(samples)).as_py() or 0)
+        cut = int(pc.sum(is_cut(samples)).as_py() or 0)
         if rounds.cut == "drop" and cut:
             return "unknown", (
                 f"{few} can be in a pair: {cut:,} are cut at {rounds.sample.max_tokens} tokens (rounds.cut is drop) and "

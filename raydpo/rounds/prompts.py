@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from raydpo.config import Config, SourceConfig, source_name
 from raydpo.config.rounds import RoundsConfig
-from raydpo.data.index import as_bytes
+from raydpo.data.index import as_bytes, as_values
 from raydpo.data.messages import Malformed
 from raydpo.data.pairs import HELD_OUT
 from raydpo.data.preference import PromptAlone, prompt_alone
@@ -27,14 +27,12 @@ from raydpo.data.tokenise import TokenisedPair, Tokeniser
 from raydpo.errors import DataError
 from raydpo.rewards.columns import as_json, other_columns
 from raydpo.rewards.task import prompt_id
-from raydpo.rundir.rounds import PROMPT_SCHEMA
+from raydpo.rundir.rounds import OUT, PROMPT_SCHEMA, TRAIN
 from raydpo.storage.uri import redact
 from raydpo.terminal.console import Console
 
-__all__ = ["held_out_of", "read_prompts", "round_seed", "slice_of"]
+__all__ = ["held_out_of", "read_prompts", "round_seed", "rows_of", "slice_of"]
 
-TRAIN, OUT = "train", "held_out"
-"""Values of column ``split``."""
 _CHUNK = 2000
 """Records that are tokenised at once."""
 _DIGESTS = (("text_digest", pa.binary(16)), ("question", pa.binary(16)), ("where", pa.string()))
@@ -188,7 +186,7 @@ class _Reader:
 
 def _distinct(table: pa.Table, say: Callable[[str], None]) -> pa.Table:
     """The first row of each prompt; of one that is also held out, the held-out row."""
-    keys, out = _keys(table["prompt_id"]), pc.equal(table["split"], OUT).to_numpy()
+    keys, out = as_values(table["prompt_id"]), pc.equal(table["split"], OUT).to_numpy()
     order = np.lexsort((np.arange(len(table)), ~out))  # held-out rows first
     _, first, inverse = np.unique(keys[order], return_index=True, return_inverse=True)
     first, place = order[first], np.empty(len(table), np.int64)
@@ -230,7 +228,7 @@ def _with_fraction(table: pa.Table, fraction: float) -> pa.Table:
 def _apart(table: pa.Table, say: Callable[[str], None]) -> pa.Table:
     """The table without training prompts that ask the same as a held-out one."""
     out = pc.equal(table["split"], OUT).to_numpy()
-    asked = _keys(table["question"])
+    asked = as_values(table["question"])
     same = np.isin(asked, asked[out]) & ~out
     if same.any():
         where = table["where"][int(np.flatnonzero(same)[0])].as_py()
@@ -242,6 +240,16 @@ def _apart(table: pa.Table, say: Callable[[str], None]) -> pa.Table:
 
 
 # ---- prompts of a round
+
+
+def rows_of(prompts: pa.Table, ids: pa.ChunkedArray) -> pa.Array:
+    """Return the row number of the prompt with each id, int64 [ids].
+
+    Raises:
+        KeyError: if a prompt is not in the table.
+    """
+    places = {key: row for row, key in enumerate(prompts["prompt_id"].to_pylist())}
+    return pa.array([places[key] for key in ids.to_pylist()], pa.int64())
 
 
 def slice_of(prompts: pa.Table, rounds: RoundsConfig, number: int) -> np.ndarray:
@@ -276,13 +284,8 @@ def _ordered(prompts: pa.Table, split: str, seed: int) -> np.ndarray:
     rows = np.flatnonzero(pc.equal(prompts["split"], split).to_numpy())
     seeded = hashlib.blake2b(struct.pack("<Q", seed), digest_size=16, person=b"raydpo-round-o-1")
     digests = []
-    for key in _keys(prompts["prompt_id"])[rows].tolist():
+    for key in as_values(prompts["prompt_id"])[rows].tolist():
         digest = seeded.copy()
         digest.update(key)
         digests.append(digest.digest())
     return rows[np.argsort(np.frombuffer(b"".join(digests), "V16"), kind="stable")]
-
-
-def _keys(column: pa.ChunkedArray) -> np.ndarray:
-    """A column of 16 bytes as values that can be sorted, V16 [rows]."""
-    return np.ascontiguousarray(as_bytes(column)).view("V16").ravel()

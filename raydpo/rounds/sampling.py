@@ -11,15 +11,13 @@ from raydpo.answers.draws import answer_rows, rows_of_block
 from raydpo.answers.engine import pick_engine, sampling
 from raydpo.reference.score import ReferenceSpec
 from raydpo.rounds.inputs import Inputs
-from raydpo.rundir.rounds import SAMPLE_SCHEMA
+from raydpo.rundir.rounds import CUT, GREEDY, SAMPLE_SCHEMA
 
-__all__ = ["GREEDY", "answer", "sample_settings"]
+__all__ = ["answer", "sample_settings"]
 
 WORK_BLOCK = 64
 """Least number of answers that a worker makes and stores together; a kill loses one such block for each worker. It is no
 setting, since the borders of blocks decide how answers round."""
-GREEDY = -1
-"""Number of a greedy answer among those to its prompt."""
 
 
 def sample_settings(inputs: Inputs) -> dict[str, Any]:
@@ -69,7 +67,7 @@ def answer(
             "seed": pa.array([None if sample == GREEDY else seed for sample in numbers.tolist()], pa.uint64()),
             "answer_ids": answers,
             "answer": inputs.tokeniser.tokenizer.batch_decode(texts, skip_special_tokens=True),
-            "end": ["stop" if end else "length" for end in ended],
+            "end": ["stop" if end else CUT for end in ended],
             "engine": [work.engine] * len(answers),
         },
         schema=SAMPLE_SCHEMA,

@@ -8,6 +8,7 @@ from raydpo.rewards.apply import account, apply, too_many
 from raydpo.rewards.task import ANSWERS
 from raydpo.rounds.inputs import Inputs
 from raydpo.rounds.pairing import final_rewards
+from raydpo.rounds.prompts import rows_of
 
 __all__ = ["score"]
 
@@ -34,8 +35,7 @@ def score(inputs: Inputs, samples: pa.Table, *, number: int, step: int) -> tuple
 
 def _answers(prompts: pa.Table, samples: pa.Table) -> pa.Table:
     """Rows of ``rewards.task.ANSWERS``: the answers, each with its prompt and the prompt's columns."""
-    place = {name: row for row, name in enumerate(prompts["prompt_id"].to_pylist())}
-    asked = prompts.take(pa.array([place[name] for name in samples["prompt_id"].to_pylist()], pa.int64()))
+    asked = prompts.take(rows_of(prompts, samples["prompt_id"]))
     columns = {
         "prompt_id": samples["prompt_id"],
         "sample": samples["sample"],

@@ -11,7 +11,7 @@ import yaml
 
 from raydpo.config import load_config
 from raydpo.errors import ConfigError, FilesError, one_line
-from raydpo.rounds.sampling import GREEDY
+from raydpo.rounds.pairing import id_prefix
 from raydpo.rounds.stage import stored_table
 from raydpo.rundir.directory import (
     CONFIG,
@@ -23,6 +23,7 @@ from raydpo.rundir.directory import (
     SCORES,
     round_folder,
 )
+from raydpo.rundir.rounds import CUT, GREEDY
 from raydpo.storage.files import Storage
 from raydpo.storage.uri import is_uri
 from raydpo.terminal.console import Console, plain_text
@@ -66,12 +67,12 @@ def show(place: str, number: int, console: Console, *, prompt: str | None = None
     if not trained and not measured:
         raise ConfigError(f"round {number} in {storage} has no answers yet; run 'raydpo rounds' first")
     chosen = _chosen([*trained, *(measured if prompt is not None or not trained else ())], prompt, count, number)
-    made = [row for row in _rows(storage, f"{folder}/{ROUND_PAIRS}") or [] if row["pair_id"].startswith(f"r{number:03d}:")]
-    pairs = _by_prompt(made)  # replayed ones are of other answers to the same prompts
-    paired = storage.exists(f"{folder}/{ROUND_PAIRS}")
+    paired = _rows(storage, f"{folder}/{ROUND_PAIRS}")
+    # Replayed pairs are of other answers to the same prompts.
+    pairs = _by_prompt([row for row in paired or [] if row["pair_id"].startswith(id_prefix(number))])
     for key in chosen:
         answers = trained.get(key) or measured[key]
-        told = _about_pairs(answers, pairs.get(key, ()), cut, margin) if key in trained and paired else []
+        told = _about_pairs(answers, pairs.get(key, ()), cut, margin) if key in trained and paired is not None else []
         held_out = "" if key in trained else ", held out"
         print_answers(console, f"prompt {key.hex()[:12]}{held_out}", asked.get(key), answers, told)
     left = len(trained or measured) - len(chosen)
@@ -97,7 +98,7 @@ def print_answers(
                 "greedy" if row["sample"] == GREEDY else str(row["sample"]),
                 "unknown" if row["reward"] is None else f"{row['reward']:g}",
                 ", ".join(f"{name} {'-' if value is None else format(value, 'g')}" for name, value in row["parts"] or ()),
-                "length" if row["end"] == "length" else "itself",
+                "length" if row["end"] == CUT else "itself",
                 plain_text(row["answer"]),
             )
             for row in answers
@@ -118,7 +119,7 @@ def _about_pairs(answers: Answers, pairs: Sequence[dict[str, Any]], cut: str, ma
             f"more than rounds.pairs.margin ({margin:g})"
             for one in pairs
         ]
-    usable = [row for row in answers if row["reward"] is not None and not (cut == "drop" and row["end"] == "length")]
+    usable = [row for row in answers if row["reward"] is not None and not (cut == "drop" and row["end"] == CUT)]
     rewards = {row["reward"] for row in usable}
     if len(usable) < 2:
         return [

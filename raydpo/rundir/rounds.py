@@ -7,7 +7,24 @@ from __future__ import annotations
 
 import pyarrow as pa
 
-__all__ = ["HELD_OUT_SCHEMA", "PROMPT_SCHEMA", "ROUNDS_SCHEMA", "SAMPLE_SCHEMA", "SCORE_SCHEMA"]
+__all__ = [
+    "CUT",
+    "GREEDY",
+    "HELD_OUT_SCHEMA",
+    "OUT",
+    "PROMPT_SCHEMA",
+    "ROUNDS_SCHEMA",
+    "SAMPLE_SCHEMA",
+    "SCORE_SCHEMA",
+    "TRAIN",
+]
+
+TRAIN, OUT = "train", "held_out"
+"""Values of column ``split``."""
+GREEDY = -1
+"""Value of column ``sample`` of a greedy answer."""
+CUT = "length"
+"""Value of column ``end`` of an answer that was cut at ``rounds.sample.max_tokens``."""
 
 _IDS, _ID = pa.list_(pa.int32()), pa.binary(16)
 PROMPT_SCHEMA = pa.schema(
@@ -15,7 +32,7 @@ PROMPT_SCHEMA = pa.schema(
         ("prompt_id", _ID),  # digest of the token ids
         ("row", pa.int64()),  # number of the record in its source, from 1
         ("source", pa.string()),
-        ("split", pa.string()),  # train or held_out
+        ("split", pa.string()),  # TRAIN or OUT
         ("prompt_ids", _IDS),
         ("prompt", pa.string()),  # text or messages, as JSON
         ("columns", pa.string()),  # the record's other columns, as a JSON object
@@ -25,12 +42,12 @@ PROMPT_SCHEMA = pa.schema(
 SAMPLE_SCHEMA = pa.schema(
     [
         ("prompt_id", _ID),
-        ("sample", pa.int32()),  # number among the answers to the prompt, from 0; -1 = greedy
+        ("sample", pa.int32()),  # number among the answers to the prompt, from 0; or GREEDY
         ("round", pa.int32()),
         ("seed", pa.uint64()),  # with sample it selects the random numbers; see answers.draws
         ("answer_ids", _IDS),  # as sampled, with the token that ended it
         ("answer", pa.string()),  # the text that reward functions get: decoded, without the token that ended it
-        ("end", pa.string()),  # stop, or length if it was cut at max_tokens
+        ("end", pa.string()),  # stop, or CUT
         ("engine", pa.string()),
     ]
 )
