@@ -19,7 +19,7 @@ from raydpo.data.first import FirstPairs, Reading
 from raydpo.data.keys import completion_key
 from raydpo.data.pairs import PAIR_SCHEMA, PairSets
 from raydpo.data.tally import DataReport, SourceReport
-from raydpo.estimate.plan import Plan, Rates, Stage, operations
+from raydpo.estimate.plan import Plan, Stage, operations
 from raydpo.model.cost import ModelCost
 
 __all__ = ["MOST_AT_ONCE", "RoundPrompts", "RoundsPlan", "Sampler", "made_pairs", "plan_rounds"]
@@ -217,7 +217,6 @@ def plan_rounds(
     prompts: RoundPrompts,
     one: Plan,
     sampler: Sampler,
-    rates: Rates,
     *,
     engine: str,
     answer_tokens: float,
@@ -253,7 +252,7 @@ def plan_rounds(
         """Forward passes of models over each prompt with each of its answers."""
         whole = np.repeat(which, n) + answer_tokens
         amount = np.array([whole.sum(), (whole.astype(float) ** 2).sum() / 2, answer_tokens * len(whole)])
-        return Stage.of(sum(operations(amount, cost) for cost in costs), workers, rates.score, price)
+        return Stage.of(sum(operations(amount, cost) for cost in costs), workers, one.rates.score, price)
 
     sampling, scoring = asked(of_round, rounds.sample.n), read(of_round, rounds.sample.n, reward_models)
     measured_rewards = read(measured, each, reward_models)

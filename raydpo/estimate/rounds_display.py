@@ -10,7 +10,7 @@ from raydpo.config import Config, RoundsConfig
 from raydpo.errors import ConfigError
 from raydpo.estimate.cards import BANDWIDTH, MEMORY
 from raydpo.estimate.display import DEVICE, plan_run, print_memory, stage_row
-from raydpo.estimate.plan import Rates
+from raydpo.estimate.plan import Rates, Stage
 from raydpo.estimate.rounds import MOST_AT_ONCE, RoundPrompts, RoundsPlan, Sampler, made_pairs, plan_rounds
 from raydpo.model.cost import ModelCost
 from raydpo.model.files import model_files
@@ -52,17 +52,16 @@ def estimate_rounds(
         )
     first = made_pairs(config, prompts.train[: rounds.per_round], max(1, round(tokens)))
     one = dataclasses.replace(plan_run(config, first.sets, first=first, **asked), tokenising=None, first=None)
-    workers, engine = one.score_workers, _engine(rounds, config)
+    engine = _engine(rounds, config)
     models = [resolve_model(each.reward_model) for each in rounds.rewards if each.reward_model is not None]
     return plan_rounds(
         config,
         prompts,
         one,
         _sampler(config, one.rates, engine, asked.get("device"), asked.get("memory")),
-        one.rates,
         engine=engine,
         answer_tokens=tokens,
-        workers=workers,
+        workers=one.score_workers,
         price=asked.get("price"),
         reward_models=[model_cost(path, config.model.trust_remote_code) for path in models],
         requests=requests,
@@ -114,10 +113,10 @@ def print_rounds(plan: RoundsPlan, console: Console) -> None:
     )
     for line in one.rates.warnings:
         console.say(f"warning: {line}")
-    workers, starts = one.score_workers, plan.a_round * 0
-    starts = dataclasses.replace(starts, seconds=plan.starts, gpu_hours=workers * plan.starts / 3600)
-    if plan.total.dollars is not None:
-        starts = dataclasses.replace(starts, dollars=_price(plan) * starts.gpu_hours)
+    workers = one.score_workers
+    hours = workers * plan.starts / 3600
+    dollars = None if plan.total.dollars is None else _price(plan) * hours
+    starts = Stage(flops=0.0, seconds=plan.starts, gpu_hours=hours, dollars=dollars)
     rows = [
         stage_row("sampling", workers, plan.sampling),
         stage_row("reward models", workers, plan.rewards),

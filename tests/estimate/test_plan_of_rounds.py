@@ -40,7 +40,7 @@ def estimated(config, sampler=SAMPLER, **more):
     first = made_pairs(config, PROMPTS.train, 16)
     one = make_plan(config, first.sets, SIZES, SIZES, RATES, scales=first.scales, price=more.get("price"))
     how = {"engine": "vllm", "answer_tokens": 16.0, "workers": 1} | more
-    return plan_rounds(config, PROMPTS, one, sampler, RATES, **how)
+    return plan_rounds(config, PROMPTS, one, sampler, **how)
 
 
 def test_answers_at_once_fill_the_memory():
