@@ -129,8 +129,7 @@ class RewardModel:
             refuse_gaps(path, loaded)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise ModelError(
-                f"cannot load the reward model {self.path!r}; evaluate.reward_model must be a sequence "
-                f"classifier: {one_line(error, 600)}"
+                f"cannot load the reward model {self.path!r}, which must be a sequence classifier: {one_line(error, 600)}"
             ) from error
         if model.config.num_labels != 1:
             raise FilesError(_WRONG_OUTPUTS.format(path=self.path, outputs=model.config.num_labels))
@@ -267,5 +266,5 @@ class _Reader:
         if positions is not None and len(ids) > positions:
             raise FilesError(
                 f"a prompt and its answer have {len(ids):,} tokens, but the reward model takes at most {positions:,}; "
-                "lower evaluate.max_tokens or data.max_length"
+                "lower max_tokens of the section that samples the answers (evaluate or rounds.sample), or data.max_length"
             )
