@@ -15,7 +15,7 @@ from raydpo.pages.text import shown
 from raydpo.rundir.read_rounds import RoundsRecord
 from raydpo.rundir.rounds import GREEDY
 
-__all__ = ["FAR", "rounds_findings", "starts", "within"]
+__all__ = ["rounds_findings", "starts", "within"]
 
 LENGTH_CHANGE = 0.25
 """Change of the mean length of held-out answers, a share, from which it is reported."""

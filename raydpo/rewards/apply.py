@@ -100,7 +100,7 @@ def _lines(lines: Iterator[str]) -> str | None:
 
 
 def _scored(reward: RewardConfig, answers: pa.Table, config: Config, console: Console, round: int, step: int) -> pa.Table:
-    """Results of one function, a table of ``task.RESULTS``."""
+    """Results of one function, a table of ``process.RESULTS``."""
     storage, doing = Storage(config.cache_uri), f"scoring {reward_name(reward)}"
     if reward.use is None:
         from raydpo.rewards.models import model_rewards

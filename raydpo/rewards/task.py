@@ -13,9 +13,9 @@ import pyarrow as pa
 
 from raydpo.config.rewards import RewardConfig
 from raydpo.rewards.functions import RewardFunction, resolve
-from raydpo.rewards.process import RESULTS, Caller
+from raydpo.rewards.process import Caller
 
-__all__ = ["ANSWERS", "RESULTS", "ROWS", "RewardTask", "prompt_id"]
+__all__ = ["ANSWERS", "ROWS", "RewardTask", "prompt_id"]
 
 VERSION = 1
 """Version of how functions are called. Results of another version are not used."""
@@ -40,7 +40,7 @@ def prompt_id(ids: Sequence[int] | np.ndarray) -> bytes:
 
 @dataclass(frozen=True)
 class RewardTask:
-    """Work that turns rows of ``ROWS`` into rows of ``RESULTS``; see ``cluster.work.BlockTask``.
+    """Work that turns rows of ``ROWS`` into rows of ``process.RESULTS``; see ``cluster.work.BlockTask``.
 
     The function runs in a process of its own, so whatever it does costs only its answers; see ``process.Caller``.
 

@@ -66,8 +66,6 @@ class Made:
             "schema": SCHEMA_VERSION,
             "version": __version__,
             "digest": self.digest,
-            "policy": self.inputs.get("policy", ""),
-            "reference": self.inputs.get("reference", ""),
             "made": json.dumps(dataclasses.asdict(self)),
         }
         return {_PREFIX + name.encode(): str(value).encode() for name, value in told.items()}

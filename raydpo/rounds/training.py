@@ -121,13 +121,13 @@ def policy_spec(config: Config, number: int) -> ReferenceSpec:
     )
 
 
-def round_config(config: Config, number: int, start: Start | None = None) -> Config:
+def round_config(config: Config, number: int, start: Start) -> Config:
     """The configuration of the training of round ``number``, whose run directory is ``round-00N/train``.
 
     Args:
-        start: result of ``start_of``, if that is known.
+        start: result of ``start_of``.
     """
-    start, model = start or start_of(config, number), config.model
+    model = config.model
     trained = {"lora": None, "adapter": start.adapter} if number > 1 and model.adapts else {}
     return config.model_copy(
         update={
