@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from raydpo.answers.answering import Answering
 from raydpo.answers.ray_engine import RayAnswering, check_ray_llm
-from raydpo.answers.vllm_engine import check_servable
+from raydpo.answers.vllm_engine import check_servable, unservable
 from raydpo.cluster.preflight import workers_without_vllm
 from raydpo.cluster.resources import resources_for
 from raydpo.config import Config
@@ -47,7 +47,7 @@ def pick_engine(config: Config, spec: ReferenceSpec) -> tuple[Engine, str]:
     if sample.engine == "ray":
         check_ray_llm(SECTION)
     if sample.engine in ("vllm", "ray"):
-        _check_servable(spec)
+        check_servable(spec.quantization, spec.identity.rope_length, _adapter(spec), SECTION)
     if sample.engine == "vllm" and (found := workers_without_vllm(config, python)) is not None:
         raise ConfigError(
             f"{SECTION}.engine is vllm, but {found}; make an environment with vLLM on each node that scores and set "
@@ -59,16 +59,13 @@ def pick_engine(config: Config, spec: ReferenceSpec) -> tuple[Engine, str]:
 def _why_no_vllm(config: Config, spec: ReferenceSpec, python: str) -> str | None:
     if resources_for("score", config).device == "cpu":
         return "the workers of section score have no GPU"
-    try:
-        _check_servable(spec)
-    except ConfigError as error:
-        return f"vLLM {str(error).partition(' vllm ')[2].partition(';')[0]}"
-    return workers_without_vllm(config, python)
+    why = unservable(spec.quantization, spec.identity.rope_length, _adapter(spec))
+    return workers_without_vllm(config, python) if why is None else f"vLLM {why}"
 
 
-def _check_servable(spec: ReferenceSpec) -> None:
-    adapter = None if spec.adapter is None else adapter_files(spec.adapter).config
-    check_servable(spec.quantization, spec.identity.rope_length, adapter, SECTION)
+def _adapter(spec: ReferenceSpec) -> dict[str, Any] | None:
+    """Content of adapter_config.json; None without an adapter."""
+    return None if spec.adapter is None else adapter_files(spec.adapter).config
 
 
 def sampling(

@@ -30,7 +30,7 @@ from raydpo.model.limits import PARTS
 from raydpo.reference.identity import on_this_machine, proved_here
 from raydpo.reference.score import ReferenceSpec
 
-__all__ = ["check_servable", "engine_settings", "lora_request", "open_vllm", "sampling_settings"]
+__all__ = ["check_servable", "engine_settings", "lora_request", "open_vllm", "sampling_settings", "unservable"]
 
 MEMORY = {"cuda": 0.9, "cpu": 0.25}
 """Share of a device's memory that vLLM takes where one worker has the device, for the model, activations, keys and values. A
@@ -53,28 +53,38 @@ def check_servable(
         ConfigError: if the model is quantized by bitsandbytes, its rotary frequencies depend on data.max_length, or vLLM
             does not load such an adapter.
     """
-    why = fix = ""
+    why = unservable(quantization, rope_length, adapter)
+    if why is None:
+        return
+    fix = ""
+    if quantization is None and rope_length is None:  # then it is the adapter
+        merged = "evaluate final/merged" if section == "evaluate" else "begin with a model that the adapter is merged into"
+        fix = f"{merged} (train.merge_adapter=true), or "
+    raise ConfigError(f"{section}.engine vllm {why}; {fix}set {section}.engine=transformers")
+
+
+def unservable(quantization: str | None, rope_length: int | None, adapter: Mapping[str, Any] | None) -> str | None:
+    """Return why vLLM would not compute a model as raydpo does, as what follows "vLLM" in a sentence; None if it would.
+
+    Args:
+        quantization, rope_length, adapter: as for ``check_servable``.
+    """
     if quantization is not None:
-        why = f"cannot quantize as the training did ({quantization})"
-    elif rope_length is not None:
-        why = "sets the rotary frequencies of this model by its own length limit, not by data.max_length"
-    elif adapter is not None:
-        odd = [f"{name} {adapter[name]}" for name in ("use_dora", "modules_to_save", "lora_bias") if adapter.get(name)]
-        if adapter["peft_type"] != "LORA":
-            odd = [f"peft_type {adapter['peft_type']}"]
-        elif _rank(adapter) > RANKS[-1]:
-            odd.append(f"rank {_rank(adapter)}")
-        if odd:
-            why = f"does not load an adapter with {', '.join(odd)}"
-        elif tensors := adapter.get("target_parameters"):  # github.com/vllm-project/vllm/pull/41384
-            why = f"ignores adapters on tensors of experts in many releases (target_parameters {', '.join(sorted(tensors))})"
-        if why:
-            merged = (
-                "evaluate final/merged" if section == "evaluate" else "begin with a model that the adapter is merged into"
-            )
-            fix = f"{merged} (train.merge_adapter=true), or "
-    if why:
-        raise ConfigError(f"{section}.engine vllm {why}; {fix}set {section}.engine=transformers")
+        return f"cannot quantize as the training did ({quantization})"
+    if rope_length is not None:
+        return "sets the rotary frequencies of this model by its own length limit, not by data.max_length"
+    if adapter is None:
+        return None
+    odd = [f"{name} {adapter[name]}" for name in ("use_dora", "modules_to_save", "lora_bias") if adapter.get(name)]
+    if adapter["peft_type"] != "LORA":
+        odd = [f"peft_type {adapter['peft_type']}"]
+    elif _rank(adapter) > RANKS[-1]:
+        odd.append(f"rank {_rank(adapter)}")
+    if odd:
+        return f"does not load an adapter with {', '.join(odd)}"
+    if tensors := adapter.get("target_parameters"):  # github.com/vllm-project/vllm/pull/41384
+        return f"ignores adapters on tensors of experts in many releases (target_parameters {', '.join(sorted(tensors))})"
+    return None
 
 
 def _rank(adapter: Mapping[str, Any]) -> int:
