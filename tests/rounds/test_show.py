@@ -14,7 +14,7 @@ from raydpo.storage.files import Storage
 from raydpo.terminal.console import Console
 
 ANSWERS = ({0: [(1.0, [5, STOP]), (0.0, [6, STOP]), (0.0, [7, STOP])]}, {0: [(0.0, [5, 3]), (0.0, [6, 3]), (1.0, [7, 3])]})
-"""Of two rounds on one prompt."""
+"""Answers of two rounds to one prompt."""
 
 
 @pytest.fixture
