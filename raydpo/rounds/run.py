@@ -84,7 +84,6 @@ class _Run:
         """Say that all rounds were over before this command; None if one is not."""
         if not all(self.ledger.over(number) for number in range(self.inputs.rounds.count + 1)):
             return None
-        self._finish()
         self.ledger.set("done")
         print_rounds(self.console, self.ledger.rows())
         return f"all {self.inputs.rounds.count:,} rounds are already complete: {self.storage} (--fresh begins again)"
@@ -124,7 +123,6 @@ class _Run:
             one = Round(self.inputs, self.ledger, number)
             for stage in one.stages:
                 if not self.goal.wants(number, stage):
-                    self._finish()
                     self.ledger.set("paused", f"paused before round {number}, stage {stage}, as --until asks")
                     return f"{self.ledger.why}; the same command without --until goes on"
                 self.console.begin(f"round {number}: {stage}")
@@ -134,8 +132,9 @@ class _Run:
                 if ended is not None:
                     return self._ended(one, ended)
                 self._page()
+            if number:
+                self._finish(number)  # before the round is over: a command that is killed between the two does it again
             one.end()
-            self._finish()
             print_rounds(self.console, self.ledger.rows())
         self.ledger.set("done")
         self._page()
@@ -153,7 +152,6 @@ class _Run:
         return self._stopped(ended.why)
 
     def _stopped(self, why: str) -> str:
-        self._finish()
         self.ledger.set("stopped", why)
         print_rounds(self.console, self.ledger.rows())
         self._page()
@@ -166,19 +164,16 @@ class _Run:
         except Exception as error:
             self.console.warn(f"the report failed ({type(error).__name__}: {error}); 'raydpo report' tries again")
 
-    def _finish(self) -> None:
-        """Let ``final`` be the policy of the last round that is over: a link on a disk, a copy on an object store."""
-        trained = [number for number in self.ledger.records if number and self.ledger.over(number)]
-        if not trained:
-            return
-        target = f"{round_folder(max(trained))}/{TRAIN}/{FINAL}"
+    def _finish(self, number: int) -> None:
+        """Let ``final`` be the policy of a round: a link on a disk, a copy on an object store."""
+        target = f"{round_folder(number)}/{TRAIN}/{FINAL}"
         if not self.storage.is_local:
-            whole = RemoteDirectory.now(Storage(f"{self.config.run_dir}/{round_folder(max(trained))}/{TRAIN}"), FINAL)
+            whole = RemoteDirectory.now(Storage(f"{self.config.run_dir}/{round_folder(number)}/{TRAIN}"), FINAL)
             self.storage.upload(Path(whole.here()), FINAL)
             return
         link = Path(self.storage.path(FINAL))
-        if link.is_symlink() and os.readlink(link) == target:
-            return
-        temporary = link.with_name(f".final-{uuid.uuid4().hex}")
+        for left in link.parent.glob(f".{FINAL}-*"):  # by a command that was killed here
+            left.unlink(missing_ok=True)
+        temporary = link.with_name(f".{FINAL}-{uuid.uuid4().hex}")
         os.symlink(target, temporary)
         os.replace(temporary, link)

@@ -30,8 +30,8 @@ FILES = (
             "train/run.json",
             "train/summary.json",
             f"small/round-{number:03d}/held_out.parquet",
-            f"small/round-{number:03d}/round.json",
             "final",
+            f"small/round-{number:03d}/round.json",
         )
     ),
 )
@@ -95,6 +95,7 @@ def test_the_driver_is_killed_before_and_after_every_file(calm, tmp_path, tiny_l
             kept = now
     result = run(tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
+    assert not list((tmp_path / "runs/small").glob(".final-*"))
     assert kept.items() <= stored(tmp_path).items() and kills >= 2 * len(FILES) - 4
     same(tmp_path / "runs/small", calm)
 
