@@ -76,7 +76,7 @@ def measure_effect(config: Config) -> Effect | None:
     if held_out is None or not held_out.num_rows:
         return None
     prompts = held_out.slice(0, PROMPTS)  # no two shipped pairs have the same prompt
-    reference, _ = open_reference(config, "float32")
+    reference, _ = open_reference(config)
     policy = find_policy(config, reference.identity.dtype)
     return Effect(_answers(reference, prompts, tokeniser), _answers(policy.spec, prompts, tokeniser))
 

@@ -19,8 +19,10 @@ __all__ = [
     "TRAIN",
 ]
 
-TRAIN, OUT = "train", "held_out"
-"""Values of column ``split``."""
+TRAIN = "train"
+"""Value of column ``split`` of a prompt to train on."""
+OUT = "held_out"
+"""Value of column ``split`` of a held-out prompt."""
 GREEDY = -1
 """Value of column ``sample`` of a greedy answer."""
 CUT = "length"

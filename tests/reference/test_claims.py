@@ -163,7 +163,7 @@ def test_the_next_shard_is_claimed_while_one_is_computed(builder):
     claims, scoring = builder(), Scoring()
     actor = object.__new__(build._ScoreShard)
     vars(actor).update(
-        cache=claims.cache, claims=claims, known=claims.known, again=False, threads=None, scorer=scoring, values=[]
+        cache=claims.cache, claims=claims, known=claims.known, repeated=False, threads=None, scorer=scoring, values=[]
     )
     actor.tokens = Tokens()
     actor.planning, actor.computing = threading.Lock(), threading.Lock()

@@ -172,7 +172,7 @@ def test_a_shard_whose_call_is_repeated_after_it_was_committed_is_not_scored_aga
     arguments = ReferenceSpec(path="model", adapter=None, identity=ONE), str(tmp_path), "builder1", frozenset()
     first, again = (module._ScoreShard(wanted.source, *arguments, Resources(1, 0, None), 100, []) for _ in range(2))
     answer = first(block).to_pylist()[0]
-    again.again = True
+    again.repeated = True
     monkeypatch.setattr(again.scorer, "score", lambda groups: [] if not groups else pytest.fail("scored again"))
     repeated = again(block).to_pylist()[0]
     assert answer["completions"] == len(shard) > 0
