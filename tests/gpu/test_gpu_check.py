@@ -179,7 +179,7 @@ def test_exit_status_and_messages(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "told"),
     [
-        ("{}/" + "n" * 250, "File name too long"),
+        ("{}/" + "n" * 255, "File name too long"),
         ("/proc/x.json", "cannot be written"),
         ("{}/nowhere/x.json", "No such file or directory"),
         ("{}/new/", "names no file"),
