@@ -27,17 +27,17 @@ def as_a_user(*arguments: object) -> subprocess.CompletedProcess[str]:
     )
 
 
-def raydpo(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """Run ``raydpo ARGUMENTS`` and wait for its end."""
+def raydpo(*arguments: object, cwd: Path | None = None, seconds: float = SECONDS) -> subprocess.CompletedProcess[str]:
+    """Run ``raydpo ARGUMENTS`` and wait for its end, ``seconds`` at most."""
     with tempfile.TemporaryDirectory() as place:
         out, err = Path(place) / "out", Path(place) / "err"
         with environment(PYTHONWARNINGS="ignore"):
             process = forking().Process(target=_command, args=(list(map(str, arguments)), out, err, cwd, dict(os.environ)))
             process.start()
-        process.join(SECONDS)
+        process.join(seconds)
         if process.exitcode is None:
             process.kill()
-            raise TimeoutError(f"raydpo {arguments}: {SECONDS} s were not enough:\n{out.read_text()}\n{err.read_text()}")
+            raise TimeoutError(f"raydpo {arguments}: {seconds} s were not enough:\n{out.read_text()}\n{err.read_text()}")
         return subprocess.CompletedProcess(arguments, process.exitcode, out.read_text(), err.read_text())
 
 
