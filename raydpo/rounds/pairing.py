@@ -277,7 +277,9 @@ def no_pairs(samples: pa.Table, scores: pa.Table, rounds: RoundsConfig) -> tuple
     threshold = rounds.measure.success
     right = sum(one.reward > threshold for one in answers)
     if not known or (right == known and 2 * known < total):  # a few right answers say nothing about the others
-        few = f"none of {total:,} answers" if not known else f"only {known:,} of {total:,} answers, all right,"
+        few, others = f"none of {total:,} answers", "them"
+        if known:
+            few, others = f"only {known:,} of {total:,} answers, all right,", "the others"
         cut = int(pc.sum(is_cut(samples)).as_py() or 0)
         if rounds.cut == "drop" and cut:
             return "unknown", (
@@ -285,7 +287,7 @@ def no_pairs(samples: pa.Table, scores: pa.Table, rounds: RoundsConfig) -> tuple
                 f"{total - known - cut:,} have no reward; raise rounds.sample.max_tokens, or set rounds.cut to zero"
             )
         return "unknown", (
-            f"{few} can be in a pair: no reward function applies to the others, or one failed on them; correct "
+            f"{few} can be in a pair: no reward function applies to {others}, or one failed; correct "
             "rounds.rewards, or the columns of the prompts that they read"
         )
     apart = f", and {total - known:,} more are in no pair" if known < total else ""
