@@ -73,11 +73,12 @@ def do_work(
     storage: Storage,
     resources: Resources | int,
     *,
-    block: int,
+    block: int | Sequence[int],
     progress: Callable[[int, int], None],
     doing: str,
     warn: Callable[[str], None],
     again: Callable[[pa.Table], pa.Array] | None = None,
+    ready: Callable[[int], None] = lambda place: None,
 ) -> list[pa.Table]:
     """Return the results of each table, in the order of its rows.
 
@@ -86,16 +87,22 @@ def do_work(
         tables: tables with equal columns and at least one row each; each is cut into blocks.
         storage: storage of the cache.
         resources: workers and devices of the actors; a number = that many threads of this process do the work, without Ray.
-        block: number of rows that are computed and stored together.
+        block: number of rows that are computed and stored together, of all tables or of each.
         progress: called with (rows done, rows to do) at the start and after each block, unless all results are stored.
         doing: word for messages, such as "answering".
         warn: called with one sentence for each damaged result, which is computed again.
         again: says which rows of a stored result are computed again, such as those that failed: a boolean for each.
+        ready: called with the place of a table in ``tables`` once all its results are stored, in any order. Tables are begun
+            one after another.
 
     Raises:
         RaydpoError: if an actor fails, or a stored result cannot be read. Finished blocks stay stored.
     """
-    blocks = [[rows.slice(start, block).combine_chunks() for start in range(0, rows.num_rows, block)] for rows in tables]
+    sizes = [block] * len(tables) if isinstance(block, int) else block
+    blocks = [
+        [rows.slice(start, size).combine_chunks() for start in range(0, rows.num_rows, size)]
+        for rows, size in zip(tables, sizes, strict=True)
+    ]
     names = [[stored_name(work.identity, one) for one in each] for each in blocks]
     by_name = dict(zip(chain(*names), chain(*blocks), strict=True))
     done = {name: load(storage, name, warn) for name in by_name}
@@ -106,6 +113,10 @@ def do_work(
             part = by_name[name].take(rows).combine_chunks()
             missing[of_part := stored_name(work.identity, part)] = part
             parts.setdefault(of_part, []).append((name, rows))
+    waited = {name for name in done if name in missing} | {whole for each in parts.values() for whole, _ in each}
+    left = [waited.intersection(each) for each in names]
+    for place in (place for place, one in enumerate(left) if not one):
+        ready(place)
     if missing:
         finished, total = 0, sum(one.num_rows for one in missing.values())
         progress(0, total)
@@ -125,6 +136,11 @@ def do_work(
                     store(storage, whole, done[whole])
                 finished += missing[name].num_rows
                 progress(finished, total)
+                now = {name, *(whole for whole, _ in parts.get(name, ()))}
+                for place, one in enumerate(left):
+                    if one and one <= now:
+                        ready(place)
+                    one -= now
     return [pa.concat_tables([done[name] for name in each]) for each in names]
 
 

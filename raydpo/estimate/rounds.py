@@ -259,15 +259,17 @@ def plan_rounds(
     rewards = scoring + measured_rewards
     drift = 0 if rounds.sample.temperature != 1 or rounds.sample.top_p < 1 else rounds.measure.n
     measuring = asked(measured, each) + read(measured, drift, [sampler.cost] * 3)  # policy, initial model, policy before
-    answering = STARTS[engine] + STARTS["scorer"] * len(reward_models)  # starts of an engine and of the reward models
-    starts = 2 * answering + STARTS["trainer"] + STARTS["scorer"] * (4 if drift else 1)
+    # The workers that measure a round also sample for the next one, unless the measurement may end the rounds.
+    engines = 1 if rounds.stop.success is None and rounds.stop.drift is None else 2
+    judged = STARTS["scorer"] * len(reward_models)
+    starts = engines * STARTS[engine] + 2 * judged + STARTS["trainer"] + STARTS["scorer"] * (4 if drift else 1)
     a_round = sampling + rewards + one.score + one.training + measuring + stage(0.0, starts)
     later = a_round
     if rounds.offline:  # rounds after the first train on its answers, which one reference has scored
         moves = rounds.reference != "initial"
-        again = starts - answering - (0 if moves else STARTS["scorer"])
+        again = starts - judged - STARTS[engine] * (engines - 1) - (0 if moves else STARTS["scorer"])
         later = measured_rewards + one.score * int(moves) + one.training + measuring + stage(0.0, again)
-    first = asked(measured, each) + measured_rewards + stage(0.0, answering)
+    first = asked(measured, each) + measured_rewards + stage(0.0, STARTS[engine] + judged)
     return RoundsPlan(
         rounds=rounds.count,
         prompts=len(of_round),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from raydpo.cluster.preflight import check_cluster
@@ -10,8 +11,7 @@ from raydpo.config import Config
 from raydpo.rewards.apply import too_many
 from raydpo.rounds.before import check_inputs
 from raydpo.rounds.figures import sampled_figures
-from raydpo.rounds.prompts import round_seed, slice_of
-from raydpo.rounds.sampling import answer
+from raydpo.rounds.sampling import Asked, answer
 from raydpo.rounds.scoring import score
 from raydpo.rounds.show import print_answers
 from raydpo.terminal.console import Console
@@ -36,14 +36,14 @@ def attempt(config: Config, console: Console | None = None, *, count: int = 8) -
     console = console or Console()
     inputs = check_inputs(config, console)
     rounds = inputs.rounds
-    rows = slice_of(inputs.prompts, rounds, 1)[:count]
+    asked = Asked.in_round(inputs, 1)
+    asked = dataclasses.replace(asked, rows=asked.rows[:count])
     console.begin("Ray")
     with session(config):
         check_cluster(config, ["score"], console)
-        seed = round_seed(rounds.sample.seed, 1)
-        samples = answer(inputs, inputs.policy(0), rows, n=rounds.sample.n, seed=seed, number=1)
-        scores, _ = score(inputs, samples, number=1, step=0)
-    told = {row["prompt_id"]: row["prompt"] for row in inputs.prompts.take(rows).to_pylist()}
+        samples, _ = answer(inputs, inputs.policy(0), asked, number=1)
+        scores = score(inputs, samples, number=1, step=0).table
+    told = {row["prompt_id"]: row["prompt"] for row in inputs.prompts.take(asked.rows).to_pylist()}
     answers = [a | b for a, b in zip(samples.to_pylist(), scores.to_pylist(), strict=True)]
     for key, prompt in told.items():
         of = [row for row in answers if row["prompt_id"] == key]

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from raydpo.config import Config
-from raydpo.config.rounds import STAGES, StopConfig
+from raydpo.config.rounds import STAGES, RoundsConfig, StopConfig
 from raydpo.errors import ConfigError
 
-__all__ = ["Goal", "enough", "few_mixed"]
+__all__ = ["Goal", "enough", "few_mixed", "goes_on"]
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,16 @@ def enough(number: int, figures: Mapping[str, Any], stop: StopConfig) -> str | N
             f"({stop.drift:g}), so the rounds end here; the round before is in its own folder"
         )
     return None
+
+
+def goes_on(number: int, rounds: RoundsConfig, goal: Goal) -> bool:
+    """Whether the command samples for the round after ``number``, whatever the measurement of ``number`` will be."""
+    return (
+        number < (1 if rounds.offline else rounds.count)
+        and rounds.stop.success is None
+        and rounds.stop.drift is None
+        and goal.wants(number + 1, "sample")
+    )
 
 
 def few_mixed(number: int, figures: Mapping[str, Any], stop: StopConfig) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,8 +88,15 @@ class Inputs:
             found |= {f"{key} {name}": value for name, value in reward_settings(one).items()}
         return found
 
-    def work(self, task: BlockTask, tables: Sequence[pa.Table], doing: str, block: int) -> list[pa.Table]:
-        """Do work on tables, in blocks of ``block`` rows; see ``cluster.work.do_work``."""
+    def work(
+        self,
+        task: BlockTask,
+        tables: Sequence[pa.Table],
+        doing: str,
+        block: int | Sequence[int],
+        ready: Callable[[int], None],
+    ) -> list[pa.Table]:
+        """Do work on tables; see ``cluster.work.do_work``."""
         storage, resources = Storage(self.config.cache_uri), resources_for("score", self.config)
         with self.console.part(doing, "answers") as progress:
             return do_work(
@@ -101,4 +108,5 @@ class Inputs:
                 progress=progress,
                 doing=doing,
                 warn=self.console.warn,
+                ready=ready,
             )

@@ -15,8 +15,9 @@ from raydpo.reference.score import ReferenceSpec
 from raydpo.reference.store import ReferenceCache
 from raydpo.rounds.inputs import Inputs
 from raydpo.rounds.prompts import held_out_of, round_seed, rows_of
-from raydpo.rounds.sampling import answer, sample_settings
+from raydpo.rounds.sampling import Asked, answer, sample_settings
 from raydpo.rounds.scoring import score
+from raydpo.rounds.stage import Content
 from raydpo.rundir.rounds import GREEDY, HELD_OUT_SCHEMA
 
 __all__ = ["measure", "measure_settings"]
@@ -33,34 +34,31 @@ def measure_settings(inputs: Inputs) -> dict[str, Any]:
     return {f"rounds.measure.{name}": value for name, value in measured.items()} | answers | inputs.reward_settings
 
 
-def measure(inputs: Inputs, number: int, *, step: int) -> tuple[pa.Table, str | None]:
+def measure(inputs: Inputs, number: int, *, step: int, ahead: bool) -> Content:
     """Measure the policy after round ``number``, which is 0 for the initial model.
 
     Each measurement uses the same random numbers, so a difference between two is not chance of sampling alone.
 
     Args:
         step: number of steps that were trained before.
+        ahead: whether the workers that answer also sample for the next round. The answers are stored in the cache.
 
     Returns:
-        Rows of ``rundir.rounds.HELD_OUT_SCHEMA``, all answers of the first prompt first; and which reward function failed
-        too often, as ``scoring.score``.
+        Rows of ``rundir.rounds.HELD_OUT_SCHEMA``, all answers of the first prompt first.
     """
-    rounds, policy = inputs.rounds, inputs.policy(number)
-    samples = answer(
-        inputs,
-        policy,
-        held_out_of(inputs.prompts, rounds),
-        n=rounds.measure.n,
-        seed=round_seed(rounds.sample.seed, 0),
-        number=number,
-        greedy=rounds.measure.greedy,
+    rounds = inputs.rounds
+    held_out = Asked(
+        held_out_of(inputs.prompts, rounds), rounds.measure.n, round_seed(rounds.sample.seed, 0), rounds.measure.greedy
     )
-    scores, failed = score(inputs, samples, number=number, step=step)
+    following = Asked.in_round(inputs, number + 1) if ahead else None
+    samples, seconds = answer(inputs, inputs.policy(number), held_out, number=number, following=following)
+    scored = score(inputs, samples, number=number, step=step)
     ratios = _log_ratios(inputs, number, samples)
     columns = {name: samples[name] for name in samples.column_names}
-    columns |= {name: scores[name] for name in scores.column_names}
+    columns |= {name: scored.table[name] for name in scored.table.column_names}
     columns |= {name: pa.array(values, from_pandas=True) for name, values in ratios.items()}  # NaN is null
-    return pa.table({name: columns[name] for name in HELD_OUT_SCHEMA.names}, schema=HELD_OUT_SCHEMA), failed
+    table = pa.table({name: columns[name] for name in HELD_OUT_SCHEMA.names}, schema=HELD_OUT_SCHEMA)
+    return Content(table, scored.failed, seconds)
 
 
 def _log_ratios(inputs: Inputs, number: int, samples: pa.Table) -> dict[str, np.ndarray]:

@@ -18,10 +18,9 @@ from raydpo.rounds.inputs import Inputs
 from raydpo.rounds.ledger import FILES, Ledger
 from raydpo.rounds.measuring import measure, measure_settings
 from raydpo.rounds.pairing import ROUND_PAIR_SCHEMA, make_pairs, no_pairs, with_replay
-from raydpo.rounds.prompts import round_seed, slice_of
-from raydpo.rounds.sampling import answer, sample_settings
+from raydpo.rounds.sampling import Asked, answer, sample_settings
 from raydpo.rounds.scoring import score
-from raydpo.rounds.stage import Made, content_digest, stage_table
+from raydpo.rounds.stage import Content, Made, content_digest, made_of, stage_table
 from raydpo.rounds.training import start_of, train_round
 from raydpo.rundir.directory import METRICS, SUMMARY, TRAIN, round_folder
 from raydpo.rundir.records import read_rows
@@ -47,10 +46,13 @@ class Round:
     """A round of a run. Round 0 is the measurement before the first one.
 
     Each stage reads its file if it is there, else it makes it. Stages are called in the order of ``STAGES``.
+
+    Args:
+        ahead: whether the workers that measure the round also sample for the next one.
     """
 
-    def __init__(self, inputs: Inputs, ledger: Ledger, number: int) -> None:
-        self.inputs, self.ledger, self.number = inputs, ledger, number
+    def __init__(self, inputs: Inputs, ledger: Ledger, number: int, *, ahead: bool = False) -> None:
+        self.inputs, self.ledger, self.number, self.ahead = inputs, ledger, number, ahead
         self.figures: dict[str, Any] = {"round": number, "seconds": {}}
         self._samples = self._scores = self._pairs = self._held_out = pa.table({})
 
@@ -103,12 +105,13 @@ class Round:
             inputs={"policy": policy.identity.digest, "prompts": inputs.prompts_digest},
         )
 
-        def make() -> tuple[pa.Table, None]:
-            rounds = inputs.rounds
-            rows, seed = slice_of(inputs.prompts, rounds, number), round_seed(rounds.sample.seed, number)
-            return answer(inputs, policy, rows, n=rounds.sample.n, seed=seed, number=number), None
+        def make() -> Content:
+            return Content(answer(inputs, policy, Asked.in_round(inputs, number), number=number)[0])
 
         self._samples = self._table("sample", made, SAMPLE_SCHEMA, make)
+        before = made_of(inputs.storage, f"{round_folder(number - 1)}/{FILES['measure']}")
+        if before is not None:
+            self.figures["seconds"]["sample"] += before.ahead
 
     def _score(self) -> None:
         if self._source != self.number:
@@ -121,7 +124,7 @@ class Round:
             made = Made(stage="score", number=self.number, settings=self.inputs.reward_settings, inputs=digests)
             step = self.ledger.steps(self.number - 1)
 
-            def make() -> tuple[pa.Table, str | None]:
+            def make() -> Content:
                 return score(self.inputs, self._samples, number=self.number, step=step)
 
             self._scores = self._table("score", made, SCORE_SCHEMA, make)
@@ -142,7 +145,7 @@ class Round:
         earlier = [Round(inputs, self.ledger, number)._stored_pairs() for number in range(1, self.number) if rounds.replay]
         digests |= {f"pairs of round {number}": content_digest(one, _PAIRED) for number, one in enumerate(earlier, 1)}
         made = Made(stage="pair", number=self.number, settings=pair_settings(inputs), inputs=digests)
-        self._pairs = self._table("pair", made, ROUND_PAIR_SCHEMA, lambda: (self._make_pairs(earlier), None))
+        self._pairs = self._table("pair", made, ROUND_PAIR_SCHEMA, lambda: Content(self._make_pairs(earlier)))
         self.figures |= {"policy": digests["policy"]} | pair_figures(self._pairs, self.number)
         if not self._pairs.num_rows:
             why, told = no_pairs(self._samples, self._scores, rounds)
@@ -190,10 +193,14 @@ class Round:
         digests["prompts"] = inputs.prompts_digest
         made = Made(stage="measure", number=number, settings=measure_settings(inputs), inputs=digests)
         step = self.ledger.steps(number - 1) + int(self.figures.get("steps") or 0)
-        self._held_out = self._table("measure", made, HELD_OUT_SCHEMA, lambda: measure(inputs, number, step=step))
+
+        def make() -> Content:
+            return measure(inputs, number, step=step, ahead=self.ahead)
+
+        self._held_out = self._table("measure", made, HELD_OUT_SCHEMA, make)
         self.figures |= {"policy": digests["policy"]} | held_out_figures(self._held_out, inputs.rounds)
 
-    def _table(self, stage: str, made: Made, schema: pa.Schema, make: Callable[[], tuple[pa.Table, str | None]]) -> pa.Table:
+    def _table(self, stage: str, made: Made, schema: pa.Schema, make: Callable[[], Content]) -> pa.Table:
         """The table of a stage, which ``make`` makes as ``stage.stage_table`` has it.
 
         Raises:

@@ -15,13 +15,13 @@ from raydpo.config import Config, check_verb
 from raydpo.errors import RaydpoError
 from raydpo.reports.write import write_report
 from raydpo.rounds.before import check_inputs, prompts_made, refuse_changes
-from raydpo.rounds.goal import Goal, enough
+from raydpo.rounds.goal import Goal, enough, goes_on
 from raydpo.rounds.inputs import Inputs
 from raydpo.rounds.ledger import Ledger
 from raydpo.rounds.round import Ended, Round
-from raydpo.rounds.stage import stage_table
+from raydpo.rounds.stage import Content, stage_table
 from raydpo.rounds.table import print_rounds
-from raydpo.rundir.directory import CONFIG, FINAL, LEDGER, PROMPTS, REPORT, TRAIN, round_folder
+from raydpo.rundir.directory import CONFIG, FINAL, LEDGER, PROMPTS, REPORT, SAMPLES, TRAIN, round_folder
 from raydpo.rundir.earlier import begin_again
 from raydpo.rundir.rounds import PROMPT_SCHEMA
 from raydpo.storage.files import Storage
@@ -99,7 +99,12 @@ class _Run:
         self.storage.write(CONFIG, self.config.to_yaml().encode())
         again = not self.ledger.stages()
         stage_table(
-            self.storage, PROMPTS, prompts_made(self.inputs), PROMPT_SCHEMA, lambda: (self.inputs.prompts, None), again=again
+            self.storage,
+            PROMPTS,
+            prompts_made(self.inputs),
+            PROMPT_SCHEMA,
+            lambda: Content(self.inputs.prompts),
+            again=again,
         )
         self.ledger.set("running")
         try:
@@ -120,7 +125,8 @@ class _Run:
                 continue
             if number and (why := enough(number - 1, self.ledger.figures(number - 1), rounds.stop)) is not None:
                 return self._stopped(why)
-            one = Round(self.inputs, self.ledger, number)
+            sampled = self.storage.exists(f"{round_folder(number + 1)}/{SAMPLES}")
+            one = Round(self.inputs, self.ledger, number, ahead=not sampled and goes_on(number, rounds, self.goal))
             for stage in one.stages:
                 if not self.goal.wants(number, stage):
                     self.ledger.set("paused", f"paused before round {number}, stage {stage}, as --until asks")

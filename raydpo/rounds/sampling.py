@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from raydpo.answers.answering import Answering
 from raydpo.answers.draws import answer_rows, rows_of_block
 from raydpo.answers.engine import pick_engine, sampling
+from raydpo.answers.ray_engine import RayAnswering
 from raydpo.reference.score import ReferenceSpec
 from raydpo.rounds.inputs import Inputs
+from raydpo.rounds.prompts import round_seed, slice_of
 from raydpo.rundir.rounds import CUT, GREEDY, SAMPLE_SCHEMA
 
-__all__ = ["answer", "sample_settings"]
+__all__ = ["Asked", "answer", "sample_settings"]
 
 WORK_BLOCK = 64
 """Least number of answers that a worker makes and stores together; a kill loses one such block for each worker. It is no
@@ -29,42 +35,90 @@ def sample_settings(inputs: Inputs) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True)
+class Asked:
+    """Prompts and how they are answered.
+
+    Attributes:
+        rows: numbers of the prompts in ``Inputs.prompts``, int64 [prompts].
+        n: sampled answers to each. seed: seed of their random numbers.
+        greedy: whether each prompt is answered greedily, too.
+    """
+
+    rows: np.ndarray
+    n: int
+    seed: int
+    greedy: bool = False
+
+    @classmethod
+    def in_round(cls, inputs: Inputs, number: int) -> Asked:
+        """What round ``number``, from 1, trains on."""
+        sample = inputs.rounds.sample
+        return cls(slice_of(inputs.prompts, inputs.rounds, number), sample.n, round_seed(sample.seed, number))
+
+    @property
+    def block(self) -> int:
+        """Rows of ``tables`` that a worker answers and stores together."""
+        return rows_of_block(self.n, WORK_BLOCK)
+
+    def tables(self, inputs: Inputs) -> list[pa.Table]:
+        """Rows of ``answers.draws.ROWS``: those of sampled answers, and those of greedy ones."""
+        ids, sample = inputs.prompts["prompt_ids"].take(pa.array(self.rows)).to_pylist(), inputs.rounds.sample
+        tables = [answer_rows(ids, samples=self.n, seed=self.seed, temperature=sample.temperature, top_p=sample.top_p)]
+        return [*tables, answer_rows(ids)] if self.greedy else tables
+
+
 def answer(
-    inputs: Inputs, spec: ReferenceSpec, rows: np.ndarray, *, n: int, seed: int, number: int, greedy: bool = False
-) -> pa.Table:
-    """Answer prompts: ``n`` sampled answers to each, and a greedy one if ``greedy``.
+    inputs: Inputs, spec: ReferenceSpec, asked: Asked, *, number: int, following: Asked | None = None
+) -> tuple[pa.Table, float]:
+    """Answer prompts.
 
     Args:
         spec: the policy.
-        rows: numbers of the prompts in ``inputs.prompts``.
-        seed: seed of the random numbers.
         number: number of the round.
+        following: what the next round asks of the same policy. The same workers answer it, after ``asked``, and its answers
+            are stored in the cache.
 
     Returns:
-        Rows of ``rundir.rounds.SAMPLE_SCHEMA``, all answers of the first prompt first, its greedy answer last of them.
+        Rows of ``rundir.rounds.SAMPLE_SCHEMA`` for ``asked``, all answers of the first prompt first, its greedy answer last
+        of them; and the seconds that the workers took for ``following`` after that.
     """
-    prompts = inputs.prompts.take(rows)
-    ids, names = prompts["prompt_ids"].to_pylist(), prompts["prompt_id"].to_pylist()
-    sample = inputs.rounds.sample
-    tables = [answer_rows(ids, samples=n, seed=seed, temperature=sample.temperature, top_p=sample.top_p)]
-    tables += [answer_rows(ids)] if greedy else []
-    places = [np.repeat(np.arange(len(ids)), n), *([np.arange(len(ids))] if greedy else [])]
-    samples = [np.tile(np.arange(n), len(ids)), *([np.full(len(ids), GREEDY)] if greedy else [])]
     engine, line = pick_engine(inputs.config, spec)
     inputs.say_once(line)
     work = sampling(inputs.config, spec, engine, inputs.tokeniser.stop_ids, max(map(len, inputs.prompts["prompt_ids"])))
-    found = inputs.work(work, tables, "answering", rows_of_block(n, WORK_BLOCK))
-    answers = [one for table in found for one in table["answer_ids"].to_pylist()]
-    stop = set(work.stop)
+    tables, blocks, times = [], [], {}
+    for each in (asked, following):
+        if each is not None:
+            tables += each.tables(inputs)
+            blocks += [each.block] * (len(tables) - len(blocks))
+
+    def ready(place: int) -> None:
+        times[place] = time.monotonic()
+
+    own, doing = 1 + asked.greedy, "answering" if following is None else f"answering, also for round {number + 1}"
+    found = inputs.work(work, tables, doing, blocks, ready)
+    ahead = max(0.0, max(times.values()) - max(times[place] for place in range(own)))
+    answers = [one for table in found[:own] for one in table["answer_ids"].to_pylist()]
+    return _samples(inputs, asked, answers, work, number), ahead
+
+
+def _samples(
+    inputs: Inputs, asked: Asked, answers: Sequence[Sequence[int]], work: Answering | RayAnswering, number: int
+) -> pa.Table:
+    """Rows of ``rundir.rounds.SAMPLE_SCHEMA`` of the answers to ``asked.tables``."""
+    names, each = inputs.prompts["prompt_id"].take(pa.array(asked.rows)).to_pylist(), np.arange(len(asked.rows))
+    of, numbers = [np.repeat(each, asked.n)], [np.tile(np.arange(asked.n), len(each))]
+    if asked.greedy:
+        of, numbers = [*of, each], [*numbers, np.full(len(each), GREEDY)]
+    places, samples, stop = np.concatenate(of), np.concatenate(numbers), set(work.stop)
     ended = [one[-1] in stop for one in answers]
-    numbers, of = np.concatenate(samples), np.concatenate(places)
     texts = [one[:-1] if end else one for one, end in zip(answers, ended, strict=True)]
     made = pa.table(
         {
-            "prompt_id": [names[place] for place in of.tolist()],
-            "sample": numbers,
+            "prompt_id": [names[place] for place in places.tolist()],
+            "sample": samples,
             "round": [number] * len(answers),
-            "seed": pa.array([None if sample == GREEDY else seed for sample in numbers.tolist()], pa.uint64()),
+            "seed": pa.array([None if sample == GREEDY else asked.seed for sample in samples.tolist()], pa.uint64()),
             "answer_ids": answers,
             "answer": inputs.tokeniser.tokenizer.batch_decode(texts, skip_special_tokens=True),
             "end": ["stop" if end else CUT for end in ended],
@@ -72,4 +126,4 @@ def answer(
         },
         schema=SAMPLE_SCHEMA,
     )
-    return made.take(np.argsort(of, kind="stable"))
+    return made.take(np.argsort(places, kind="stable"))

@@ -9,11 +9,12 @@ from raydpo.rewards.task import ANSWERS
 from raydpo.rounds.inputs import Inputs
 from raydpo.rounds.pairing import final_rewards
 from raydpo.rounds.prompts import rows_of
+from raydpo.rounds.stage import Content
 
 __all__ = ["score"]
 
 
-def score(inputs: Inputs, samples: pa.Table, *, number: int, step: int) -> tuple[pa.Table, str | None]:
+def score(inputs: Inputs, samples: pa.Table, *, number: int, step: int) -> Content:
     """Score answers with all reward functions.
 
     Args:
@@ -21,8 +22,8 @@ def score(inputs: Inputs, samples: pa.Table, *, number: int, step: int) -> tuple
         number: number of the round. step: number of steps that were trained before; both are told to the functions.
 
     Returns:
-        Rows of ``rundir.rounds.SCORE_SCHEMA`` in the order of ``samples``, after ``rounds.cut``; and which function failed
-        on more answers than ``rounds.max_errors`` allows, None if none did.
+        Rows of ``rundir.rounds.SCORE_SCHEMA`` in the order of ``samples``, after ``rounds.cut``; not final if a function
+        failed on more answers than ``rounds.max_errors`` allows.
     """
     answers = _answers(inputs.prompts, samples)
     rewards = inputs.rounds.rewards
@@ -30,7 +31,7 @@ def score(inputs: Inputs, samples: pa.Table, *, number: int, step: int) -> tuple
     for line in account(rewards, scored, answers):
         inputs.console.say(line)
     failed = too_many(rewards, scored, inputs.rounds.max_errors)
-    return final_rewards(samples, scored, inputs.rounds), failed
+    return Content(final_rewards(samples, scored, inputs.rounds), failed)
 
 
 def _answers(prompts: pa.Table, samples: pa.Table) -> pa.Table:

@@ -13,7 +13,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,13 +23,26 @@ from raydpo.rundir.fingerprint import changed_settings
 from raydpo.storage.files import Storage
 from raydpo.version import __version__
 
-__all__ = ["NEUTRAL", "Made", "content_digest", "made_of", "refusal", "stage_table", "stored_table"]
+__all__ = ["NEUTRAL", "Content", "Made", "content_digest", "made_of", "refusal", "stage_table", "stored_table"]
 
 SCHEMA_VERSION = 1
 """Version of the columns of ``rundir.rounds``."""
 NEUTRAL = "rounds.count, rounds.stop, rounds.max_errors, workers, and the engine with its options may change"
 """What may change between two commands on the same rounds, for messages."""
 _PREFIX = b"raydpo."
+
+
+class Content(NamedTuple):
+    """What a stage made.
+
+    Attributes:
+        failed: why the table is not final, None if it is.
+        ahead: seconds in which the workers of the stage sampled for the next round.
+    """
+
+    table: pa.Table
+    failed: str | None = None
+    ahead: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +53,8 @@ class Made:
         stage: name of the stage. number: number of its round.
         settings: values of the settings that decide the content, by their keys.
         inputs: digests of what the stage reads, by name, such as ``policy`` (an identity) and ``samples``.
-        seconds: how long the stage took. failed: why its content is not final, None if it is. Both are not compared.
+        seconds: how long the stage took. ahead: how long its workers sampled for the next round after that.
+        failed: why its content is not final, None if it is. These three are not compared.
     """
 
     stage: str
@@ -48,6 +62,7 @@ class Made:
     settings: Mapping[str, Any]
     inputs: Mapping[str, str]
     seconds: float = 0.0
+    ahead: float = 0.0
     failed: str | None = None
 
     @property
@@ -91,7 +106,7 @@ def stage_table(
     name: str,
     made: Made,
     schema: pa.Schema,
-    make: Callable[[], tuple[pa.Table, str | None]],
+    make: Callable[[], Content],
     *,
     again: bool = False,
     note: Callable[[str], object] = lambda line: None,
@@ -99,7 +114,7 @@ def stage_table(
     """Return the table of a stage: the stored one if it was made from the same, else a new one, which is then stored.
 
     Args:
-        make: makes the table. It also returns why the content is not final; None if it is final.
+        make: makes the table.
         again: whether a file that was made from something else is made again instead of refused. That is right as long as
             nothing expensive was made from it.
         note: called with a line if so.
@@ -119,10 +134,11 @@ def stage_table(
             raise refusal(storage, [(name, stored.changes(made))])
         note(f"{name} is made again: {'; '.join(stored.changes(made))}")
     began = time.monotonic()
-    table, failed = make()
-    made = dataclasses.replace(made, seconds=round(time.monotonic() - began, 2), failed=failed)
-    metadata = made.metadata()
-    storage.write(name, _encode(table.select(schema.names).cast(schema).replace_schema_metadata(metadata)))
+    content = make()
+    took = time.monotonic() - began - content.ahead
+    made = dataclasses.replace(made, seconds=round(took, 2), ahead=round(content.ahead, 2), failed=content.failed)
+    table = content.table.select(schema.names).cast(schema).replace_schema_metadata(made.metadata())
+    storage.write(name, _encode(table))
     return stored_table(storage, name), made
 
 

@@ -82,7 +82,7 @@ def test_a_round_is_the_sum_of_its_parts(tiny_llama):
     plan = estimated(config, price=3.6e6, reward_models=[SIZES], requests=7)
     assert (plan.prompts, plan.answers, plan.held_out, plan.held_out_answers) == (4, 16, 2, 6)
     parts = plan.sampling, plan.rewards, plan.one.score, plan.one.training, plan.measuring
-    assert plan.starts == 2 * STARTS["vllm"] + STARTS["trainer"] + STARTS["scorer"] * 6
+    assert plan.starts == STARTS["vllm"] + STARTS["trainer"] + STARTS["scorer"] * 6
     assert plan.a_round.seconds == pytest.approx(sum(part.seconds for part in parts) + plan.starts)
     assert plan.sampling.dollars == pytest.approx(1000 * plan.sampling.seconds)  # 3.6 million an hour
     read = (3 * 52 * 2000 + 3 * 2 * 26**2 / 2 * 64 + 16 * 6 * 1000) / RATES.score  # held-out answers by the reward model
@@ -101,7 +101,7 @@ def test_offline_rounds_sample_once(reference, tiny_llama):
     plan = estimated(config, reward_models=[SIZES])
     later = plan.total.seconds - estimated(other, reward_models=[SIZES]).total.seconds
     scored = (4 * 124 * 2000 + 4 * (26**2 + 36**2) * 64 + 16 * 16 * 1000) / RATES.score  # by the reward model
-    saved = plan.sampling.seconds + scored + STARTS["vllm"] + STARTS["scorer"]
+    saved = plan.sampling.seconds + scored + STARTS["scorer"]
     if reference == "initial":
         saved += plan.one.score.seconds + STARTS["scorer"]
     assert later == pytest.approx(4 * (plan.a_round.seconds - saved))
@@ -111,7 +111,17 @@ def test_offline_rounds_sample_once(reference, tiny_llama):
 def test_no_drift_is_scored_where_it_is_not_measured(tiny_llama):
     cold = estimated(configured(tiny_llama, sample={"n": 4, "max_tokens": 16, "temperature": 0.7}))
     assert cold.measuring.seconds < estimated(configured(tiny_llama)).measuring.seconds
-    assert cold.starts == 2 * STARTS["vllm"] + STARTS["trainer"] + STARTS["scorer"]
+    assert cold.starts == STARTS["vllm"] + STARTS["trainer"] + STARTS["scorer"]
+
+
+def test_a_measurement_that_may_end_the_rounds_has_an_engine_of_its_own(tiny_llama):
+    for offline in (False, True):
+        usual = estimated(configured(tiny_llama, offline=offline, count=5))
+        for stop in ({"success": 0.9}, {"drift": 10.0}):
+            plan = estimated(configured(tiny_llama, offline=offline, count=5, stop=stop))
+            assert plan.starts == usual.starts + STARTS["vllm"]
+            more = STARTS["vllm"] * (1 if offline else 5)  # offline rounds sample once
+            assert plan.total.seconds == pytest.approx(usual.total.seconds + more)
 
 
 def test_a_policy_that_no_device_holds_is_told(tiny_llama):

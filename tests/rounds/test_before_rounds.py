@@ -13,7 +13,7 @@ from raydpo.rounds.ledger import Ledger
 from raydpo.rounds.measuring import measure_settings
 from raydpo.rounds.run import rounds
 from raydpo.rounds.sampling import sample_settings
-from raydpo.rounds.stage import Made, stage_table
+from raydpo.rounds.stage import Content, Made, stage_table
 from raydpo.rundir.rounds import HELD_OUT_SCHEMA, PROMPT_SCHEMA, SAMPLE_SCHEMA
 from raydpo.terminal.console import Console
 
@@ -37,12 +37,12 @@ def inputs_of(file, *overrides):
 def store(inputs, stage, number, name, settings, schema, **digests):
     """Store an empty file of a stage, made with these inputs."""
     made = Made(stage=stage, number=number, settings=settings, inputs=digests)
-    stage_table(inputs.storage, name, made, schema, lambda: (schema.empty_table(), None))
+    stage_table(inputs.storage, name, made, schema, lambda: Content(schema.empty_table()))
 
 
 def measured(inputs):
     """Store the prompts and the measurement before the first round, which is over."""
-    stage_table(inputs.storage, "prompts.parquet", prompts_made(inputs), PROMPT_SCHEMA, lambda: (inputs.prompts, None))
+    stage_table(inputs.storage, "prompts.parquet", prompts_made(inputs), PROMPT_SCHEMA, lambda: Content(inputs.prompts))
     digest = inputs.policy(0).identity.digest
     name = "round-000/held_out.parquet"
     store(inputs, "measure", 0, name, measure_settings(inputs), HELD_OUT_SCHEMA, **{"initial policy": digest})

@@ -16,7 +16,9 @@ from raydpo.evaluation.policy import policy_files
 from raydpo.rounds.figures import held_out_figures, sampled_figures
 from raydpo.rounds.pairing import make_pairs
 from raydpo.rounds.prompts import round_seed, slice_of
+from raydpo.rounds.stage import made_of
 from raydpo.rundir.rounds import HELD_OUT_SCHEMA, ROUNDS_SCHEMA, SAMPLE_SCHEMA, SCORE_SCHEMA
+from raydpo.storage.files import Storage
 
 FILES = ("samples.parquet", "scores.parquet", "pairs.parquet", "held_out.parquet")
 
@@ -37,6 +39,7 @@ def run(place):
     """The directory of two rounds."""
     result = rounds(place, "config.yaml")
     assert result.returncode == 0, result.stdout + result.stderr
+    (place / "printed.txt").write_text(result.stdout)
     return place / "runs/small"
 
 
@@ -56,6 +59,16 @@ def test_two_rounds_learn_the_reward(run):
     assert abs(rows[1]["first_loss"] - np.log(2)) < 1e-6 and rows[2]["first_loss"] < np.log(2)
     assert [row["steps"] for row in rows] == [None, 10, 10]
     assert rows[1]["policy"] != rows[2]["policy"] and rows[1]["reference"] == rows[2]["reference"]
+
+
+def test_the_workers_that_measure_a_round_sample_for_the_next_one(place, run):
+    printed = (place / "printed.txt").read_text()
+    assert printed.count("answering: all found in the cache") == 2
+    assert all(f"answering, also for round {number} " in printed for number in (1, 2))
+    ahead = [made_of(Storage(str(run)), f"round-{number:03d}/held_out.parquet").ahead for number in range(3)]
+    assert ahead[0] > 0 and ahead[1] > 0 and ahead[2] == 0
+    seconds = [dict(row["seconds"]) for row in pq.read_table(run / "rounds.parquet").to_pylist()]
+    assert all(seconds[number]["sample"] > ahead[number - 1] for number in (1, 2))
 
 
 def test_every_table_is_as_a_recomputation_says(place, run):

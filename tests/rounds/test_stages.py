@@ -12,9 +12,9 @@ import raydpo
 from raydpo.config import load_config
 from raydpo.config.rounds import StopConfig
 from raydpo.errors import ConfigError, RaydpoError
-from raydpo.rounds.goal import Goal, enough, few_mixed
+from raydpo.rounds.goal import Goal, enough, few_mixed, goes_on
 from raydpo.rounds.ledger import Ledger
-from raydpo.rounds.stage import Made, content_digest, made_of, stage_table
+from raydpo.rounds.stage import Content, Made, content_digest, made_of, stage_table
 from raydpo.rundir.rounds import SCORE_SCHEMA
 from raydpo.storage.files import Storage
 
@@ -40,7 +40,7 @@ def made(storage, what, *rewards, failed=None, **more):
 
     def make():
         calls.append(1)
-        return scores(*rewards), failed
+        return Content(scores(*rewards), failed)
 
     table, stored = stage_table(storage, NAME, what, SCORE_SCHEMA, make, **more)
     return table["reward"].to_pylist(), stored, len(calls)
@@ -137,6 +137,23 @@ def test_when_rounds_end():
     assert few_mixed(2, figures, StopConfig(mixed=None)) is None and few_mixed(2, figures, StopConfig(mixed=0.1)) is None
     unknown = {"eval_success": None, "eval_drift_initial": None, "mixed": None}
     assert enough(0, unknown, StopConfig(success=0.1, drift=0.1)) is None and few_mixed(1, unknown, StopConfig()) is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "until", "expected"),
+    [
+        ({}, None, [True, True, False]),
+        ({"offline": True}, None, [True, False, False]),
+        ({"stop": {"success": 0.9}}, None, [False] * 3),
+        ({"stop": {"drift": 9.0}}, None, [False] * 3),
+        ({}, "1.pair", [True, False, False]),
+        ({}, "0", [False] * 3),
+    ],
+)
+def test_which_rounds_are_sampled_for_whatever_the_measurement_says(config, settings, until, expected):
+    rounds = load_config({**config.model_dump(), "rounds": config.rounds.model_dump() | {"count": 2} | settings}).rounds
+    goal = Goal.of(until, config.model_copy(update={"rounds": rounds}))
+    assert [goes_on(number, rounds, goal) for number in range(3)] == expected
 
 
 def test_the_ledger_is_what_the_files_say(config):
