@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from raydpo.config.rewards import BUILT_IN, RewardConfig
 from raydpo.errors import ConfigError, RaydpoError
 from raydpo.rewards.process import described
-from raydpo.rewards.sources import built_in_digest, imported, open_built_in
+from raydpo.rewards.sources import built_in_digest
 
 __all__ = ["RewardFunction", "resolve", "reward_settings"]
 
@@ -32,12 +31,6 @@ class RewardFunction:
     digest: str
     options: dict[str, Any]
     parameters: tuple[tuple[str, str, bool], ...] | None = None
-
-    def open(self) -> Callable[..., Any]:
-        """Return the function, with the signature of TRL's reward functions. It is imported in this process."""
-        if self.name in BUILT_IN:
-            return open_built_in(RewardConfig.model_validate({"use": self.name, **self.options}))
-        return imported(self.name)[1]
 
 
 def resolve(reward: RewardConfig) -> RewardFunction:

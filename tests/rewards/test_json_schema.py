@@ -7,7 +7,7 @@ import json
 import pytest
 
 from raydpo.config.rewards import RewardConfig
-from raydpo.rewards.functions import resolve
+from raydpo.rewards.sources import open_built_in
 
 
 def verdict(text, schema=None, **options):
@@ -15,7 +15,7 @@ def verdict(text, schema=None, **options):
     said = {}
     columns = {} if schema is None else {"schema": [schema]}
     options |= {} if schema is None else {"column": "schema"}
-    function = resolve(RewardConfig(use="json", **options)).open()
+    function = open_built_in(RewardConfig(use="json", **options))
     (reward,) = function(completions=[text], log_extra=said.__setitem__, **columns)
     return reward, said["json"][0]
 
@@ -65,7 +65,7 @@ def test_schemas():
         assert verdict("{}", form) == (0.0, "$: 'a' is a required property")
         assert verdict("{", form)[0] == 0.0
     assert verdict("{}", "false")[0] == 0.0 and verdict("{}", "true") == (1.0, None)
-    (reward,) = resolve(RewardConfig(use="json", column="s")).open()(completions=["{"], log_extra=lambda *_: None, s=[None])
+    (reward,) = open_built_in(RewardConfig(use="json", column="s"))(completions=["{"], log_extra=lambda *_: None, s=[None])
     assert reward is None
 
 

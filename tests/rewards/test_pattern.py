@@ -8,6 +8,7 @@ import pytest
 
 from raydpo.config.rewards import RewardConfig
 from raydpo.rewards.functions import resolve
+from raydpo.rewards.sources import open_built_in
 
 
 @pytest.mark.parametrize(
@@ -26,12 +27,12 @@ from raydpo.rewards.functions import resolve
     ],
 )
 def test_searches_the_text(pattern, text, found):
-    function = resolve(RewardConfig(use="regex", pattern=pattern)).open()
+    function = open_built_in(RewardConfig(use="regex", pattern=pattern))
     assert function(completions=[text, [{"role": "assistant", "content": text}]], prompts=["", []]) == [found, found]
 
 
 def test_no_pattern_hangs():
-    function = resolve(RewardConfig(use="regex", pattern="^(a+)+$")).open()
+    function = open_built_in(RewardConfig(use="regex", pattern="^(a+)+$"))
     start = time.monotonic()
     assert function(completions=["a" * 100_000 + "b"]) == [0.0]
     assert time.monotonic() - start < 5
