@@ -6,7 +6,9 @@ import contextlib
 import functools
 import os
 import shutil
+import signal
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 
 from raydpo.cluster.nodes import usable_cores
@@ -61,7 +63,8 @@ def session(config: Config) -> Iterator[None]:
     common = {"log_to_driver": False, "logging_level": "warning"}
     try:
         if address:
-            ray.init(address=address, runtime_env={"env_vars": _worker_env()}, **common)
+            with _sigterm_kept():
+                ray.init(address=address, runtime_env={"env_vars": _worker_env()}, **common)
         else:
             # These CPUs only limit scheduling. Each actor holds one. Ray Data's own tasks need some more; without them they
             # would never start.
@@ -75,7 +78,7 @@ def session(config: Config) -> Iterator[None]:
             # Without "local" it would join a Ray that another user has started on this machine.
             store = _object_store_bytes()
             # Workers inherit the environment of our Ray. A runtime environment would cost each of them half a second.
-            with _environment(_worker_env()), _own_group():
+            with _environment(_worker_env()), _own_group(), _sigterm_kept():
                 ray.init(address="local", num_cpus=cpus, include_dashboard=False, object_store_memory=store, **common)
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise ConfigError(
@@ -121,6 +124,16 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+@contextlib.contextmanager
+def _sigterm_kept() -> Iterator[None]:
+    """Keep the program's own handler of SIGTERM. Ray replaces it by one that exits with status 15 at once, so that a command
+    could not say how it ended."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    if callable(before) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager

@@ -64,7 +64,8 @@ class RewardConfig(Section):
     """Seconds that math and code may take for one answer. code counts seconds of CPU time, for all tests of the answer."""
     scale: Literal["duels", "score"] = "duels"
     """How a judge rewards, from 0 to 1: the share of its duels with other answers to the prompt that an answer won (a tie
-    counts one half), or (s - 1) / 9 of a score s from 1 to 10."""
+    counts one half), or (s - 1) / 9 of a score s from 1 to 10. Answers to held-out prompts have duels with those of the
+    initial model."""
     opponents: Int = Field(default=1, ge=1)
     """Number of duels that each answer begins; it is in as many again that others begin. A duel takes two requests, one for
     each order."""
@@ -110,11 +111,16 @@ def duels_of(answers: int, opponents: int) -> int:
     return min(answers * opponents, answers * (answers - 1) // 2)
 
 
-def requests_of(reward: RewardConfig, prompts: int, n: int) -> int:
-    """Largest number of requests of a reward for ``n`` answers to each of so many prompts. Equal answers save some."""
+def requests_of(reward: RewardConfig, prompts: int, n: int, against: int | None = None) -> int:
+    """Largest number of requests of a reward for ``n`` answers to each of so many prompts. Equal answers save some.
+
+    Args:
+        against: number of answers to each prompt that the duels are with; None = among each other.
+    """
     if reward.judge is None:
         return 0
-    return prompts * (n if reward.scale == "score" else 2 * duels_of(n, reward.opponents))
+    duels = duels_of(n, reward.opponents) if against is None else n * min(reward.opponents, against)
+    return prompts * (n if reward.scale == "score" else 2 * duels)
 
 
 def check_names(rewards: tuple[RewardConfig, ...]) -> None:

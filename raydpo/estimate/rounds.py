@@ -7,6 +7,7 @@ those of data sheets; nothing here was measured on a GPU.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -120,7 +121,7 @@ class RoundsPlan:
         prompts, answers: of one round. held_out, held_out_answers: of one measurement.
         answer_tokens: assumed mean length of an answer.
         engine: engine that samples. at_once: answers that a replica generates at once. fits: whether it holds the policy.
-        one: the reference pass and the training of one round, if each prompt gives as many pairs as rounds.pairs allows.
+        one: the reference pass and the training of one round, on as many pairs as rounds.pairs and rounds.replay allow.
         sampling, rewards, measuring: of one round. Rewards are those of reward models; functions run on CPUs.
         requests: requests to judges, of one round with its measurement.
         starts: seconds of a round until its stages compute.
@@ -165,7 +166,7 @@ class RoundsPlan:
         )
         lines += [
             f"an answer is taken to have {self.answer_tokens:,.4g} tokens; --answer-tokens sets another number. Pairs: at "
-            "most as many as rounds.pairs allows; prompts whose answers are all equally good give none"
+            "most as many as rounds.pairs and rounds.replay allow; prompts whose answers are all equally good give none"
         ]
         if self.offline:
             lines.append(
@@ -187,7 +188,7 @@ class RoundsPlan:
 
 
 def made_pairs(config: Config, prompts: np.ndarray, tokens: int) -> FirstPairs:
-    """Pairs of made-up tokens as a round may give them; of a large round those of some of its prompts.
+    """Pairs of made-up tokens as a round may give them, with replayed ones; of a large round those of some of its prompts.
 
     Args:
         prompts: tokens of each prompt of a round, int [prompts].
@@ -208,7 +209,7 @@ def made_pairs(config: Config, prompts: np.ndarray, tokens: int) -> FirstPairs:
             for name, value in row.items():
                 columns[name].append(value)
     table = pa.table({name: columns[name] for name in PAIR_SCHEMA.names}, schema=PAIR_SCHEMA)
-    read = {"round": Reading(len(looked_at), len(prompts))}
+    read = {"round": Reading(len(looked_at), math.ceil(len(prompts) / (1 - rounds.replay)))}
     return FirstPairs(PairSets(table, None, DataReport([SourceReport("round", "")])), read)
 
 

@@ -179,7 +179,7 @@ def protocol(config: Config, pairs: pa.Table, reference: ReferenceSpec) -> dict[
     settings = config.evaluate.model_dump(mode="json", exclude=_NOT_IN_PROTOCOL)
     settings["rewards"] = settings.pop("log_ratios")  # its name in evaluations that are stored
     if config.evaluate.rewards:
-        settings["reward_functions"] = {reward_name(one): reward_settings(one) for one in config.evaluate.rewards}
+        settings["reward_functions"] = {reward_name(one): reward_settings(one, config) for one in config.evaluate.rewards}
     whole = pairs.drop_columns([name for name in COUNT_COLUMNS if name in pairs.column_names])
     digests = {"pairs": measured_pairs(whole)}
     if (counted := measured_pairs(pairs)) != digests["pairs"]:  # drift and answers do not depend on what counts

@@ -39,7 +39,8 @@ HELD_OUT: Figures = (
     ("answers cut at max_tokens", "eval_cut", ".1%", None),
     ("different answers to a prompt", "eval_distinct", ".1%", None),
     ("entropy of the first token, nats", "eval_entropy", ".2f", None),
-    ("answers that a reward failed on", "eval_errors", ",.0f", None),
+    ("answers that a reward failed on, with greedy ones", "eval_errors", ",.0f", None),
+    ("answers without a reward", "eval_unknown", ",.0f", None),
     ("prompts", "eval_prompts", ",.0f", None),
     ("answers", "eval_answers", ",.0f", None),
 )

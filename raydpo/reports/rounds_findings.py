@@ -222,10 +222,11 @@ def _errors(record: RoundsRecord) -> Iterator[Finding]:
         name: [(record.sampled(row, name) or 0) + (row.get(f"eval_{name}") or 0) for row in record.rounds]
         for name in ("errors", "answers")
     }
+    greedy = [row.get("eval_prompts") or 0 for row in record.rounds if row.get("eval_success_greedy") is not None]
     failed = [row for row, count in zip(record.rounds, counts["errors"], strict=True) if count]
     if not failed:
         return
-    count, of = sum(counts["errors"]), sum(counts["answers"])
+    count, of = sum(counts["errors"]), sum(counts["answers"]) + sum(greedy)
     first = next((line for row in failed for line in record.errors(row["round"])), None)
     yield Finding(
         "Reward functions failed",
@@ -240,7 +241,7 @@ def _ties(record: RoundsRecord) -> Iterator[Finding]:
     if rows and rows[-1]["mixed"] < MIXED:
         last = rows[-1]
         easy = (last.get("success") or 0.0) > 0.5
-        pairs = last.get("pairs")
+        pairs = None if last.get("pairs") is None else last["pairs"] - (last.get("replayed") or 0)
         yield Finding(
             "Few prompts teach anything",
             f"In round {last['round']} the answers to {last['mixed']:.0%} of the prompts had different rewards"

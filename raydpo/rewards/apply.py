@@ -44,6 +44,7 @@ def apply(
     *,
     round: int = 0,
     step: int = 0,
+    against: pa.Table | None = None,
 ) -> pa.Table:
     """Score answers with all reward functions.
 
@@ -56,6 +57,7 @@ def apply(
     Args:
         answers: table of ``task.ANSWERS``.
         round, step: of ``trainer_state``, which functions get.
+        against: table of ``task.ANSWERS``, the opponents in the duels of judges; None = the other answers of ``answers``.
 
     Returns:
         A table of ``SCORES``, in the order of ``answers``.
@@ -66,7 +68,7 @@ def apply(
     """
     if not answers.num_rows:
         return SCORES.empty_table()
-    results = [_scored(one, answers, config, console, round, step).to_pydict() for one in rewards]
+    results = [_scored(one, answers, config, console, round, step, against).to_pydict() for one in rewards]
     names, weights = [reward_name(one) for one in rewards], np.array([one.weight for one in rewards])
     values = np.array([[np.nan if value is None else value for value in each["reward"]] for each in results], float)
     failed = np.array([[error is not None for error in each["error"]] for each in results])
@@ -99,7 +101,15 @@ def _lines(lines: Iterator[str]) -> str | None:
     return "\n".join(lines) or None
 
 
-def _scored(reward: RewardConfig, answers: pa.Table, config: Config, console: Console, round: int, step: int) -> pa.Table:
+def _scored(
+    reward: RewardConfig,
+    answers: pa.Table,
+    config: Config,
+    console: Console,
+    round: int,
+    step: int,
+    against: pa.Table | None,
+) -> pa.Table:
     """Results of one function, a table of ``process.RESULTS``."""
     storage, doing = Storage(config.cache_uri), f"scoring {reward_name(reward)}"
     if reward.use is None:
@@ -107,7 +117,7 @@ def _scored(reward: RewardConfig, answers: pa.Table, config: Config, console: Co
 
         resources = resources_for("score", config) if reward.reward_model else None
         with console.part(doing) as progress:
-            return model_rewards(reward, answers, config, storage, resources, progress, console.warn)
+            return model_rewards(reward, answers, config, storage, resources, progress, console.warn, against)
     if reward.unsafe:
         console.warn(
             f"the reward {reward_name(reward)} runs programs that a model wrote without a sandbox, with your rights "
@@ -176,6 +186,11 @@ def check_rewards(rewards: Sequence[RewardConfig], columns: Collection[str] | No
             module.check(reward)
             if columns is not None:
                 _refuse_missing(name, [one for one in module.column(reward) if one not in columns], columns)
+                if taken := [one for one in module.column(reward) if one in NO_COLUMNS]:
+                    raise ConfigError(
+                        f"the reward {name} reads the column {taken[0]!r}, which it is not given, since reward functions "
+                        "have an argument of this name; rename it with the source's 'columns'"
+                    )
         else:
             function = resolve(reward)
             if columns is not None and function.parameters is not None:

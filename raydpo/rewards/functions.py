@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from raydpo.config import Config
 from raydpo.config.rewards import BUILT_IN, RewardConfig
 from raydpo.errors import ConfigError, RaydpoError
 from raydpo.rewards.process import described
@@ -56,17 +57,24 @@ def resolve(reward: RewardConfig) -> RewardFunction:
     )
 
 
-def reward_settings(reward: RewardConfig) -> dict[str, Any]:
-    """Settings that decide a reward, as plain data for JSON. Of a function they are the digests of its source and options.
+def reward_settings(reward: RewardConfig, config: Config) -> dict[str, Any]:
+    """Settings that decide a reward, as plain data for JSON: digests of a function's source and options, or of a reward
+    model's weights and tokenizer.
 
     Raises:
         ConfigError: as ``resolve``.
+        FilesError, ModelError: if the reward model is not there, or not stored as safetensors.
     """
     told: dict[str, Any] = {"weight": reward.weight}
     if reward.use is not None:
         function = resolve(reward)
         return told | {"use": reward.use, "source": function.digest, "options": dict(function.options)}
     chosen = reward.model_dump(mode="json", exclude_defaults=True, exclude={"weight", "name", "timeout", "judge"})
+    if reward.reward_model is not None:
+        from raydpo.rewards.models import reward_model  # imports torch
+
+        model = reward_model(reward.reward_model, config)
+        chosen |= {"weights": model.weights.digest, "tokenizer": model.tokenizer}
     if reward.judge is not None:
         chosen["judge"] = reward.judge.model_dump(mode="json", exclude={"key", "timeout", "retries", "parallel"})
     return told | chosen

@@ -174,13 +174,11 @@ def _lines(text: str) -> list[str]:
 
 
 def _equal(found: Any, expected: Any) -> bool:
-    """Equality of values, to 9 digits where one is a float."""
+    """Equality of values as in Python, where True is 1; to 9 digits where one is a float."""
     if isinstance(found, list) and isinstance(expected, list):
         return len(found) == len(expected) and all(map(_equal, found, expected))
     if isinstance(found, dict) and isinstance(expected, dict):
         return found.keys() == expected.keys() and all(_equal(found[key], expected[key]) for key in found)
-    if isinstance(found, bool) or isinstance(expected, bool):
-        return found is expected
     if isinstance(found, (int, float)) and isinstance(expected, (int, float)):
         exact = isinstance(found, int) and isinstance(expected, int)
         return found == expected or (not exact and math.isclose(found, expected, rel_tol=1e-9, abs_tol=1e-12))

@@ -148,7 +148,7 @@ def refuse_changes(inputs: Inputs, ledger: Ledger) -> None:
     if stages and (prompts := made_of(storage, PROMPTS)) is not None:
         changed.append((PROMPTS, prompts.changes(prompts_made(inputs))))
     for name, made in stages:
-        changes = changed_settings(made.settings, now[made.stage]) + _other_model(inputs, made)
+        changes = changed_settings(made.settings, now[made.stage]) + _other_inputs(inputs, made)
         if changes and ledger.replaceable(made.stage, made.number):
             ledger.records.pop(made.number, None)  # its figures are made again, too
         elif made.failed is None:
@@ -161,14 +161,16 @@ def refuse_changes(inputs: Inputs, ledger: Ledger) -> None:
         raise refusal(storage, changed)
 
 
-def _other_model(inputs: Inputs, made: Made) -> list[str]:
-    """How the model before the first round differs from that of a stored stage. A round that is over is not looked into
-    again, but later ones would measure their drift from the other model."""
+def _other_inputs(inputs: Inputs, made: Made) -> list[str]:
+    """How the prompts, and the model before the first round, differ from those of a stored stage. A round that is over is
+    not looked into again, but later ones would sample other prompts, and measure their drift from the other model."""
+    ((prompts, digest),) = prompts_made(inputs).inputs.items()
+    before, now = {prompts: made.inputs.get("prompts", digest)}, {prompts: digest}
     initial = {("measure", made.number): "initial policy", ("sample", 1): "policy"}.get((made.stage, made.number))
-    if initial is None or made.inputs.get(initial) is None:
-        return []
-    key = "model.path (its weights, with model.adapter, model.dtype and data.max_length)"
-    return changed_settings({key: made.inputs[initial]}, {key: inputs.policy(0).identity.digest})
+    if initial is not None and made.inputs.get(initial) is not None:
+        model = "model.path (its weights, with model.adapter, model.dtype and data.max_length)"
+        before[model], now[model] = made.inputs[initial], inputs.policy(0).identity.digest
+    return changed_settings(before, now)
 
 
 def _check_final(storage: Storage) -> None:

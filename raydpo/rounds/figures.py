@@ -47,8 +47,7 @@ def sampled_figures(prompts: pa.Table, samples: pa.Table, scores: pa.Table, roun
     np.minimum.at(low, groups[known], rewards[known])
     np.maximum.at(high, groups[known], rewards[known])
     found["mixed"] = _share(int((high > low).sum()), found["prompts"])
-    found["ties"] = int((high == low).sum())
-    found["unknown"] = int((~known).sum())
+    found["ties"] = int(((high == low) & (np.bincount(groups[known], minlength=found["prompts"]) > 1)).sum())
     return found
 
 
@@ -99,6 +98,7 @@ def _answer_figures(samples: pa.Table, scores: pa.Table, rounds: RoundsConfig) -
         "success": _mean(right),
         "any": _share(int((wins > 0).sum()), prompts),
         "errors": len(scores) - scores["error"].null_count,
+        "unknown": scores["reward"].null_count,
         "cut": _mean(is_cut(samples).to_numpy()),
         "tokens": _mean(Ragged.of(ids).lengths),
         "distinct": _mean(np.bincount(groups[distinct], minlength=prompts) / sizes),

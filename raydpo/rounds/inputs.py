@@ -81,11 +81,11 @@ class Inputs:
 
     @functools.cached_property
     def reward_settings(self) -> dict[str, Any]:
-        """Settings that decide the rewards, by their keys. Of a function they are the digests of its source and options."""
+        """Settings that decide the rewards, by their keys. See ``rewards.functions.reward_settings``."""
         found: dict[str, Any] = {"rounds.cut": self.rounds.cut}
         for one in self.rounds.rewards:
             key = f"rounds.rewards ({reward_name(one)})"
-            found |= {f"{key} {name}": value for name, value in reward_settings(one).items()}
+            found |= {f"{key} {name}": value for name, value in reward_settings(one, self.config).items()}
         return found
 
     def work(

@@ -17,7 +17,8 @@ from raydpo.rounds.inputs import Inputs
 from raydpo.rounds.prompts import held_out_of, round_seed, rows_of
 from raydpo.rounds.sampling import Asked, answer, sample_settings
 from raydpo.rounds.scoring import score
-from raydpo.rounds.stage import Content
+from raydpo.rounds.stage import Content, stored_table
+from raydpo.rundir.directory import ROUND_HELD_OUT, round_folder
 from raydpo.rundir.rounds import GREEDY, HELD_OUT_SCHEMA
 
 __all__ = ["measure", "measure_settings"]
@@ -35,7 +36,8 @@ def measure_settings(inputs: Inputs) -> dict[str, Any]:
 
 
 def measure(inputs: Inputs, number: int, *, step: int, ahead: bool) -> Content:
-    """Measure the policy after round ``number``, which is 0 for the initial model.
+    """Measure the policy after round ``number``, which is 0 for the initial model. In the duels of a judge its answers meet
+    those of the initial model.
 
     Each measurement uses the same random numbers, so a difference between two is not chance of sampling alone.
 
@@ -52,7 +54,9 @@ def measure(inputs: Inputs, number: int, *, step: int, ahead: bool) -> Content:
     )
     following = Asked.in_round(inputs, number + 1) if ahead else None
     samples, seconds = answer(inputs, inputs.policy(number), held_out, number=number, following=following)
-    scored = score(inputs, samples, number=number, step=step)
+    # Among each other, the answers of one policy win half of their duels, however good they are.
+    initial = samples if number == 0 else stored_table(inputs.storage, f"{round_folder(0)}/{ROUND_HELD_OUT}")
+    scored = score(inputs, samples, number=number, step=step, against=initial)
     ratios = _log_ratios(inputs, number, samples)
     columns = {name: samples[name] for name in samples.column_names}
     columns |= {name: scored.table[name] for name in scored.table.column_names}

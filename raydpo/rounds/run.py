@@ -59,6 +59,11 @@ def rounds(
         begin_again(storage, console, LEDGER)
     ledger = Ledger(config)
     refuse_changes(inputs, ledger)
+    if further := [number for number in ledger.records if number > inputs.rounds.count and ledger.over(number)]:
+        console.warn(
+            f"rounds.count is {inputs.rounds.count:,}, but round {max(further):,} is over, too: {FINAL} and the page are of "
+            f"all {max(further):,} rounds; the policy of a round is in its own folder"
+        )
     run = _Run(inputs, ledger, goal)
     if (told := run.nothing_to_do()) is None:
         console.begin("Ray")
@@ -85,6 +90,7 @@ class _Run:
         if not all(self.ledger.over(number) for number in range(self.inputs.rounds.count + 1)):
             return None
         self.ledger.set("done")
+        self._page()  # the command that ended the rounds may have been killed before it
         print_rounds(self.console, self.ledger.rows())
         return f"all {self.inputs.rounds.count:,} rounds are already complete: {self.storage} (--fresh begins again)"
 
@@ -130,6 +136,7 @@ class _Run:
             for stage in one.stages:
                 if not self.goal.wants(number, stage):
                     self.ledger.set("paused", f"paused before round {number}, stage {stage}, as --until asks")
+                    self._page()
                     return f"{self.ledger.why}; the same command without --until goes on"
                 self.console.begin(f"round {number}: {stage}")
                 self.console.say(f"round {number} of {rounds.count}: {stage}")
@@ -137,10 +144,12 @@ class _Run:
                 self.ledger.write()
                 if ended is not None:
                     return self._ended(one, ended)
-                self._page()
+                if stage != one.stages[-1]:
+                    self._page()
             if number:
                 self._finish(number)  # before the round is over: a command that is killed between the two does it again
             one.end()
+            self._page()
             print_rounds(self.console, self.ledger.rows())
         self.ledger.set("done")
         self._page()

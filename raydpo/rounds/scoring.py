@@ -14,12 +14,13 @@ from raydpo.rounds.stage import Content
 __all__ = ["score"]
 
 
-def score(inputs: Inputs, samples: pa.Table, *, number: int, step: int) -> Content:
+def score(inputs: Inputs, samples: pa.Table, *, number: int, step: int, against: pa.Table | None = None) -> Content:
     """Score answers with all reward functions.
 
     Args:
         samples: rows of ``rundir.rounds.SAMPLE_SCHEMA``.
         number: number of the round. step: number of steps that were trained before; both are told to the functions.
+        against: rows of ``SAMPLE_SCHEMA`` that the answers are compared with in duels; None = with each other.
 
     Returns:
         Rows of ``rundir.rounds.SCORE_SCHEMA`` in the order of ``samples``, after ``rounds.cut``; not final if a function
@@ -27,7 +28,8 @@ def score(inputs: Inputs, samples: pa.Table, *, number: int, step: int) -> Conte
     """
     answers = _answers(inputs.prompts, samples)
     rewards = inputs.rounds.rewards
-    scored = apply(rewards, answers, inputs.config, inputs.console, round=number, step=step)
+    others = None if against is None else _answers(inputs.prompts, against)
+    scored = apply(rewards, answers, inputs.config, inputs.console, round=number, step=step, against=others)
     for line in account(rewards, scored, answers):
         inputs.console.say(line)
     failed = too_many(rewards, scored, inputs.rounds.max_errors)

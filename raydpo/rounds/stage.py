@@ -136,7 +136,8 @@ def stage_table(
     began = time.monotonic()
     content = make()
     took = time.monotonic() - began - content.ahead
-    made = dataclasses.replace(made, seconds=round(took, 2), ahead=round(content.ahead, 2), failed=content.failed)
+    ahead = max(content.ahead, 0.0 if stored is None else stored.ahead)  # what was sampled before is found in the cache
+    made = dataclasses.replace(made, seconds=round(took, 2), ahead=round(ahead, 2), failed=content.failed)
     table = content.table.select(schema.names).cast(schema).replace_schema_metadata(made.metadata())
     storage.write(name, _encode(table))
     return stored_table(storage, name), made

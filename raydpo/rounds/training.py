@@ -328,10 +328,11 @@ def _continued(config: Config, number: int) -> Continued:
 
 
 def _last_checkpoint(config: Config, number: int) -> str:
-    """Folder of the checkpoint with which round ``number`` ended."""
+    """Folder of the checkpoint with which round ``number`` ended, and with which the next one begins."""
     storage, step = _train_storage(config, number), _summary(config, number)["steps"]
     name = f"{CHECKPOINTS}/step-{step:08d}"
-    if not storage.exists(name):
+    finished = RunDirectory(_train_storage(config, number + 1)).summary() is not None  # and has removed it
+    if not finished and not storage.exists(name):
         raise FilesError(
             f"rounds.optimizer is carry, but {storage}/{name}, with the moments that round {number} ended with, is not "
             "there; restore it, or start again with --fresh"

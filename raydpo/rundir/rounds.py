@@ -95,7 +95,7 @@ ROUNDS_SCHEMA = pa.schema(
         ("success", pa.float64()),  # share of answers whose reward is above rounds.measure.success
         ("any", pa.float64()),  # share of prompts with a success
         ("mixed", pa.float64()),  # share of prompts whose answers have different rewards
-        ("ties", pa.int64()),  # prompts whose answers all have the same reward
+        ("ties", pa.int64()),  # prompts with two or more rewards, all the same
         ("errors", pa.int64()),  # answers on which a function failed
         ("unknown", pa.int64()),  # answers without a reward
         ("cut", pa.float64()),
@@ -120,7 +120,8 @@ ROUNDS_SCHEMA = pa.schema(
         ("eval_success_se", pa.float64()),  # standard error over prompts
         ("eval_success_greedy", pa.float64()),
         ("eval_any", pa.float64()),
-        ("eval_errors", pa.int64()),
+        ("eval_errors", pa.int64()),  # of greedy answers, too
+        ("eval_unknown", pa.int64()),  # sampled answers without a reward; they are no success
         ("eval_tokens", pa.float64()),
         ("eval_cut", pa.float64()),
         ("eval_distinct", pa.float64()),

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 PROGRAM = """
-import json, os, sys
+import contextlib, json, os, signal, sys, time
 import pyarrow as pa
 import ray
 from ray.train.v2._internal.constants import get_env_vars_to_propagate
@@ -45,11 +45,16 @@ def processes_with_gpus():
 os.environ["PYTHONUTF8"] = "0"
 config = {"output": sys.argv[1], "model": {"path": "m"}, "data": {"train": [{"path": "a.jsonl"}]}}
 told = {"before": owns_ray(), "on a cluster": callbacks()}
+signal.signal(signal.SIGTERM, signal.default_int_handler)
 with session(Config.model_validate(config)):
     told["within"], told["worker"] = owns_ray(), ray.get(ray.remote(worker).remote())
     told["in our group"] = os.getpgrp() in ray.get(ray.remote(groups).remote())
     told["with GPUs"] = processes_with_gpus()
     told["here"], told["alone"] = os.environ["PYTHONUTF8"], callbacks()
+    with contextlib.suppress(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+    told["interrupted"] = ray.is_initialized()
 told["after"] = owns_ray() or "RAY_TRAIN_METRICS_ENABLED" in os.environ
 print(json.dumps(told))
 """
@@ -67,6 +72,7 @@ def test_a_ray_of_our_own(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     told = json.loads(done.stdout.splitlines()[-1])
     assert (told["before"], told["within"], told["after"]) == (False, True, False)
+    assert told["interrupted"], "Ray leaves SIGTERM to the program"
     assert told["worker"] == [os.nice(0), "false", "1"] and told["here"] == "0"
     assert told["in our group"] is False  # so that a signal to the group, as timeout sends it, does not end Ray
     cleaner, watcher = "PlacementGroupCleanerCallback", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER=0"

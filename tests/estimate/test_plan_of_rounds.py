@@ -75,6 +75,8 @@ def test_made_pairs_are_those_of_a_round(tiny_llama):
     assert len(set(keys)) == 16
     large = made_pairs(configured(tiny_llama), np.full(10_000, 5), 16)
     assert large.sets.train.num_rows * large.scales["round"] == 10_000
+    replayed = made_pairs(configured(tiny_llama, replay=0.5), PROMPTS.train, 16)
+    assert replayed.scales == {"round": 2.0}, "as many pairs of earlier rounds"
 
 
 def test_a_round_is_the_sum_of_its_parts(tiny_llama):

@@ -133,6 +133,7 @@ def _row(number: int, rounds: int, step: int, parts: dict[str, float]) -> dict[s
         "eval_success_greedy": 0.25 + 0.2 * number,
         "eval_any": min(1.0, 0.5 + 0.2 * number),
         "eval_errors": 0,
+        "eval_unknown": 0,
         "eval_tokens": 10.0 - 0.25 * number,
         "eval_cut": max(0.0, 0.2 - 0.05 * number),
         "eval_distinct": 0.9 - 0.05 * number,

@@ -71,7 +71,8 @@ def test_a_healthy_run_has_none(tmp_path):
             "Add prompts",
         ),
         (
-            {"mixed": [None, 0.6, 0.3, 0.12], "success": [None, 0.05, 0.04, 0.05], "pairs": [None, 24, 12, 5]},
+            {"mixed": [None, 0.6, 0.3, 0.12], "success": [None, 0.05, 0.04, 0.05]}
+            | {"pairs": [None, 24, 12, 9], "replayed": [None, 0, 0, 4]},
             "Few prompts teach anything",
             "In round 3 the answers to 12% of the prompts had different rewards, which made 5 pairs.",
             "Raise rounds.sample.n, use easier prompts",
@@ -157,14 +158,14 @@ def test_errors_are_counted_and_the_first_is_told(tmp_path):
         figures={"errors": [None, 0, 7, 1], "eval_errors": [0, 0, 2, 0]},
         errors={2: "math: ZeroDivisionError: division by zero"},
     )
-    # 3 rounds of 320 answers and 4 measurements of 60.
+    # 3 rounds of 320 answers and 4 measurements of 60 sampled and 12 greedy answers.
     assert one["Reward functions failed"][0] == (
-        "On 10 of 1,200 answers a reward function failed, first in round 2: math: ZeroDivisionError: division by zero"
+        "On 10 of 1,248 answers a reward function failed, first in round 2: math: ZeroDivisionError: division by zero"
     )
     assert list(one) == ["Reward functions failed"]
     # Offline rounds train on the answers of the first one, which count once.
     one = found(tmp_path, settings={"offline": True}, figures={"errors": [None, 7, 7, 7], "cache_hits": [None, 0, 48, 48]})
-    assert one["Reward functions failed"][0] == "On 7 of 560 answers a reward function failed, first in round 1."
+    assert one["Reward functions failed"][0] == "On 7 of 608 answers a reward function failed, first in round 1."
 
 
 def test_offline_rounds_that_score_again_are_told(tmp_path):

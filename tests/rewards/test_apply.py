@@ -143,6 +143,7 @@ def test_every_answer_has_the_same_columns(place):
         ({"use": "my_rewards:needs"}, [], "needs the column 'solution' of the prompts, which have no other columns; add it"),
         ({"use": "my_rewards:strict"}, ["x"], r"strict \(my_rewards:strict\) has no \*\*kwargs and takes no 'completion_id"),
         ({"use": "json", "column": "schema"}, ["shema"], "json needs the column 'schema' .* did you mean 'shema'"),
+        ({"use": "json", "column": "completion"}, ["completion"], "reads the column 'completion', which it is not given"),
         ({"use": "regex", "pattern": "(?=x)"}, None, r"the pattern '\(\?=x\)' of the reward regex is not a regular expr"),
         ({"judge": {"url": "http://localhost:1", "model": "m", "key": "NO_KEY"}}, None, "NO_KEY"),
     ],

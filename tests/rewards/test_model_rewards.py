@@ -6,6 +6,7 @@ import math
 import pyarrow as pa
 import pytest
 from judge_server import longer, serving
+from safetensors.torch import load_file, save_file
 from test_wins import make_classifier
 
 from raydpo.answers import judge as judging
@@ -16,6 +17,7 @@ from raydpo.cluster.session import session
 from raydpo.config import load_config
 from raydpo.config.rewards import RewardConfig, duels_of, requests_of
 from raydpo.errors import ConfigError, RaydpoError
+from raydpo.rewards.functions import reward_settings
 from raydpo.rewards.models import _duels, model_rewards
 from raydpo.storage.files import Storage
 
@@ -37,10 +39,11 @@ def answers(by_prompt):
     return pa.Table.from_pylist(rows)
 
 
-def rewarded(server, tmp_path, by_prompt, warn=pytest.fail, judge=(), **settings):
+def rewarded(server, tmp_path, by_prompt, warn=pytest.fail, judge=(), against=None, **settings):
     reward = RewardConfig.model_validate({"judge": {"url": server.url, "model": "tiny", **dict(judge)}, **settings})
     storage = Storage(str(tmp_path / "cache"))
-    return model_rewards(reward, answers(by_prompt), None, storage, None, lambda done, total: None, warn).to_pylist()
+    theirs = None if against is None else answers(against)
+    return model_rewards(reward, answers(by_prompt), None, storage, None, lambda done, total: None, warn, theirs).to_pylist()
 
 
 @pytest.mark.parametrize(("count", "opponents"), [(1, 1), (2, 1), (2, 3), (3, 1), (5, 2), (6, 2), (6, 3), (7, 9), (8, 1)])
@@ -61,7 +64,10 @@ def test_requests_are_counted_before_any_is_sent():
 
     assert requests_of(reward(), 10, 8) == 10 * 2 * 8 and requests_of(reward(opponents=2), 10, 8) == 10 * 4 * 8
     assert requests_of(reward(opponents=99), 1, 8) == 2 * 28 and requests_of(reward(), 5, 1) == 0
-    assert requests_of(reward(scale="score"), 10, 8) == 80
+    assert requests_of(reward(scale="score"), 10, 8) == 80 and requests_of(reward(scale="score"), 10, 8, 3) == 80
+    assert (
+        requests_of(reward(opponents=2), 10, 5, 5) == 10 * 5 * 4 and requests_of(reward(opponents=9), 10, 5, 3) == 10 * 5 * 6
+    )
     assert requests_of(RewardConfig.model_validate({"use": "math"}), 10, 8) == 0
 
 
@@ -85,6 +91,33 @@ def test_few_duels_are_chosen_by_the_texts_alone(tmp_path):
         assert found[0]["reward"] == 0 and found[-1]["reward"] == 1
         turned = rewarded(server, tmp_path / "other", {"p": WORDS[::-1]})
     assert [one["reward"] for one in turned[::-1]] == [one["reward"] for one in found]
+
+
+def test_duels_with_the_answers_of_another_model(tmp_path):
+    """The rewards are a win rate: better answers win more, though among each other answers win half of their duels."""
+    theirs = {"p": ["bb", "dddd"], "q": ["x"]}
+    with serving(longer) as server:
+        same = rewarded(server, tmp_path, theirs, against=theirs)
+        assert [one["reward"] for one in same] == [0.5] * 3 and not server.requests, "each meets itself"
+        found = rewarded(server, tmp_path, {"p": ["a", "bb", "ccc", "ccc"], "q": ["yy"]}, against=theirs, opponents=9)
+        assert [one["reward"] for one in found] == [0, 0.25, 0.5, 0.5, 1]
+        assert json.loads(found[0]["details"]) == {"duels": 2, "judged": 2} and len(server.requests) == 2 * (2 + 1 + 2 + 1)
+        assert [one["reward"] for one in rewarded(server, tmp_path, {"r": ["a"]}, against=theirs)] == [0.5], "no opponent"
+        longest = rewarded(server, tmp_path, {"p": ["eeeee", "ffffff"]}, against=theirs)
+        assert [one["reward"] for one in longest] == [1, 1]
+
+
+def test_the_weights_of_a_reward_model_decide_its_rewards(tmp_path, tiny_llama):
+    """Other weights in the same directory are another reward model."""
+    config = load_config({"output": "x", "model": {"path": str(tiny_llama)}, "data": {"train": [{"path": "a.jsonl"}]}})
+    place = make_classifier(tmp_path / "model", labels=1)
+    reward = RewardConfig.model_validate({"reward_model": str(place)})
+    before = reward_settings(reward, config)
+    assert before == reward_settings(reward, config) and before["reward_model"] == str(place)
+    weights = load_file(place / "model.safetensors")
+    save_file({name: 2 * value for name, value in weights.items()}, place / "model.safetensors", {"format": "pt"})
+    after = reward_settings(reward, config)
+    assert {name for name in after if after[name] != before[name]} == {"weights"}
 
 
 def test_verdicts_that_change_with_the_order_are_ties(tmp_path):

@@ -75,6 +75,20 @@ def test_samples_of_another_model_are_refused(file, other_llama):
         refuse_changes(other, Ledger(other.config))
 
 
+def test_other_prompts_are_refused_without_the_file_of_prompts(file, tmp_path):
+    inputs = inputs_of(file)
+    measured(inputs)
+    digests = {"policy": inputs.policy(0).identity.digest, "prompts": inputs.prompts_digest}
+    store(inputs, "sample", 1, "round-001/samples.parquet", sample_settings(inputs), SAMPLE_SCHEMA, **digests)
+    inputs.storage.delete("prompts.parquet")
+    refuse_changes(inputs, Ledger(inputs.config))
+    with open(tmp_path / "prompts.jsonl", "a") as prompts:
+        prompts.write('{"prompt": "another one:", "number": 99}\n')
+    other = inputs_of(file)
+    with pytest.raises(ConfigError, match=r"rounds.prompts \(content\) .*\(round-001/samples.parquet\)"):
+        refuse_changes(other, Ledger(other.config))
+
+
 def test_a_directory_in_place_of_final_is_refused(file, tmp_path):
     """A copy that follows links has the policy there once more."""
     inputs = inputs_of(file)

@@ -78,7 +78,7 @@ def counted(rows, threshold):
         "success": fmean(right),
         "any": fmean(any((row["reward"] or -1) > threshold for row in each) for each in by_prompt.values()),
         "mixed": fmean(len(set(each)) > 1 for each in known.values()),
-        "ties": sum(len(set(each)) == 1 for each in known.values()),
+        "ties": sum(len(each) > 1 and len(set(each)) == 1 for each in known.values()),
         "errors": sum(row["error"] is not None for row in rows),
         "unknown": sum(row["reward"] is None for row in rows),
         "cut": fmean(row["end"] == "length" for row in rows),
@@ -154,7 +154,7 @@ def test_an_answer_without_a_reward_is_no_success_and_no_tie():
     )
     found = sampled_figures(table, samples, final_rewards(samples, scored, rounds), rounds)
     assert (found["success"], found["any"], found["unknown"]) == (2 / 6, 2 / 3, 3)
-    assert (found["mixed"], found["ties"]) == (1 / 3, 1)
+    assert (found["mixed"], found["ties"]) == (1 / 3, 0), "one reward alone is no tie"
     assert found["reward"] == pytest.approx(2 / 3)
     assert found["distinct"] == pytest.approx((1 + 1 + 0.5) / 3)
     assert found["entropy"] == pytest.approx(2 / 3 * math.log(2))

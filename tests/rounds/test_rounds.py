@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 
 import numpy as np
 import pyarrow.compute as pc
@@ -134,6 +135,10 @@ def test_a_second_call_does_nothing_and_the_ledger_comes_from_the_files(place, r
         assert nothing not in result.stdout
     assert stamps(run) == before
     assert [(run / name).read_bytes() for name in ("rounds.json", "rounds.parquet")] == whole
+    assert "is over, too" not in result.stdout
+    fewer = rounds(place, "config.yaml", "rounds.count=1")
+    assert "rounds.count is 1, but round 2 is over, too: final and the page are of all 2 rounds" in fewer.stdout
+    assert fewer.returncode == 0 and rounds(place, "config.yaml").returncode == 0
 
 
 def test_changed_settings_are_refused_by_name_before_ray(place, run):
@@ -195,7 +200,8 @@ def test_a_command_ends_where_until_says_and_answers_come_from_the_cache(place, 
     result = rounds(place, "config.yaml", "name=until", "--until", "1.pair")
     assert result.returncode == 0, result.stdout + result.stderr
     assert "paused before round 1, stage train" in result.stdout
-    assert result.stdout.count("answering: all found in the cache") == 2
+    assert len(re.findall("answering[^:]*: all found in the cache", result.stdout)) == 2
+    assert "paused before round 1, stage train" in (place / "runs/until/report.html").read_text()
     ledger = json.loads((place / "runs/until/rounds.json").read_text())
     done = {"sample": True, "score": True, "pair": True, "train": False, "measure": False}
     assert ledger["status"] == "paused" and ledger["rounds"][1]["stages"] == done and ledger["final"] is None

@@ -35,12 +35,12 @@ def storage(tmp_path):
     return Storage(str(tmp_path))
 
 
-def made(storage, what, *rewards, failed=None, **more):
+def made(storage, what, *rewards, failed=None, ahead=0.0, **more):
     calls = []
 
     def make():
         calls.append(1)
-        return Content(scores(*rewards), failed)
+        return Content(scores(*rewards), failed, ahead)
 
     table, stored = stage_table(storage, NAME, what, SCORE_SCHEMA, make, **more)
     return table["reward"].to_pylist(), stored, len(calls)
@@ -137,6 +137,13 @@ def test_when_rounds_end():
     assert few_mixed(2, figures, StopConfig(mixed=None)) is None and few_mixed(2, figures, StopConfig(mixed=0.1)) is None
     unknown = {"eval_success": None, "eval_drift_initial": None, "mixed": None}
     assert enough(0, unknown, StopConfig(success=0.1, drift=0.1)) is None and few_mixed(1, unknown, StopConfig()) is None
+
+
+def test_the_time_of_sampling_ahead_is_kept_where_its_answers_are_found_again(storage):
+    assert made(storage, MADE, 1.0, failed="x", ahead=-1.5)[1].seconds >= 1.5, "a stage's own seconds are the rest"
+    assert made(storage, MADE, 1.0, failed="x", ahead=2.5)[1].ahead == 2.5
+    _, again, calls = made(storage, MADE, 1.0)
+    assert (again.ahead, again.failed, calls) == (2.5, None, 1) and again.seconds >= 0
 
 
 @pytest.mark.parametrize(

@@ -384,6 +384,10 @@ def test_a_killed_round_ends_as_an_undisturbed_one(in_ray, tmp_path, tiny_llama)
     heard = Heard()
     with session(config):
         disturbed, undisturbed = one(config, 2, console=Console(heard)), one(other, 2)
+        assert not (train_dir(config, 1) / "checkpoints").exists()
+        assert one(config, 2) == disturbed, (
+            "a round that was killed after its training needs no checkpoint of the one before"
+        )
     assert "continuing after step" in heard.text
     left, right = weights(config, 2), weights(other, 2)
     assert all(torch.equal(left[each], right[each]) for each in left) and disturbed["policy"] == undisturbed["policy"]
