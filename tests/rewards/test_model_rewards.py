@@ -109,7 +109,7 @@ def test_duels_with_the_answers_of_another_model(tmp_path):
 
 def test_the_weights_of_a_reward_model_decide_its_rewards(tmp_path, tiny_llama):
     """Other weights in the same directory are another reward model."""
-    config = load_config({"output": "x", "model": {"path": str(tiny_llama)}, "data": {"train": [{"path": "a.jsonl"}]}})
+    config = load_config({"output": "x", "model": {"path": str(tiny_llama)}, "data": {"train": __file__}})
     place = make_classifier(tmp_path / "model", labels=1)
     reward = RewardConfig.model_validate({"reward_model": str(place)})
     before = reward_settings(reward, config)

@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from command import raydpo
+from judge_server import longer, serving
 from small import small_rounds, tables
 
 pytestmark = pytest.mark.slow
@@ -85,8 +86,31 @@ def test_offline_rounds_sample_once(tmp_path, tiny_llama):
     assert not any((run / "round-002" / name).exists() for name in ("samples.parquet", "scores.parquet"))
     found = tables(run, "pair_id")
     assert found["round-001/pairs.parquet"].equals(found["round-002/pairs.parquet"])
-    assert said.count("248/248 answers") == 2, "sampled and scored once"
+    assert said.count("329/329 answers") == 1, "sampled once, with the measurement before round 1"
+    assert said.count("248/248 answers") == 1, "scored once"
     assert rows[2]["cache_hits"] == rows[2]["wanted"] == rows[1]["wanted"] > 0 == rows[1]["cache_hits"]
     assert rows[2]["eval_success"] > rows[0]["eval_success"]
     ledger = json.loads((run / "rounds.json").read_text())
     assert ledger["status"] == "done" and ledger["rounds"][2]["over"]
+
+
+def test_held_out_answers_have_duels_with_those_of_the_initial_model(tmp_path, tiny_llama):
+    """The judge likes longer texts. The reward of a measurement is a win rate against the measurement before round 1."""
+    with serving(longer) as server:
+        judge = {"judge": {"url": server.url, "model": "tiny"}, "opponents": 99}
+        sample = {"n": 8, "max_tokens": 4, "temperature": 0.9}
+        small_rounds(tmp_path, tiny_llama, rewards=[judge], sample=sample, measure={"n": 4, "success": 0.6})
+        _, rows = done(tmp_path)
+    before, _, after = (
+        pq.read_table(tmp_path / f"runs/small/round-{number:03d}/held_out.parquet").to_pylist() for number in range(3)
+    )
+    assert rows[0]["eval_reward"] == pytest.approx(0.5, abs=0.1) and rows[2]["eval_reward"] > 0.7
+    theirs = {}
+    for row in before:
+        theirs.setdefault(row["prompt_id"], set()).add(row["answer"])
+    for row in before + after:
+        won = [
+            0.5 if text == row["answer"] or len(text) == len(row["answer"]) else float(len(row["answer"]) > len(text))
+            for text in theirs[row["prompt_id"]]
+        ]
+        assert row["reward"] == pytest.approx(np.mean(won))
