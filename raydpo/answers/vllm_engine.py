@@ -32,6 +32,8 @@ from raydpo.reference.score import ReferenceSpec
 
 __all__ = ["check_servable", "engine_settings", "lora_request", "open_vllm", "sampling_settings", "unservable"]
 
+BATCHED_TOKENS = 4096
+"""Tokens of a step of vLLM on a CPU, at least."""
 MEMORY = {"cuda": 0.9, "cpu": 0.25}
 """Share of a device's memory that vLLM takes where one worker has the device, for the model, activations, keys and values. A
 CPU's memory also holds everything else that runs on the node."""
@@ -179,6 +181,8 @@ def open_vllm(
     settings = engine_settings(spec, positions) | {"gpu_memory_utilization": MEMORY[device] * memory_share}
     if device == "cpu":
         settings["enforce_eager"] = True  # compiling takes longer than the answers
+        # vLLM 0.32 fails on a CPU where a sampled answer with a seed has its prompt read in two steps.
+        settings |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(BATCHED_TOKENS, positions)}
     with proved_here(spec):
         process = _Process(python, device, section, environment)
         process.ask({"engine": settings})
