@@ -132,9 +132,11 @@ def _sigterm_kept() -> Iterator[None]:
     """Keep the program's own handler of SIGTERM. Ray replaces it by one that exits with status 15 at once, so that a command
     could not say how it ended."""
     before = signal.getsignal(signal.SIGTERM)
-    yield
-    if callable(before) and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, before)
+    try:
+        yield
+    finally:
+        if callable(before) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager

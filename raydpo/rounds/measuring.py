@@ -54,8 +54,10 @@ def measure(inputs: Inputs, number: int, *, step: int, ahead: bool) -> Content:
     )
     following = Asked.in_round(inputs, number + 1) if ahead else None
     samples, seconds = answer(inputs, inputs.policy(number), held_out, number=number, following=following)
-    # Among each other, the answers of one policy win half of their duels, however good they are.
-    initial = samples if number == 0 else stored_table(inputs.storage, f"{round_folder(0)}/{ROUND_HELD_OUT}")
+    initial = samples
+    if number and any(one.judge is not None and one.scale == "duels" for one in rounds.rewards):
+        # Among each other, the answers of one policy win half of their duels, however good they are.
+        initial = stored_table(inputs.storage, f"{round_folder(0)}/{ROUND_HELD_OUT}")
     scored = score(inputs, samples, number=number, step=step, against=initial)
     ratios = _log_ratios(inputs, number, samples)
     columns = {name: samples[name] for name in samples.column_names}
