@@ -20,7 +20,7 @@ def act():
     stop.wait(30)
     time.sleep(float(sys.argv[1]))
     print("ended", flush=True)
-interruptible(act, stop.set)
+print("asked", interruptible(act, stop.set))
 """
 
 
@@ -39,7 +39,7 @@ def run(after, signals, pause=0.3):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_first_signal_lets_it_come_to_its_end(number):
     status, output, errors = run(0.2, [number])
-    assert status == 0 and "ended" in output
+    assert status == 0 and "ended\nasked True" in output
     assert f"{number.name}: stopping after this step" in errors
 
 

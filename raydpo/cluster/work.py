@@ -13,6 +13,7 @@ import hashlib
 import io
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from itertools import chain
@@ -31,6 +32,8 @@ __all__ = ["BlockTask", "TeamTask", "WholeTask", "do_work", "load", "store", "st
 
 FOLDER = "evaluation"
 """Folder of the results inside a cache."""
+Done = tuple[str, float | None]
+"""Name of a block that is stored, and the seconds that it took; None if they are unknown."""
 
 
 class BlockTask(Protocol):
@@ -78,7 +81,7 @@ def do_work(
     doing: str,
     warn: Callable[[str], None],
     again: Callable[[pa.Table], pa.Array] | None = None,
-    ready: Callable[[int], None] = lambda place: None,
+    spent: Callable[[int, float], None] = lambda place, seconds: None,
 ) -> list[pa.Table]:
     """Return the results of each table, in the order of its rows.
 
@@ -92,8 +95,8 @@ def do_work(
         doing: word for messages, such as "answering".
         warn: called with one sentence for each damaged result, which is computed again.
         again: says which rows of a stored result are computed again, such as those that failed: a boolean for each.
-        ready: called with the place of a table in ``tables`` once all its results are stored, in any order. Tables are begun
-            one after another.
+        spent: called for each block that is computed, with the place of its table in ``tables`` and the seconds that a
+            worker took for it; not for blocks of a ``WholeTask``, whose seconds are unknown.
 
     Raises:
         RaydpoError: if an actor fails, or a stored result cannot be read. Finished blocks stay stored.
@@ -113,10 +116,6 @@ def do_work(
             part = by_name[name].take(rows).combine_chunks()
             missing[of_part := stored_name(work.identity, part)] = part
             parts.setdefault(of_part, []).append((name, rows))
-    waited = {name for name in done if name in missing} | {whole for each in parts.values() for whole, _ in each}
-    left = [waited.intersection(each) for each in names]
-    for place in (place for place, one in enumerate(left) if not one):
-        ready(place)
     if missing:
         finished, total = 0, sum(one.num_rows for one in missing.values())
         progress(0, total)
@@ -124,7 +123,7 @@ def do_work(
         if isinstance(work, WholeTask):
             do = _by_itself
         with contextlib.closing(do(work, missing, storage, resources, doing)) as finishing:
-            for name in finishing:
+            for name, seconds in finishing:
                 wrong = [f"{storage}/{name} was written but is not there"]
                 result = load(storage, name, wrong.append)
                 if result is None:
@@ -136,11 +135,9 @@ def do_work(
                     store(storage, whole, done[whole])
                 finished += missing[name].num_rows
                 progress(finished, total)
-                now = {name, *(whole for whole, _ in parts.get(name, ()))}
-                for place, one in enumerate(left):
-                    if one and one <= now:
-                        ready(place)
-                    one -= now
+                if seconds is not None:
+                    whole = parts[name][0][0] if name in parts else name
+                    spent(next(place for place, each in enumerate(names) if whole in each), seconds)
     return [pa.concat_tables([done[name] for name in each]) for each in names]
 
 
@@ -151,19 +148,20 @@ def _replaced(result: pa.Table, rows: np.ndarray, by: pa.Table) -> pa.Table:
     return pa.concat_tables([result, by]).take(order).combine_chunks()
 
 
-def _in_threads(work: BlockTask, blocks: dict[str, pa.Table], storage: Storage, threads: int, doing: str) -> Iterator[str]:
+def _in_threads(work: BlockTask, blocks: dict[str, pa.Table], storage: Storage, threads: int, doing: str) -> Iterator[Done]:
     """As ``_on_ray``, in threads of this process. Each opens the work once; what it opens has a method ``close``."""
     acts: list[Any] = []
     mine, stopped = threading.local(), threading.Event()
 
-    def act(name: str) -> str:
+    def act(name: str) -> Done:
         if not hasattr(mine, "act"):
             mine.act = work.open("cpu")
             acts.append(mine.act)
             if stopped.is_set():
                 mine.act.close()
+        began = time.perf_counter()
         store(storage, name, mine.act(blocks[name]))
-        return name
+        return name, time.perf_counter() - began
 
     with ThreadPoolExecutor(min(threads, len(blocks)), thread_name_prefix=doing.replace(" ", "-")) as pool:
         try:
@@ -178,24 +176,24 @@ def _in_threads(work: BlockTask, blocks: dict[str, pa.Table], storage: Storage, 
 
 def _by_itself(
     work: WholeTask, blocks: dict[str, pa.Table], storage: Storage, resources: Resources, doing: str
-) -> Iterator[str]:
-    """Yield the name of each block when it is stored."""
+) -> Iterator[Done]:
+    """As ``_on_ray``, by the work's own actors."""
     for name, result in work.run(blocks, resources, doing):
         store(storage, name, result)
-        yield name
+        yield name, None
 
 
 def _on_ray(
     work: BlockTask, blocks: dict[str, pa.Table], storage: Storage, resources: Resources, doing: str
-) -> Iterator[str]:
-    """Yield the name of each block when it is done."""
+) -> Iterator[Done]:
+    """Yield the name of each block when it is stored, and the seconds that it took."""
     encoded = ((name, pa.array([_encode(one)], pa.large_binary())) for name, one in blocks.items())
     tables = (pa.table({"name": [name], "rows": rows}) for name, rows in encoded)
     divided = isinstance(work, TeamTask) and (resources.partition > 1 or resources.offload is not None)
     kept = {"sequence": 1} if divided else {"sequence": 1, "partition": 1, "offload": None}
     resources = dataclasses.replace(resources, **kept)
     for row in over_actors(_Actor, (work, storage.uri, resources), tables, resources, doing):
-        yield row["name"]
+        yield row["name"], row["seconds"]
 
 
 class _Actor:
@@ -216,9 +214,9 @@ class _Actor:
 
     def __call__(self, block: pa.Table) -> pa.Table:
         self._set_threads()  # OpenMP sets its threads for each calling thread
-        name = block["name"][0].as_py()
+        name, began = block["name"][0].as_py(), time.perf_counter()
         store(self.storage, name, self.act(pq.read_table(pa.BufferReader(block["rows"][0].as_buffer()))))
-        return pa.table({"name": [name]})
+        return pa.table({"name": [name], "seconds": [time.perf_counter() - began]})
 
 
 def stored_name(identity: dict[str, Any], rows: pa.Table) -> str:

@@ -193,24 +193,31 @@ def _training_job(prepared: Prepared, resources: Resources, fused: frozenset[boo
 
 
 def train_prepared(
-    prepared: Prepared, console: Console, hit_rate: float | None = None, *, shared: TrialContext | None = None
+    prepared: Prepared,
+    console: Console,
+    hit_rate: float | None = None,
+    *,
+    shared: TrialContext | None = None,
+    followed: bool = False,
 ) -> dict[str, Any] | None:
     """Train, unless the run is already finished.
 
     Args:
         hit_rate: share of the completions that were cached when the run began, 0 to 1; None if unknown.
         shared: given by a sweep to each of its trials.
+        followed: whether the command goes on after the training, so that it must end here if the user asked to stop during
+            the last step.
 
     Returns:
         The content of summary.json, or None if the training paused at ``shared.until``.
 
     Raises:
-        KeyboardInterrupt: if the training was stopped, after its checkpoint.
+        KeyboardInterrupt: if the user stopped it, after its checkpoint or, if ``followed``, after its end.
         CacheMissError: if log-probs are missing.
         ConfigError: if a run of this name has other settings.
     """
     config, storage = prepared.config, Storage(prepared.config.run_dir)
-    summary = finished_summary(storage, prepared.fingerprint(), prepared.sets.train)
+    summary, asked = finished_summary(storage, prepared.fingerprint(), prepared.sets.train), False
     if told := other_held_out(storage, measured_pairs(prepared.own.eval)):
         console.warn(told)
     if summary is not None:
@@ -238,7 +245,7 @@ def train_prepared(
                     board=None if shared is None else shared.board,
                 )
                 console.begin("training: workers")
-                trained = launch(payload, resources, display.listen)
+                trained, asked = launch(payload, resources, display.listen, console.say)
         if trained["interrupted"]:
             if trained["steps"] == job.stop_after:
                 return None
@@ -252,6 +259,8 @@ def train_prepared(
         storage.write(SUMMARY, json.dumps(finite(summary), indent=2, allow_nan=False).encode())
     print_summary(console, summary)
     write_report_or_warn(config.run_dir, console)
+    if asked and followed:
+        raise KeyboardInterrupt
     return summary
 
 

@@ -97,7 +97,7 @@ def rounds_status(record: RoundsRecord) -> str:
     """Describe in words how far the rounds are, and why they ended."""
     done = sum(row.get("eval_success") is not None for row in record.trained)
     count = record.setting("rounds.count")
-    said = f" {record.why}" if record.why else ""
+    said = f" {record.why.rstrip('.')}." if record.why else ""
     if record.state == "stopped":
         return f"Ended early after {_count(done)}.{said}"
     if record.state == "done":
@@ -142,11 +142,12 @@ def _facts(record: RoundsRecord) -> list[tuple[str, str]]:
     setting, rows = record.setting, record.rounds
     sample = setting("rounds.sample") or {}
     path, reference = setting("model.path"), setting("rounds.reference")
-    lora = setting("model.lora")
+    lora, frozen = setting("model.lora"), setting("model.freeze")
+    trained = f"LoRA, r {lora['r']}" if lora else "an adapter" if setting("model.adapter") else "all weights"
     ends = [row for row in rows if row.get("eval_success") is not None]
     facts = [
         ("model", path and path.rstrip("/").rsplit("/", 1)[-1]),
-        ("what trains", f"LoRA, r {lora['r']}" if lora else "an adapter" if setting("model.adapter") else "all weights"),
+        ("what trains", f"{trained} but those that model.freeze names" if frozen else trained),
         ("held-out success, start", _success(ends[0]) if ends and ends[0]["round"] == 0 else None),
         ("held-out success, last", _success(ends[-1]) if len(ends) > 1 else None),
         ("samples", "of the first round only (offline)" if setting("rounds.offline") else "of each round's policy"),

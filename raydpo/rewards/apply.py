@@ -215,10 +215,10 @@ def _refuse_missing(name: str, missing: Sequence[str], columns: Collection[str])
     if not missing:
         return
     near = difflib.get_close_matches(missing[0], columns, 1)
-    meant = f"; did you mean {near[0]!r}?" if near else ""
+    fix = f"did you mean {near[0]!r}?" if near else "add it, or map it with the source's 'columns'"
     raise ConfigError(
         f"the reward {name} needs the column {missing[0]!r} of the prompts, which have "
-        f"{quoted(sorted(columns)) if columns else 'no other columns'}{meant or '; add it, or map it with columns'}"
+        f"{quoted(sorted(columns)) if columns else 'no other columns'}; {fix}"
     )
 
 

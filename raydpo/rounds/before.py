@@ -30,6 +30,9 @@ from raydpo.terminal.console import Console
 
 __all__ = ["check_inputs", "pair_settings", "prompts_made", "refuse_changes", "train_settings"]
 
+FEW = 5
+"""Fewer held-out prompts than these are warned of."""
+
 
 def check_inputs(config: Config, console: Console) -> Inputs:
     """Check settings, models, prompts and reward functions, and read the prompts.
@@ -68,6 +71,10 @@ def _check_prompts(inputs: Inputs) -> None:
         raise ConfigError(
             "no prompt is held out, so nothing could be measured; raise rounds.held_out.fraction, or name a file in "
             "rounds.held_out.path"
+        )
+    if (few := len(held_out_of(prompts, rounds))) < FEW:
+        inputs.console.warn(
+            f"only {few} prompts are held out, so the measured success has a large error; raise rounds.held_out.fraction"
         )
     longest, most = int(pc.max(pc.list_value_length(prompts["prompt_ids"])).as_py()), rounds.sample.max_tokens
     highest = int(pc.max(pc.list_flatten(prompts["prompt_ids"])).as_py())

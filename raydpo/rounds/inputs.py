@@ -94,7 +94,7 @@ class Inputs:
         tables: Sequence[pa.Table],
         doing: str,
         block: int | Sequence[int],
-        ready: Callable[[int], None],
+        spent: Callable[[int, float], None],
     ) -> list[pa.Table]:
         """Do work on tables; see ``cluster.work.do_work``."""
         storage, resources = Storage(self.config.cache_uri), resources_for("score", self.config)
@@ -108,5 +108,5 @@ class Inputs:
                 progress=progress,
                 doing=doing,
                 warn=self.console.warn,
-                ready=ready,
+                spent=spent,
             )

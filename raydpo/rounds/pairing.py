@@ -254,7 +254,7 @@ def with_replay(
         if keys[place] not in known:
             known.add(keys[place])
             taken.append(place)
-    if len(taken) < wanted and console is not None:
+    if len(taken) < wanted and number > 1 and console is not None:
         console.say(
             f"round {number}: rounds.replay {rounds.replay:g} asks for {wanted:,} pairs of earlier rounds, but there are "
             f"only {len(taken):,} that are not among the {len(pairs):,} new ones; all of these are used"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -22,7 +21,7 @@ from raydpo.rounds.sampling import Asked, answer, sample_settings
 from raydpo.rounds.scoring import score
 from raydpo.rounds.stage import Content, Made, content_digest, made_of, stage_table
 from raydpo.rounds.training import start_of, train_round
-from raydpo.rundir.directory import METRICS, SUMMARY, TRAIN, round_folder
+from raydpo.rundir.directory import METRICS, TRAIN, round_folder
 from raydpo.rundir.records import read_rows
 from raydpo.rundir.rounds import HELD_OUT_SCHEMA, SAMPLE_SCHEMA, SCORE_SCHEMA
 
@@ -166,13 +165,10 @@ class Round:
 
     def _train(self) -> None:
         inputs, folder = self.inputs, f"{round_folder(self.number)}/{TRAIN}"
-        stored = inputs.storage.exists(f"{folder}/{SUMMARY}")
-        began = time.monotonic()
         start = start_of(inputs.config, self.number)
         summary = train_round(inputs.config, self.number, self._pairs, start, inputs.console)
-        took = summary["train_seconds"] if stored else time.monotonic() - began
         last = read_rows(inputs.storage, f"{folder}/{METRICS}")[-1]
-        self.figures["seconds"]["train"] = round(took, 2)
+        self.figures["seconds"]["train"] = summary["seconds"]
         self.figures |= {
             "policy": summary["policy"],
             "reference": (summary["reference"] or {}).get("identity"),

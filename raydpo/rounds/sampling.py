@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ from raydpo.answers.answering import Answering
 from raydpo.answers.draws import answer_rows, rows_of_block
 from raydpo.answers.engine import pick_engine, sampling
 from raydpo.answers.ray_engine import RayAnswering
+from raydpo.cluster.resources import resources_for
 from raydpo.reference.score import ReferenceSpec
 from raydpo.rounds.inputs import Inputs
 from raydpo.rounds.prompts import round_seed, slice_of
@@ -81,25 +81,27 @@ def answer(
 
     Returns:
         Rows of ``rundir.rounds.SAMPLE_SCHEMA`` for ``asked``, all answers of the first prompt first, its greedy answer last
-        of them; and the seconds that the workers took for ``following`` after that.
+        of them; and the seconds that the workers took for ``following``.
     """
     engine, line = pick_engine(inputs.config, spec)
     inputs.say_once(line)
     work = sampling(inputs.config, spec, engine, inputs.tokeniser.stop_ids, max(map(len, inputs.prompts["prompt_ids"])))
-    tables, blocks, times = [], [], {}
+    tables, blocks = [], []
     for each in (asked, following):
         if each is not None:
             tables += each.tables(inputs)
             blocks += [each.block] * (len(tables) - len(blocks))
 
-    def ready(place: int) -> None:
-        times[place] = time.monotonic()
+    ahead = 0.0
+
+    def spent(place: int, seconds: float) -> None:
+        nonlocal ahead
+        ahead += seconds if place >= own else 0.0
 
     own, doing = 1 + asked.greedy, "answering" if following is None else f"answering, also for round {number + 1}"
-    found = inputs.work(work, tables, doing, blocks, ready)
-    ahead = max(0.0, max(times.values()) - max(times[place] for place in range(own)))
+    found = inputs.work(work, tables, doing, blocks, spent)
     answers = [one for table in found[:own] for one in table["answer_ids"].to_pylist()]
-    return _samples(inputs, asked, answers, work, number), ahead
+    return _samples(inputs, asked, answers, work, number), ahead / resources_for("score", inputs.config).teams
 
 
 def _samples(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,9 @@ def show(place: str, number: int, console: Console, *, prompt: str | None = None
     asked = {row["prompt_id"]: row["prompt"] for row in _rows(storage, PROMPTS) or []}
     trained, measured = _trained(storage, folder), _by_prompt(_rows(storage, f"{folder}/{ROUND_HELD_OUT}") or [])
     if not trained and not measured:
-        raise ConfigError(f"round {number} in {storage} has no answers yet; run 'raydpo rounds' first")
+        there = [one for one in storage.list() if re.fullmatch("round-[0-9]+", one)]
+        told = f"the last round there is {int(max(there)[6:])}" if there else "run 'raydpo rounds' first"
+        raise ConfigError(f"round {number} in {storage} has no answers; {told}")
     chosen = _chosen([*trained, *(measured if prompt is not None or not trained else ())], prompt, count, number)
     paired = _rows(storage, f"{folder}/{ROUND_PAIRS}")
     # Replayed pairs are of other answers to the same prompts.

@@ -53,7 +53,7 @@ class Made:
         stage: name of the stage. number: number of its round.
         settings: values of the settings that decide the content, by their keys.
         inputs: digests of what the stage reads, by name, such as ``policy`` (an identity) and ``samples``.
-        seconds: how long the stage took. ahead: how long its workers sampled for the next round after that.
+        seconds: how long the stage took. ahead: how long its workers sampled for the next round beside that.
         failed: why its content is not final, None if it is. These three are not compared.
     """
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any
@@ -157,8 +158,8 @@ def train_round(config: Config, number: int, pairs: pa.Table, start: Start, cons
         start: result of ``start_of``.
 
     Returns:
-        The content of summary.json, with ``wanted``, the distinct completions of the pairs, and ``hits``, how many of them
-        the cache held before.
+        The content of summary.json, with ``wanted``, the distinct completions of the pairs, ``hits``, how many of them
+        the cache held before, and ``seconds`` of scoring and training, of all calls but those that were killed.
 
     Raises:
         FilesError: if the files of policy or reference are not those that earlier rounds recorded.
@@ -175,15 +176,20 @@ def train_round(config: Config, number: int, pairs: pa.Table, start: Start, cons
     prepared = Prepared.of(own, console, Tokenised(open_tokeniser(own), sets))
     _check_identities(config, prepared, start)
     prepared = replace(prepared, continued=_continued(config, number))
+    began = time.monotonic()
     summary = finished_summary(storage, prepared.fingerprint(), sets.train)
     counts = _count_hits(prepared, storage)
     if summary is None:
-        prepared = _scored(prepared, console)
         rate = counts["hits"] / counts["wanted"] if counts["wanted"] else None
-        train_prepared(prepared, console, rate)
+        try:
+            train_prepared(_scored(prepared, console), console, rate, followed=True)
+        finally:
+            counts["seconds"] = round(counts["seconds"] + time.monotonic() - began, 2)
+            storage.write(CACHE_HITS, json.dumps(counts, indent=2).encode())
         summary = _summary(config, number)
     _remove_checkpoints(config, number)
-    return summary | counts
+    took = counts["seconds"] or summary["train_seconds"]  # of a call that was killed right after it
+    return summary | {"wanted": counts["wanted"], "hits": counts["hits"], "seconds": took}
 
 
 def check_training(config: Config) -> None:
@@ -357,20 +363,20 @@ def _report(config: Config, number: int, pairs: pa.Table) -> DataReport:
     )
 
 
-def _count_hits(prepared: Prepared, storage: Storage) -> dict[str, int]:
-    """``wanted`` and ``hits`` of ``train_round``. They are stored before anything is scored, so that a repeated call does
-    not count what the first one scored."""
+def _count_hits(prepared: Prepared, storage: Storage) -> dict[str, Any]:
+    """``wanted``, ``hits`` and ``seconds`` of ``train_round``, and what they are of. They are stored before anything is
+    scored, so that a repeated call does not count what the first one scored."""
     cache = prepared.cache
     of = {"identity": cache.identity.digest, "pairs": prepared.pairs_digest()}
     if storage.exists(CACHE_HITS):
         stored = json.loads(storage.read(CACHE_HITS))
         if {name: stored.get(name) for name in of} == of:
-            return {name: stored[name] for name in ("wanted", "hits")}
-    counts = {"wanted": 0, "hits": 0}
+            return {"seconds": 0.0} | stored
+    counts = of | {"wanted": 0, "hits": 0, "seconds": 0.0}
     if prepared.config.needs_reference:
         wanted = Wanted(prepared.tables)
-        counts = {"wanted": len(wanted), "hits": int(cache.covers(wanted.keys, wanted.tokens).sum())}
-    storage.write(CACHE_HITS, json.dumps(of | counts, indent=2).encode())
+        counts |= {"wanted": len(wanted), "hits": int(cache.covers(wanted.keys, wanted.tokens).sum())}
+    storage.write(CACHE_HITS, json.dumps(counts, indent=2).encode())
     return counts
 
 

@@ -37,19 +37,29 @@ def sigterm_as_interrupt() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def interruptible(act: Callable[[], Any], on_first: Callable[[], object]) -> None:
+def _to_stderr(line: str) -> None:
+    print(f"\n{line}", file=sys.stderr, flush=True)
+
+
+def interruptible(act: Callable[[], Any], on_first: Callable[[], object], say: Callable[[str], object] = _to_stderr) -> bool:
     """Run ``act`` in a thread and handle signals in this one until it returns.
 
     The first SIGINT or SIGTERM calls ``on_first``, which must make ``act`` return. A further one, a second or more later,
     ends the process at once, with exit status 130. Only the main thread receives signals: in any other one ``act`` is just
     called.
 
+    Args:
+        say: called with a line when the first signal comes.
+
+    Returns:
+        Whether a signal came.
+
     Raises:
         BaseException: what ``act`` raised.
     """
     if threading.current_thread() is not threading.main_thread():
         act()
-        return
+        return False
     failures: list[BaseException] = []
     done = threading.Event()
 
@@ -70,11 +80,7 @@ def interruptible(act: Callable[[], Any], on_first: Callable[[], object]) -> Non
                 os._exit(EXIT_INTERRUPTED)
             return
         asked = time.monotonic()
-        print(
-            f"\n{signal.Signals(number).name}: stopping after this step, with a checkpoint; again to stop at once",
-            file=sys.stderr,
-            flush=True,
-        )
+        say(f"{signal.Signals(number).name}: stopping after this step, with a checkpoint; again to stop at once")
         on_first()
 
     thread = threading.Thread(target=run, name="raydpo-act", daemon=True)
@@ -88,3 +94,4 @@ def interruptible(act: Callable[[], Any], on_first: Callable[[], object]) -> Non
             signal.signal(number, handler)
     if failures:
         raise failures[0]
+    return asked is not None

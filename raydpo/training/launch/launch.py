@@ -31,11 +31,17 @@ RESIZE_SECONDS = 30.0
 """Seconds between checks for new machines, if the number of workers may vary."""
 
 
-def launch(payload: WorkerInput, resources: Resources, listener: Listener) -> dict[str, Any]:
+def launch(
+    payload: WorkerInput, resources: Resources, listener: Listener, say: Callable[[str], object]
+) -> tuple[dict[str, Any], bool]:
     """Train to the end on Ray, continuing from the newest checkpoint in the run directory if there is one.
 
+    Args:
+        say: called with a line when the user asks to stop.
+
     Returns:
-        The summary that rank 0 made: the fields of ``job.TrainSummary``.
+        The summary that rank 0 made: the fields of ``job.TrainSummary``; and whether the user asked to stop. The training
+        may be at its end all the same, if that was during the last step.
 
     Raises:
         RaydpoError: what the workers raised; everything up to the newest checkpoint is kept.
@@ -44,16 +50,18 @@ def launch(payload: WorkerInput, resources: Resources, listener: Listener) -> di
     run_dir = storage.root if storage.is_local else payload.run_dir
     payload = dataclasses.replace(payload, board=board, threads=resources.threads, run_dir=run_dir)
     trainer = _ray_trainer(_worker, {"payload": payload}, payload.job.train, resources, payload.run_dir)
-    return _fit(trainer, board, listener, payload.run_dir)
+    return _fit(trainer, board, listener, say, payload.run_dir)
 
 
-def _fit(trainer: Any, board: Any, listener: Listener, run_dir: str) -> dict[str, Any]:
-    """Run ``trainer`` to its end. Returns the summary that its workers gave to ``board``, or raises what they raised."""
+def _fit(
+    trainer: Any, board: Any, listener: Listener, say: Callable[[str], object], run_dir: str
+) -> tuple[dict[str, Any], bool]:
+    """Run ``trainer`` to its end. Returns as ``launch``, or raises what the workers raised."""
     import ray
 
     with listening(board, listener):
         try:
-            interruptible(trainer.fit, on_first=lambda: board.stop.remote())
+            asked = interruptible(trainer.fit, on_first=lambda: board.stop.remote(), say=say)
         except Exception as error:
             raise ray.get(board.error.remote()) or original_error(error, "training") from error
     error, summary = ray.get([board.error.remote(), board.summary.remote()])
@@ -61,7 +69,7 @@ def _fit(trainer: Any, board: Any, listener: Listener, run_dir: str) -> dict[str
         raise error
     if summary is None:
         raise RaydpoError(f"training ended without a result; see the logs in {Storage(run_dir)}/logs")
-    return summary
+    return summary, asked
 
 
 def _ray_trainer(
