@@ -13,7 +13,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -32,7 +32,8 @@ NEUTRAL = "rounds.count, rounds.stop, rounds.max_errors, workers, and the engine
 _PREFIX = b"raydpo."
 
 
-class Content(NamedTuple):
+@dataclass(frozen=True)
+class Content:
     """What a stage made.
 
     Attributes:

@@ -200,7 +200,8 @@ def test_ctrl_c_ends_the_processes_and_keeps_finished_blocks(place):
         "        time.sleep(600)\n"
         "    return [1.0] * len(kind)\n"
     )
-    code = (
+    code = (  # a process that a script starts in the background begins with SIGINT ignored
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         f"import sys; sys.path[:0] = [{str(Path(__file__).parent)!r}]; from answers import *; from pathlib import Path\n"
         "score(Path('.'), answers_of(['ok'] * 640 + ['hang'] * 64), {'use': 'slow:mine', 'timeout': 300})"
     )

@@ -205,7 +205,7 @@ def test_an_error_of_one_worker_ends_all_at_once(on_cluster, tmp_path, max_failu
         given = {"board": board, "train": train, "raised": str(tmp_path / "raised")}
         trainer = _ray_trainer(one_fails, given, train, Resources(2, 0.0, 1), str(tmp_path / "run"))
         with pytest.raises(TrainError, match="this worker alone cannot go on"):
-            _fit(trainer, board, lambda kind, content: None, str(tmp_path / "run"))
+            _fit(trainer, board, lambda kind, content: None, print, str(tmp_path / "run"))
     finally:
         ray.shutdown()
     assert time.time() - float((tmp_path / "raised").read_text()) < 60

@@ -272,12 +272,12 @@ def test_nothing_of_the_pairs_goes_through_the_object_store(tmp_path, tiny_llama
     prepared.cache.commit(wanted.keys.to_pylist(), [np.full(count, -1.0, np.float32) for count in wanted.tokens], {})
     seen = {}
 
-    def launch(payload, resources, listener):
+    def launch(payload, resources, listener, say):
         sent = pickle.dumps((payload.pairs, payload.held_out))
         seen["bytes"] = len(sent)
         assert "tokens.arrow" not in payload.pairs.sizes, "they are in the tokenised set of the cache"
         seen["pairs"], seen["held_out"] = (files.open() for files in pickle.loads(sent))
-        return {"interrupted": True, "steps": 0}
+        return {"interrupted": True, "steps": 0}, True
 
     monkeypatch.setattr(ray, "put", lambda value: pytest.fail("ray.put"))
     monkeypatch.setattr(pipeline, "resources_for", lambda *_: Resources(1, 0.0, 1))
