@@ -110,7 +110,8 @@ class Round:
         self._samples = self._table("sample", made, SAMPLE_SCHEMA, make)
         before = made_of(inputs.storage, f"{round_folder(number - 1)}/{FILES['measure']}")
         if before is not None:
-            self.figures["seconds"]["sample"] += before.ahead
+            seconds = self.figures["seconds"]
+            seconds["sample"] = round(seconds["sample"] + before.ahead, 2)
 
     def _score(self) -> None:
         if self._source != self.number:

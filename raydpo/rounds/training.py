@@ -188,7 +188,7 @@ def train_round(config: Config, number: int, pairs: pa.Table, start: Start, cons
             storage.write(CACHE_HITS, json.dumps(counts, indent=2).encode())
         summary = _summary(config, number)
     _remove_checkpoints(config, number)
-    took = counts["seconds"] or summary["train_seconds"]  # of a call that was killed right after it
+    took = counts["seconds"] or round(summary["train_seconds"], 2)  # of a call that was killed right after it
     return summary | {"wanted": counts["wanted"], "hits": counts["hits"], "seconds": took}
 
 
