@@ -117,6 +117,7 @@ def do_work(
             missing[of_part := stored_name(work.identity, part)] = part
             parts.setdefault(of_part, []).append((name, rows))
     if missing:
+        table_of = {name: place for place, each in reversed([*enumerate(names)]) for name in each}
         finished, total = 0, sum(one.num_rows for one in missing.values())
         progress(0, total)
         do: Callable[..., Any] = _in_threads if isinstance(resources, int) else _on_ray
@@ -136,8 +137,7 @@ def do_work(
                 finished += missing[name].num_rows
                 progress(finished, total)
                 if seconds is not None:
-                    whole = parts[name][0][0] if name in parts else name
-                    spent(next(place for place, each in enumerate(names) if whole in each), seconds)
+                    spent(table_of[parts[name][0][0] if name in parts else name], seconds)
     return [pa.concat_tables([done[name] for name in each]) for each in names]
 
 

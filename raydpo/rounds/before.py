@@ -67,14 +67,16 @@ def check_inputs(config: Config, console: Console) -> Inputs:
 def _check_prompts(inputs: Inputs) -> None:
     """Compare the prompts with the limits of the models and with the size of a round."""
     config, rounds, prompts = inputs.config, inputs.rounds, inputs.prompts
-    if not len(held_out_of(prompts, rounds)):
+    held_out = len(held_out_of(prompts, rounds))
+    if not held_out:
         raise ConfigError(
             "no prompt is held out, so nothing could be measured; raise rounds.held_out.fraction, or name a file in "
             "rounds.held_out.path"
         )
-    if (few := len(held_out_of(prompts, rounds))) < FEW:
+    if held_out < FEW:
         inputs.console.warn(
-            f"only {few} prompts are held out, so the measured success has a large error; raise rounds.held_out.fraction"
+            f"only {held_out} prompts are held out, so the measured success has a large error; raise "
+            "rounds.held_out.fraction"
         )
     longest, most = int(pc.max(pc.list_value_length(prompts["prompt_ids"])).as_py()), rounds.sample.max_tokens
     highest = int(pc.max(pc.list_flatten(prompts["prompt_ids"])).as_py())
