@@ -24,14 +24,15 @@ class Slow:
         watch.loading(2_100_000_000, 4_000_000_000)
         time.sleep(1)
         watch.loading(4_000_000_000, 4_000_000_000)
+        self.seconds = iter((0.1, 6))
 
     def __call__(self, block):
-        time.sleep(block["seconds"][0].as_py())
+        time.sleep(next(self.seconds))  # of this call: Ray Data may send the blocks in another order
         return pa.table({"process": [os.getpid()]})
 
 watch.QUIET_SECONDS = 1.0
 ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False, object_store_memory=1 << 27)
-blocks = [pa.table({"seconds": [seconds]}) for seconds in (0.1, 4.5)]
+blocks = [pa.table({"block": [block]}) for block in range(2)]
 lines = []
 rows = [row["process"] for row in over_actors(Slow, (), blocks, Resources(1, 0.0, 1), "scoring", tell=lines.append)]
 print(json.dumps([rows, lines, len(_internal_kv_list("watch/", namespace=b"raydpo"))]))
