@@ -278,16 +278,21 @@ def test_bad_input_names_key_value_and_fix(override, said, tree):
 
 
 @pytest.mark.parametrize(
-    ("reference", "told"),
+    ("setting", "told"),
     [
-        ("wrong", "'rounds.reference' is 'wrong', expected 'initial' or 'previous' or a section of keys: every"),
-        ("{every: 0}", "'rounds.reference.every' is 0, expected greater than or equal to 1"),
-        ("{}", "'rounds.reference.every' is missing"),
+        ("reference=wrong", "'rounds.reference' is 'wrong', expected 'initial' or 'previous' or a section of keys: every"),
+        ("reference={every: 0}", "'rounds.reference.every' is 0, expected greater than or equal to 1"),
+        ("reference={}", "'rounds.reference.every' is missing"),
+        (
+            "rewards=[{use: math, colum: answer}]",
+            "unknown key 'rounds.rewards.0.colum' (value 'answer'); did you mean 'rounds.rewards.0.column'?",
+        ),
+        ("rewards=[]", "'rounds.rewards' is empty; at least one entry is needed"),
     ],
 )
-def test_a_word_or_a_section_is_one_mistake(reference, told, tree):
+def test_one_mistake_is_one_line(setting, told, tree):
     with pytest.raises(ConfigError) as caught:
-        load_config(tree, ["rounds={prompts: x.jsonl, rewards: [{use: math}]}", f"rounds.reference={reference}"])
+        load_config(tree, ["rounds={prompts: x.jsonl, rewards: [{use: math}]}", f"rounds.{setting}"])
     assert str(caught.value) == told
 
 

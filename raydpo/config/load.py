@@ -307,12 +307,13 @@ def _keys(problem: ErrorDetails) -> list[str]:
 
 
 def _innermost(problems: Sequence[ErrorDetails]) -> list[ErrorDetails]:
-    """``problems`` without those of a value that was read further as a section: what is wrong is inside of it."""
+    """``problems`` without those of a value that was read further, as a section or list: what is wrong is inside of it.
+    pydantic takes a list whose entries are all wrong for an empty one."""
     found = [_keys(problem) for problem in problems]
     return [
         problem
         for problem, keys in zip(problems, found, strict=True)
-        if problem["type"] != "literal_error"
+        if problem["type"] not in {"literal_error", "too_short"}
         or not any(len(keys) < len(other) and keys == other[: len(keys)] for other in found)
     ]
 

@@ -78,6 +78,10 @@ def plan_run(
         rates = measured_rates(config, sample_pairs(config, sets.train), model, reference)
     else:
         rates = stated_rates(**_given(device=device, mfu_score=mfu_score, mfu_train=mfu_train))
+        if device is None:
+            on_cpus = config.score.gpus_per_worker == 0 and config.train.gpus_per_worker == 0
+            told = (_ON_CPUS,) if on_cpus else ()
+            rates = dataclasses.replace(rates, origin=f"{rates.origin}; --device names another", warnings=told)
     named = device or (DEVICE if memory is None else "device")
     if checked is not None and device is None and memory is None:
         named, memory = checked.name, checked.memory
@@ -103,6 +107,10 @@ def _checked(path: str, **others: object) -> CheckedDevice:
     return read_check(path)
 
 
+_ON_CPUS = (
+    "score.gpus_per_worker and train.gpus_per_worker are 0, so this configuration runs on CPUs, but the estimate is for "
+    "GPUs; --measure estimates for this machine"
+)
 DEVICE = "H100"
 """Device whose memory is assumed if none is named."""
 

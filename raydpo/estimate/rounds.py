@@ -76,6 +76,13 @@ class Sampler:
         """Whether the weights leave room for keys and values."""
         return self.memory * ROOM > self.weight_bytes
 
+    @property
+    def decoding(self) -> str:
+        """What decoding is assumed to take, as a sentence."""
+        if self.bandwidth is None:
+            return f"Decoding is assumed to reach {DECODING:.0%} of the scoring rate"
+        return f"Decoding is assumed to reach {BANDWIDTH_REACHED:.0%} of the memory bandwidth of the data sheet"
+
     def at_once(self, positions: float) -> int:
         """Number of answers generated at once if each has ``positions`` positions in the end."""
         room = self.memory * ROOM - self.weight_bytes
@@ -121,6 +128,7 @@ class RoundsPlan:
         prompts, answers: of one round. held_out, held_out_answers: of one measurement.
         answer_tokens: assumed mean length of an answer.
         engine: engine that samples. at_once: answers that a replica generates at once. fits: whether it holds the policy.
+        decoding: what decoding is assumed to take, as a sentence.
         one: the reference pass and the training of one round, on as many pairs as rounds.pairs and rounds.replay allow.
         sampling, rewards, measuring: of one round. Rewards are those of reward models; functions run on CPUs.
         requests: requests to judges, of one round with its measurement.
@@ -139,6 +147,7 @@ class RoundsPlan:
     engine: str
     at_once: int
     fits: bool
+    decoding: str
     one: Plan
     sampling: Stage
     rewards: Stage
@@ -281,6 +290,7 @@ def plan_rounds(
         engine=engine,
         at_once=sampler.at_once(float(of_round.mean()) + answer_tokens) if len(of_round) else 0,
         fits=sampler.fits,
+        decoding=sampler.decoding,
         one=one,
         sampling=sampling,
         rewards=rewards,

@@ -109,7 +109,7 @@ def print_rounds(plan: RoundsPlan, console: Console) -> None:
     console.say(f"sampling: {plan.engine}, {plan.at_once:,} answers at once on a replica")
     console.say(
         f"rate of a device: {one.rates.score / 1e12:.4g} TFLOP/s scoring, {one.rates.train / 1e12:.4g} training "
-        f"({one.rates.origin}). Decoding is bound by memory bandwidth, as in the data sheet"
+        f"({one.rates.origin}). {plan.decoding}"
     )
     for line in one.rates.warnings:
         console.say(f"warning: {line}")

@@ -191,6 +191,16 @@ def test_rates_out_of_range(settings, named):
         stated_rates(**settings)
 
 
+def test_a_device_that_nobody_named_is_told(data):
+    config, sets = data
+    assert plan_run(config, sets).rates.origin.endswith("; --device names another")
+    assert not plan_run(config, sets).rates.warnings
+    on_cpus = load_config(config.model_dump(), ["score.gpus_per_worker=0", "train.gpus_per_worker=0"])
+    assert "runs on CPUs" in plan_run(on_cpus, sets).rates.warnings[0]
+    named = plan_run(on_cpus, sets, device="L4").rates
+    assert "--device" not in named.origin and not named.warnings
+
+
 def test_mismatched_completions_are_planned_once(tmp_path, tiny_llama):
     file = tmp_path / "labels.jsonl"
     file.write_text("".join(json.dumps(record) + "\n" for record in labelled_records(12)))

@@ -140,6 +140,8 @@ def test_the_whole_estimate_of_a_small_model(tiny_llama):
     assert shorter.sampling.seconds < plan.sampling.seconds and shorter.one.score.flops < plan.one.score.flops
     h100 = estimate_rounds(config, PROMPTS, requests=0, device="H100", price=2.0)
     assert h100.sampling.seconds < plan.sampling.seconds  # its memory is faster
+    told = [estimate_rounds(config, PROMPTS, requests=0, **asked).decoding for asked in ({}, {"memory": 16.0})]
+    assert "60% of the memory bandwidth" in told[0] and "10% of the scoring rate" in told[1]
     with pytest.raises(ConfigError, match=r"--answer-tokens is 17; expected is a length from 1 to .* \(16\)"):
         estimate_rounds(config, PROMPTS, requests=0, answer_tokens=17)
     with pytest.raises(ConfigError, match="--runs has no effect on rounds"):
