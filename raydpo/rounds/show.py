@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Sequence
@@ -78,6 +79,8 @@ def show(place: str, number: int, console: Console, *, prompt: str | None = None
         told = _about_pairs(answers, pairs.get(key, ()), cut, margin) if key in trained and paired is not None else []
         held_out = "" if key in trained else ", held out"
         print_answers(console, f"prompt {key.hex()[:12]}{held_out}", asked.get(key), answers, told)
+    if why := _failed(storage):
+        console.say(f"the last command failed, so these may be answers and rewards of one before it: {why}")
     left = len(trained or measured) - len(chosen)
     if prompt is None and left > 0:
         console.say(f"{left:,} more prompts; --prompt ID shows one of them, -n more")
@@ -177,6 +180,14 @@ def _settings(storage: Storage) -> tuple[str, float]:
     except (OSError, ValueError, yaml.YAMLError) as error:
         why = one_line(error, 200)
     raise FilesError(f"{storage}/{CONFIG} cannot be read ({why}); run 'raydpo rounds' again, which writes it")
+
+
+def _failed(storage: Storage) -> str | None:
+    """Why the last command failed; None if it did not, or if rounds.json does not tell."""
+    with contextlib.suppress(ValueError, AttributeError):
+        state = json.loads(storage.read(LEDGER))
+        return state.get("why") if state.get("status") == "failed" else None
+    return None
 
 
 def _text(prompt: str | None) -> str:

@@ -1,6 +1,7 @@
 """``raydpo rounds show`` on files that are given: replayed pairs, and files that are missing or damaged."""
 
 import io
+import json
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -45,6 +46,14 @@ def test_a_replayed_pair_is_no_pair_of_these_answers(run):
     assert pq.read_table(run / "round-002/pairs.parquet")["pair_id"].to_pylist() == ["r002:1:2-0", "r001:1:0-1"]
     assert shown(run, 2).count("pair: ") == 1 and "pair: 2 over 0, whose rewards differ by 1" in shown(run, 2)
     assert "pair: 0 over 1, whose rewards differ by 1" in shown(run, 1)
+
+
+def test_a_command_that_failed_is_told(run):
+    assert "failed" not in shown(run, 1)
+    (run / "rounds.json").write_text(json.dumps({"status": "failed", "why": "function 'f' raised"}))
+    assert "the last command failed" in shown(run, 1) and "function 'f' raised" in shown(run, 1)
+    (run / "rounds.json").write_text("[")
+    assert "failed" not in shown(run, 1)
 
 
 def test_answers_are_shown_without_their_prompts(run):
