@@ -116,18 +116,10 @@ class Round:
     def _score(self) -> None:
         if self._source != self.number:
             first = Round(self.inputs, self.ledger, self._source)
-            first._sample()
-            first._score()
+            first._read_answers()
             self._samples, self._scores = first._samples, first._scores
         else:
-            digests = {"prompts": self.inputs.prompts_digest, "samples": content_digest(self._samples, _SAMPLED)}
-            made = Made(stage="score", number=self.number, settings=self.inputs.reward_settings, inputs=digests)
-            step = self.ledger.steps(self.number - 1)
-
-            def make() -> Content:
-                return score(self.inputs, self._samples, number=self.number, step=step)
-
-            self._scores = self._table("score", made, SCORE_SCHEMA, make)
+            self._own_scores()
         found = sampled_figures(self.inputs.prompts, self._samples, self._scores, self.inputs.rounds)
         self.figures |= found
         self.inputs.console.say(
@@ -135,18 +127,25 @@ class Round:
             f"{_share(found['success'])} right, {_share(found['mixed'])} of the prompts with different rewards"
         )
 
+    def _own_scores(self) -> None:
+        digests = {"prompts": self.inputs.prompts_digest, "samples": content_digest(self._samples, _SAMPLED)}
+        made = Made(stage="score", number=self.number, settings=self.inputs.reward_settings, inputs=digests)
+        step = self.ledger.steps(self.number - 1)
+
+        def make() -> Content:
+            return score(self.inputs, self._samples, number=self.number, step=step)
+
+        self._scores = self._table("score", made, SCORE_SCHEMA, make)
+
+    def _read_answers(self) -> None:
+        """Samples and scores of a round that is over, for a later one."""
+        self._sample()
+        self._own_scores()
+
     def _pair(self) -> Ended | None:
         inputs, rounds = self.inputs, self.inputs.rounds
-        digests = {
-            "policy": inputs.policy(self.number - 1).identity.digest,
-            "samples": content_digest(self._samples, _SAMPLED),
-            "scores": content_digest(self._scores, _SCORED),
-        }
-        earlier = [Round(inputs, self.ledger, number)._stored_pairs() for number in range(1, self.number) if rounds.replay]
-        digests |= {f"pairs of round {number}": content_digest(one, _PAIRED) for number, one in enumerate(earlier, 1)}
-        made = Made(stage="pair", number=self.number, settings=pair_settings(inputs), inputs=digests)
-        self._pairs = self._table("pair", made, ROUND_PAIR_SCHEMA, lambda: Content(self._make_pairs(earlier)))
-        self.figures |= {"policy": digests["policy"]} | pair_figures(self._pairs, self.number)
+        self._own_pairs(self._earlier_pairs() if rounds.replay else [])
+        self.figures |= {"policy": inputs.policy(self.number - 1).identity.digest} | pair_figures(self._pairs, self.number)
         if not self._pairs.num_rows:
             why, told = no_pairs(self._samples, self._scores, rounds)
             return Ended("stopped" if why == "right" else "failed", f"round {self.number}: {told}")
@@ -158,11 +157,26 @@ class Round:
         pairs = make_pairs(inputs.prompts, self._samples, self._scores, inputs.rounds, self.number)
         return with_replay(pairs, earlier, inputs.rounds, self.number, inputs.console) if len(pairs) else pairs
 
-    def _stored_pairs(self) -> pa.Table:
-        """The pairs of a round that is over."""
-        for name in ("sample", "score", "pair"):
-            self.stage(name)
-        return self._pairs
+    def _own_pairs(self, earlier: Sequence[pa.Table]) -> None:
+        """Make or read the pairs of this round, given those of all rounds before it, or none without replay."""
+        digests = {
+            "policy": self.inputs.policy(self.number - 1).identity.digest,
+            "samples": content_digest(self._samples, _SAMPLED),
+            "scores": content_digest(self._scores, _SCORED),
+        }
+        digests |= {f"pairs of round {number}": content_digest(one, _PAIRED) for number, one in enumerate(earlier, 1)}
+        made = Made(stage="pair", number=self.number, settings=pair_settings(self.inputs), inputs=digests)
+        self._pairs = self._table("pair", made, ROUND_PAIR_SCHEMA, lambda: Content(self._make_pairs(earlier)))
+
+    def _earlier_pairs(self) -> list[pa.Table]:
+        """The pairs of all rounds before this one, in order. Each is read once, though it depends on those before it."""
+        found: list[pa.Table] = []
+        for number in range(1, self.number):
+            one = Round(self.inputs, self.ledger, number)
+            one._read_answers()
+            one._own_pairs(found)
+            found.append(one._pairs)
+        return found
 
     def _train(self) -> None:
         inputs, folder = self.inputs, f"{round_folder(self.number)}/{TRAIN}"

@@ -1,0 +1,74 @@
+"""The stages of a round on answers that are given: what they read, and what they say. No Ray."""
+
+import io
+from types import SimpleNamespace
+
+import pytest
+from round_tables import STOP, answered, config, prompts
+
+from raydpo.rounds import round as stages
+from raydpo.rounds.ledger import Ledger
+from raydpo.rounds.pairing import final_rewards
+from raydpo.rounds.round import Round
+from raydpo.rounds.stage import Content
+from raydpo.terminal.console import Console
+
+TABLE = prompts(12, held_out=4)
+
+
+@pytest.fixture
+def begun(tmp_path, monkeypatch):
+    """Rounds whose policies and rewards are made up: in each round one of two answers to each prompt is right."""
+
+    def begin(**rounds):
+        stream, made = io.StringIO(), config(tmp_path / "prompts.jsonl", per_round=8, count=9, **rounds)
+        made = made.model_copy(update={"output": str(tmp_path)})
+        inputs = SimpleNamespace(
+            config=made,
+            console=Console(stream),
+            rounds=made.rounds,
+            storage=Ledger(made).storage,
+            tokeniser=SimpleNamespace(stop_ids=(STOP,)),
+            prompts=TABLE,
+            prompts_digest="ab" * 16,
+            reward_settings={},
+            policy=lambda number: SimpleNamespace(identity=SimpleNamespace(digest=f"{number:032x}")),
+        )
+
+        def of_round(number):
+            return answered(
+                TABLE, {row: [(1.0, [number, row, STOP]), (0.0, [number, 99, STOP])] for row in range(8)}, number
+            )
+
+        def score(inputs, samples, *, number, step):
+            return Content(final_rewards(samples, of_round(number)[1], made.rounds))
+
+        monkeypatch.setattr(stages, "answer", lambda *given, number: (of_round(number)[0], 0.0))
+        monkeypatch.setattr(stages, "score", score)
+        return inputs, stream
+
+    return begin
+
+
+def paired(inputs, number):
+    one = Round(inputs, Ledger(inputs.config), number)
+    for stage in ("sample", "score", "pair"):
+        assert one.stage(stage) is None
+    return one.figures
+
+
+def test_replay_reads_each_earlier_round_once(begun, monkeypatch):
+    inputs, stream = begun(replay=0.5)
+    for number in range(1, 8):
+        figures = paired(inputs, number)
+        assert (figures["pairs"], figures["replayed"]) == (8 if number == 1 else 16, 0 if number == 1 else 8)
+    read, table = [], stages.stage_table
+    monkeypatch.setattr(
+        stages,
+        "stage_table",
+        lambda storage, name, *given, **more: read.append(name) or table(storage, name, *given, **more),
+    )
+    stream.truncate(0)
+    paired(inputs, 8)
+    assert len(read) == len(set(read)) == 3 * 8
+    assert "round 8: 16 answers" in stream.getvalue() and "round 7:" not in stream.getvalue(), "each was told in its turn"
