@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +53,7 @@ def check_inputs(config: Config, console: Console) -> Inputs:
     inputs = Inputs(config, console, tokeniser, read_prompts(config, tokeniser, console))
     _check_prompts(inputs)
     console.begin("checking reward functions")
-    columns = {name for text in inputs.prompts["columns"].to_pylist() for name in json.loads(text)}
-    check_rewards(inputs.rounds.rewards, columns)
+    check_rewards(inputs.rounds.rewards, inputs.columns)
     console.begin("checking model files")
     check_models(config, "rounds", console)
     models = {path: resolve_model(path) for path in (config.model.path, config.reference_path)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -54,6 +55,11 @@ class Inputs:
     def prompts_digest(self) -> str:
         """Digest of the prompts and their columns."""
         return content_digest(self.prompts, ("prompt_id", "split", "prompt", "columns"))
+
+    @functools.cached_property
+    def columns(self) -> frozenset[str]:
+        """Names of the columns that reward functions get, of all prompts together."""
+        return frozenset(name for text in self.prompts["columns"].to_pylist() for name in json.loads(text))
 
     def policy(self, number: int) -> ReferenceSpec:
         """Find and identify the policy after round ``number``; 0 = the initial model.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pyarrow as pa
 
 from raydpo.rewards.apply import account, apply, too_many
@@ -26,9 +28,9 @@ def score(inputs: Inputs, samples: pa.Table, *, number: int, step: int, against:
         Rows of ``rundir.rounds.SCORE_SCHEMA`` in the order of ``samples``, after ``rounds.cut``; not final if a function
         failed on more answers than ``rounds.max_errors`` allows.
     """
-    answers = _answers(inputs.prompts, samples)
+    answers = _answers(inputs, samples)
     rewards = inputs.rounds.rewards
-    others = None if against is None else _answers(inputs.prompts, against)
+    others = None if against is None else _answers(inputs, against)
     scored = apply(rewards, answers, inputs.config, inputs.console, round=number, step=step, against=others)
     for line in account(rewards, scored, answers):
         inputs.console.say(line)
@@ -36,15 +38,17 @@ def score(inputs: Inputs, samples: pa.Table, *, number: int, step: int, against:
     return Content(final_rewards(samples, scored, inputs.rounds), failed)
 
 
-def _answers(prompts: pa.Table, samples: pa.Table) -> pa.Table:
-    """Rows of ``rewards.task.ANSWERS``: the answers, each with its prompt and the prompt's columns."""
-    asked = prompts.take(rows_of(prompts, samples["prompt_id"]))
+def _answers(inputs: Inputs, samples: pa.Table) -> pa.Table:
+    """Rows of ``rewards.task.ANSWERS``: the answers, each with its prompt and the prompt's columns. All have the columns of
+    all prompts: a function gets null, and no error, where the few prompts of a round lack a column that others have."""
+    asked = inputs.prompts.take(rows_of(inputs.prompts, samples["prompt_id"]))
+    none = dict.fromkeys(sorted(inputs.columns))
     columns = {
         "prompt_id": samples["prompt_id"],
         "sample": samples["sample"],
         "prompt": asked["prompt"],
         "completion": samples["answer"],
         "completion_ids": samples["answer_ids"],
-        "columns": asked["columns"],
+        "columns": [json.dumps(none | json.loads(given)) for given in asked["columns"].to_pylist()],
     }
     return pa.table({name: columns[name] for name in ANSWERS.names}, schema=ANSWERS)

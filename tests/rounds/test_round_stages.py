@@ -3,13 +3,16 @@
 import io
 from types import SimpleNamespace
 
+import pyarrow as pa
 import pytest
 from round_tables import STOP, answered, config, prompts
 
 from raydpo.rounds import round as stages
+from raydpo.rounds.inputs import Inputs
 from raydpo.rounds.ledger import Ledger
 from raydpo.rounds.pairing import final_rewards
 from raydpo.rounds.round import Round
+from raydpo.rounds.scoring import score
 from raydpo.rounds.stage import Content
 from raydpo.terminal.console import Console
 
@@ -72,3 +75,22 @@ def test_replay_reads_each_earlier_round_once(begun, monkeypatch):
     paired(inputs, 8)
     assert len(read) == len(set(read)) == 3 * 8
     assert "round 8: 16 answers" in stream.getvalue() and "round 7:" not in stream.getvalue(), "each was told in its turn"
+
+
+def of_two_tasks(tmp_path, sums):
+    """Prompts of which ``sums`` have a column ``answer``, and inputs with the reward ``math``, which reads it."""
+    texts = ['{"answer": "4"}' if place in sums else '{"kind": "poem"}' for place in range(len(TABLE))]
+    table = TABLE.set_column(TABLE.column_names.index("columns"), "columns", pa.array(texts))
+    stream, made = io.StringIO(), config(tmp_path / "prompts.jsonl", sample={"temperature": 0.5}, measure={"n": 2})
+    made = made.model_copy(update={"output": str(tmp_path)})
+    return Inputs(made, Console(stream), None, table), stream
+
+
+def test_a_round_without_the_prompts_of_a_task_has_no_rewards_of_it_and_no_errors(tmp_path):
+    inputs, _ = of_two_tasks(tmp_path, sums=[0])
+    samples, _ = answered(TABLE, {row: [(None, [4, STOP])] for row in (1, 2, 8)})
+    content = score(inputs, samples, number=1, step=0)
+    assert content.failed is None
+    assert content.table["error"].to_pylist() == content.table["reward"].to_pylist() == [None] * 3
+    samples, _ = answered(TABLE, {row: [(None, [4, STOP])] for row in (0, 1)})
+    assert score(inputs, samples, number=1, step=0).table["reward"].to_pylist() == [1.0, None]
