@@ -59,6 +59,11 @@ def measure(inputs: Inputs, number: int, *, step: int, ahead: bool) -> Content:
         # Among each other, the answers of one policy win half of their duels, however good they are.
         initial = stored_table(inputs.storage, f"{round_folder(0)}/{ROUND_HELD_OUT}")
     scored = score(inputs, samples, number=number, step=step, against=initial)
+    if scored.failed is None and scored.table["reward"].null_count == len(samples):
+        inputs.console.warn(
+            f"round {number}: no answer to a held-out prompt has a reward, so that none counts as a success: no reward "
+            "function applies to them; correct rounds.rewards, or the columns of the held-out prompts that they read"
+        )
     ratios = _log_ratios(inputs, number, samples)
     columns = {name: samples[name] for name in samples.column_names}
     columns |= {name: scored.table[name] for name in scored.table.column_names}

@@ -7,7 +7,9 @@ import pyarrow as pa
 import pytest
 from round_tables import STOP, answered, config, prompts
 
+from raydpo.rounds import measuring
 from raydpo.rounds import round as stages
+from raydpo.rounds.figures import held_out_figures
 from raydpo.rounds.inputs import Inputs
 from raydpo.rounds.ledger import Ledger
 from raydpo.rounds.pairing import final_rewards
@@ -94,3 +96,14 @@ def test_a_round_without_the_prompts_of_a_task_has_no_rewards_of_it_and_no_error
     assert content.table["error"].to_pylist() == content.table["reward"].to_pylist() == [None] * 3
     samples, _ = answered(TABLE, {row: [(None, [4, STOP])] for row in (0, 1)})
     assert score(inputs, samples, number=1, step=0).table["reward"].to_pylist() == [1.0, None]
+
+
+@pytest.mark.parametrize(("sums", "warned"), [([0, 1], True), ([0, 9], False)])
+def test_held_out_prompts_to_which_no_reward_applies_are_told(tmp_path, monkeypatch, sums, warned):
+    inputs, stream = of_two_tasks(tmp_path, sums)
+    samples, _ = answered(TABLE, {row: [(None, [4, STOP])] * 2 for row in range(8, 12)}, number=0)
+    monkeypatch.setattr(Inputs, "policy", lambda inputs, number: None)
+    monkeypatch.setattr(measuring, "answer", lambda *given, **more: (samples, 0.0))
+    content = measuring.measure(inputs, 0, step=0, ahead=False)
+    assert held_out_figures(content.table, inputs.rounds)["eval_success"] == (0.0 if warned else 0.25)
+    assert ("round 0: no answer to a held-out prompt has a reward" in stream.getvalue()) is warned
