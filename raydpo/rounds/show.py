@@ -52,7 +52,7 @@ def place_of(place: str) -> Storage:
 def show(place: str, number: int, console: Console, *, prompt: str | None = None, count: int = 5) -> None:
     """Print the answers of a round with their rewards, the pair that was made of them, and why.
 
-    Of round 0 they are those to held-out prompts, before the first round.
+    Of round 0 they are those to held-out prompts, before the first round. Offline rounds train on the answers of round 1.
 
     Args:
         place: directory of rounds, or the configuration.
@@ -63,15 +63,19 @@ def show(place: str, number: int, console: Console, *, prompt: str | None = None
         RaydpoError: if a file is damaged, or config.yaml is missing.
     """
     storage, folder = place_of(place), round_folder(number)
-    cut, margin = _settings(storage)
+    cut, margin, offline = _settings(storage)
     asked = {row["prompt_id"]: row["prompt"] for row in _rows(storage, PROMPTS) or []}
-    trained, measured = _trained(storage, folder), _by_prompt(_rows(storage, f"{folder}/{ROUND_HELD_OUT}") or [])
+    paired = _rows(storage, f"{folder}/{ROUND_PAIRS}")
+    again = offline and number > 1 and paired is not None
+    trained = _trained(storage, round_folder(1) if again else folder)
+    measured = _by_prompt(_rows(storage, f"{folder}/{ROUND_HELD_OUT}") or [])
     if not trained and not measured:
         there = [one for one in storage.list() if re.fullmatch("round-[0-9]+", one)]
         told = f"the last round there is {int(max(there)[6:])}" if there else "run 'raydpo rounds' first"
         raise ConfigError(f"round {number} in {storage} has no answers; {told}")
     chosen = _chosen([*trained, *(measured if prompt is not None or not trained else ())], prompt, count, number)
-    paired = _rows(storage, f"{folder}/{ROUND_PAIRS}")
+    if again:
+        console.say(f"round {number} trains on the answers of round 1 (rounds.offline)")
     # Replayed pairs are of other answers to the same prompts.
     pairs = _by_prompt([row for row in paired or [] if row["pair_id"].startswith(id_prefix(number))])
     for key in chosen:
@@ -101,7 +105,7 @@ def print_answers(
         ("answer", "reward", "parts", "ends by", "text"),
         [
             (
-                "greedy" if row["sample"] == GREEDY else str(row["sample"]),
+                _name(row["sample"]),
                 "unknown" if row["reward"] is None else f"{row['reward']:g}",
                 ", ".join(f"{name} {'-' if value is None else format(value, 'g')}" for name, value in row["parts"] or ()),
                 "length" if row["end"] == CUT else "itself",
@@ -112,9 +116,13 @@ def print_answers(
     )
     for row in answers:
         for line in (row["error"] or "").splitlines():
-            console.say(f"  answer {row['sample']}: {plain_text(line)}")
+            console.say(f"  answer {_name(row['sample'])}: {plain_text(line)}")
     for line in told:
         console.say(f"  {line}")
+
+
+def _name(sample: int) -> str:
+    return "greedy" if sample == GREEDY else str(sample)
 
 
 def _about_pairs(answers: Answers, pairs: Sequence[dict[str, Any]], cut: str, margin: float) -> list[str]:
@@ -169,12 +177,12 @@ def _rows(storage: Storage, name: str) -> Answers | None:
     return stored_table(storage, name).to_pylist() if storage.exists(name) else None
 
 
-def _settings(storage: Storage) -> tuple[str, float]:
-    """``rounds.cut`` and ``rounds.pairs.margin`` of stored rounds. The files that their configuration names need not be
-    here: they may lie on another machine, or below another working directory."""
+def _settings(storage: Storage) -> tuple[str, float, bool]:
+    """``rounds.cut``, ``rounds.pairs.margin`` and ``rounds.offline`` of stored rounds. The files that their configuration
+    names need not be here: they may lie on another machine, or below another working directory."""
     try:
         rounds = yaml.safe_load(storage.read(CONFIG))["rounds"]
-        return str(rounds["cut"]), float(rounds["pairs"]["margin"])
+        return str(rounds["cut"]), float(rounds["pairs"]["margin"]), bool(rounds["offline"])
     except (KeyError, TypeError) as error:
         why = f"it is no configuration of rounds: {one_line(error, 200)}"
     except (OSError, ValueError, yaml.YAMLError) as error:

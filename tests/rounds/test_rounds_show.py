@@ -8,9 +8,10 @@ import pyarrow.parquet as pq
 import pytest
 from round_tables import STOP, answered, config, prompts
 
-from raydpo.errors import RaydpoError
+from raydpo.errors import ConfigError, RaydpoError
 from raydpo.rounds.pairing import final_rewards, make_pairs
-from raydpo.rounds.show import show
+from raydpo.rounds.show import print_answers, show
+from raydpo.rundir.rounds import GREEDY
 from raydpo.storage.files import Storage
 from raydpo.terminal.console import Console
 
@@ -76,3 +77,23 @@ def test_a_missing_or_damaged_configuration_is_named(run, content):
         (run / "config.yaml").write_bytes(content)
     with pytest.raises(RaydpoError, match=r"config.yaml cannot be read .* run 'raydpo rounds' again"):
         shown(run, 1)
+
+
+def test_offline_rounds_show_the_answers_of_the_first_one(run):
+    (run / "config.yaml").write_text((run / "config.yaml").read_text().replace("offline: false", "offline: true"))
+    for name in ("samples", "scores"):
+        (run / f"round-002/{name}.parquet").unlink()
+    table = pq.read_table(run / "round-001/pairs.parquet")
+    ids = pa.array([one.replace("r001", "r002") for one in table["pair_id"].to_pylist()])
+    pq.write_table(table.set_column(0, "pair_id", ids), run / "round-002/pairs.parquet")
+    assert "trains on the answers of round 1" in shown(run, 2) and "trains on" not in shown(run, 1)
+    assert shown(run, 2).splitlines()[1:] == shown(run, 1).splitlines()
+    with pytest.raises(ConfigError, match=r"round 3 in .* has no answers; the last round there is 2"):
+        shown(run, 3)
+
+
+def test_a_failure_on_a_greedy_answer_is_told_as_such():
+    stream = io.StringIO()
+    row = {"sample": GREEDY, "reward": None, "parts": None, "error": "f: ValueError: odd", "end": "stop", "answer": "5"}
+    print_answers(Console(stream), "prompt", None, [row], ())
+    assert "answer greedy: f: ValueError: odd" in stream.getvalue()
