@@ -33,7 +33,7 @@ ROUND_PAIR_SCHEMA = pa.schema(
     ]
 )
 """Columns of the pairs of a round. ``pair_id`` is ``r001:ROW:GOOD-BAD`` with round, row of the prompt's record, and samples;
-``r001:SOURCE:ROW:GOOD-BAD`` if there are several sources."""
+``r001:SOURCE:ROW:GOOD-BAD`` if there are several sources, besides a file of held-out prompts."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def make_pairs(prompts: pa.Table, samples: pa.Table, scores: pa.Table, rounds: R
     """
     places = _places(prompts, samples, number)
     answers = _by_prompt(samples, scores, rounds)
-    several = len(pc.unique(prompts["source"])) > 1
+    several = len(pc.unique(prompts["source"].filter(pc.equal(prompts["split"], TRAIN)))) > 1
     used = prompts.take(pa.array([places[key] for key in answers], pa.int64()))
     order = np.lexsort((used["row"].to_numpy(), np.array(used["source"].to_pylist(), str))) if answers else []
     keys = list(answers)

@@ -222,6 +222,11 @@ def test_ids_name_the_source_where_there_are_several():
     samples, scored = answered(table, {0: rewarded(1, 0), 3: rewarded(0, 1)})
     found = make_pairs(table, samples, final_rewards(samples, scored, settings()), settings(), 12)
     assert sorted(found["pair_id"].to_pylist()) == ["r012:other:4:1-0", "r012:prompts:1:0-1"]
+    held_out = prompts(4, held_out=4, source="held-out").slice(2)
+    samples, scored = answered(table, {0: rewarded(1, 0)})
+    scores = final_rewards(samples, scored, settings())
+    found = make_pairs(pa.concat_tables([prompts(2), held_out]), samples, scores, settings(), 12)
+    assert found["pair_id"].to_pylist() == ["r012:1:0-1"], "held-out prompts are in no pair"
 
 
 def test_answers_to_held_out_prompts_are_refused():
