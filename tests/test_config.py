@@ -284,6 +284,11 @@ def test_bad_input_names_key_value_and_fix(override, said, tree):
         ("reference={every: 0}", "'rounds.reference.every' is 0, expected greater than or equal to 1"),
         ("reference={}", "'rounds.reference.every' is missing"),
         (
+            "pairs={choose: all}",
+            "'rounds.pairs': choose all makes at most per_prompt pairs of a prompt, and per_prompt is not set, so 1 as with "
+            "best_worst; set it, for example to 4",
+        ),
+        (
             "rewards=[{use: math, colum: answer}]",
             "unknown key 'rounds.rewards.0.colum' (value 'answer'); did you mean 'rounds.rewards.0.column'?",
         ),

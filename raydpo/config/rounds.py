@@ -51,7 +51,8 @@ class HeldOutConfig(Section):
     fraction: Float | None = Field(default=None, gt=0, lt=1)
     """Share of the prompts. A hash of each prompt decides."""
     path: PathOrUri | None = None
-    """A file of held-out prompts (anything a source can be)."""
+    """A file of held-out prompts (anything a source can be). The columns map of rounds.prompts applies to it, too, if all
+    sources have the same."""
 
     @model_validator(mode="after")
     def _check(self) -> HeldOutConfig:
@@ -106,7 +107,7 @@ class PairingConfig(Section):
 
     choose: Literal["best_worst", "all"] = "best_worst"
     """best_worst = one pair of the best and the worst answer; all = disjoint pairs of a better and a worse answer, the best
-    with the worst first, at most per_prompt."""
+    with the worst first, at most per_prompt, which must then be set."""
     margin: Float = Field(default=0.0, ge=0)
     """The rewards of a pair differ by more than this. Ties are never pairs."""
     per_prompt: Int = Field(default=1, ge=1)
@@ -118,6 +119,11 @@ class PairingConfig(Section):
             raise ValueError(
                 f"per_prompt {self.per_prompt} contradicts choose best_worst, which makes one pair of a prompt; set "
                 "choose to all"
+            )
+        if self.choose == "all" and "per_prompt" not in self.model_fields_set:
+            raise ValueError(
+                "choose all makes at most per_prompt pairs of a prompt, and per_prompt is not set, so 1 as with best_worst; "
+                "set it, for example to 4"
             )
         return self
 
