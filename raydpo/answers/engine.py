@@ -47,7 +47,7 @@ def pick_engine(config: Config, spec: ReferenceSpec) -> tuple[Engine, str]:
     if sample.engine == "ray":
         check_ray_llm(SECTION)
     if sample.engine in ("vllm", "ray"):
-        check_servable(spec.quantization, spec.identity.rope_length, _adapter(spec), SECTION)
+        check_servable(spec.quantization, spec.identity.rope_length, _adapter(spec), SECTION, sample.engine)
     if sample.engine == "vllm" and (found := workers_without_vllm(config, python)) is not None:
         raise ConfigError(
             f"{SECTION}.engine is vllm, but {found}; make an environment with vLLM on each node that scores and set "

@@ -89,7 +89,7 @@ class RayAnswering:
         check_ray_llm(self.section)
         replicas = self._replicas(resources)
         adapter = None if self.spec.adapter is None else adapter_files(self.spec.adapter).config
-        check_servable(self.spec.quantization, self.spec.identity.rope_length, adapter, self.section)
+        check_servable(self.spec.quantization, self.spec.identity.rope_length, adapter, self.section, self.engine)
         context = ray.data.DataContext.get_current().copy()
         context.enable_progress_bars = False
         context.print_on_execution_start = False

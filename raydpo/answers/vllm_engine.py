@@ -42,7 +42,11 @@ RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
 def check_servable(
-    quantization: str | None, rope_length: int | None, adapter: Mapping[str, Any] | None, section: str = "evaluate"
+    quantization: str | None,
+    rope_length: int | None,
+    adapter: Mapping[str, Any] | None,
+    section: str = "evaluate",
+    engine: str = "vllm",
 ) -> None:
     """Refuse a model that vLLM would not compute as raydpo does.
 
@@ -50,6 +54,7 @@ def check_servable(
         quantization: as in ``ReferenceSpec``. rope_length: as in its identity. adapter: content of
             adapter_config.json.
         section: section of the configuration with ``engine``, for messages.
+        engine: engine that is set there, vllm or ray.
 
     Raises:
         ConfigError: if the model is quantized by bitsandbytes, its rotary frequencies depend on data.max_length, or vLLM
@@ -62,7 +67,7 @@ def check_servable(
     if quantization is None and rope_length is None:  # then it is the adapter
         merged = "evaluate final/merged" if section == "evaluate" else "begin with a model that the adapter is merged into"
         fix = f"{merged} (train.merge_adapter=true), or "
-    raise ConfigError(f"{section}.engine vllm {why}; {fix}set {section}.engine=transformers")
+    raise ConfigError(f"{section}.engine {engine} {why}; {fix}set {section}.engine=transformers")
 
 
 def unservable(quantization: str | None, rope_length: int | None, adapter: Mapping[str, Any] | None) -> str | None:

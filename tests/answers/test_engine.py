@@ -8,6 +8,7 @@ from test_vllm import STAND_IN
 from test_vllm_ends import make_python
 from tiny import make_model
 
+from raydpo.answers import engine as engine_module
 from raydpo.answers.answering import Answering
 from raydpo.answers.engine import pick_engine, sampling
 from raydpo.config import load_config
@@ -75,3 +76,15 @@ def test_auto_takes_vllm_where_it_is_and_serves_the_model(ray_with_gpu, tmp_path
     work = sampling(config(vllm_python=python, max_tokens=7), spec(), "vllm", [2, 7], 5)
     assert isinstance(work, Answering)
     assert (work.positions, work.stop, work.section, work.python) == (12, (2, 7), "rounds.sample", python)
+
+
+def test_a_model_that_ray_data_llm_does_not_serve_is_refused_by_the_name_of_the_engine(tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.setattr(engine_module, "check_ray_llm", lambda section: None)
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n')
+    rewards = [{"use": "regex", "pattern": "a"}]
+    rounds = {"prompts": str(tmp_path / "prompts.jsonl"), "rewards": rewards, "sample": {"engine": "ray"}}
+    config = load_config({"output": str(tmp_path), "model": {"path": str(tiny_llama), "dtype": "float32"}, "rounds": rounds})
+    identity = identify(tiny_llama, "float32", None)
+    spec = ReferenceSpec(path=str(tiny_llama), adapter=None, identity=identity, quantization="4bit")
+    with pytest.raises(ConfigError, match=r"^rounds\.sample\.engine ray cannot quantize"):
+        pick_engine(config, spec)
