@@ -81,7 +81,7 @@ def answer(
 
     Returns:
         Rows of ``rundir.rounds.SAMPLE_SCHEMA`` for ``asked``, all answers of the first prompt first, its greedy answer last
-        of them; and the seconds that the workers took for ``following``.
+        of them; and the seconds that the workers took for ``following``, 0 with engine ray, which does not tell them.
     """
     engine, line = pick_engine(inputs.config, spec)
     inputs.say_once(line)
@@ -101,7 +101,8 @@ def answer(
     own, doing = 1 + asked.greedy, "answering" if following is None else f"answering, also for round {number + 1}"
     found = inputs.work(work, tables, doing, blocks, spent)
     answers = [one for table in found[:own] for one in table["answer_ids"].to_pylist()]
-    return _samples(inputs, asked, answers, work, number), ahead / resources_for("score", inputs.config).teams
+    # Each worker answers alone, also where score.sequence_parallel or score.partition make teams of those that score.
+    return _samples(inputs, asked, answers, work, number), ahead / resources_for("score", inputs.config).workers
 
 
 def _samples(

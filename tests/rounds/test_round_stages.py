@@ -3,11 +3,13 @@
 import io
 from types import SimpleNamespace
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from round_tables import STOP, answered, config, prompts
 
-from raydpo.rounds import measuring
+from raydpo.cluster.resources import Resources
+from raydpo.rounds import measuring, sampling
 from raydpo.rounds import round as stages
 from raydpo.rounds.figures import held_out_figures
 from raydpo.rounds.inputs import Inputs
@@ -107,3 +109,24 @@ def test_held_out_prompts_to_which_no_reward_applies_are_told(tmp_path, monkeypa
     content = measuring.measure(inputs, 0, step=0, ahead=False)
     assert held_out_figures(content.table, inputs.rounds)["eval_success"] == (0.0 if warned else 0.25)
     assert ("round 0: no answer to a held-out prompt has a reward" in stream.getvalue()) is warned
+
+
+def test_each_worker_of_a_team_samples_ahead_by_itself(tmp_path, monkeypatch):
+    """Four workers that score in teams of four take 40 seconds of work in 10."""
+    inputs, _ = of_two_tasks(tmp_path, sums=[0])
+    asked = sampling.Asked(np.arange(2), 1, 7)
+
+    def work(self, task, tables, doing, blocks, spent):
+        spent(0, 99.0)
+        for _ in range(4):
+            spent(1, 10.0)
+        return [pa.table({"answer_ids": [[5, STOP]] * len(one)}) for one in tables]
+
+    monkeypatch.setattr(Inputs, "work", work)
+    monkeypatch.setattr(sampling, "pick_engine", lambda *given: ("transformers", "engine"))
+    monkeypatch.setattr(sampling, "sampling", lambda *given: SimpleNamespace(stop=[STOP], engine="transformers"))
+    monkeypatch.setattr(sampling, "resources_for", lambda *given: Resources(4, 0, 1, sequence=4))
+    tokenizer = SimpleNamespace(batch_decode=lambda ids, skip_special_tokens: [str(one) for one in ids])
+    inputs = Inputs(inputs.config, inputs.console, SimpleNamespace(stop_ids=[STOP], tokenizer=tokenizer), TABLE)
+    samples, ahead = sampling.answer(inputs, None, asked, number=0, following=asked)
+    assert samples["answer"].to_pylist() == ["[5]", "[5]"] and ahead == 10.0
