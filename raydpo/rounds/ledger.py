@@ -154,6 +154,8 @@ class Ledger:
     def _entry(self, number: int) -> dict[str, Any]:
         folder = round_folder(number)
         stages = STAGES if number else ("measure",)
+        if number > 1 and self.config.rounds is not None and self.config.rounds.offline:
+            stages = STAGES[STAGES.index("pair") :]  # it trains on the samples of round 1
         return {
             "round": number,
             "folder": folder,

@@ -10,7 +10,7 @@ import pytest
 
 import raydpo
 from raydpo.config import load_config
-from raydpo.config.rounds import StopConfig
+from raydpo.config.rounds import STAGES, StopConfig
 from raydpo.errors import ConfigError, RaydpoError
 from raydpo.rounds.goal import Goal, enough, few_mixed, goes_on
 from raydpo.rounds.ledger import Ledger
@@ -189,6 +189,13 @@ def test_the_ledger_is_what_the_files_say(config):
     again.storage.write("round-001/round.json", b"{")
     with pytest.raises(RaydpoError, match=r"round-001/round.json is damaged"):
         Ledger(config)
+
+
+def test_offline_rounds_have_no_stages_that_are_never_done(config):
+    offline = config.model_copy(update={"rounds": config.rounds.model_copy(update={"offline": True})})
+    stages = [list(one["stages"]) for one in Ledger(offline).to_dict()["rounds"]]
+    assert stages[:3] == [["measure"], list(STAGES), ["pair", "train", "measure"]]
+    assert list(Ledger(config).to_dict()["rounds"][2]["stages"]) == list(STAGES)
 
 
 def test_the_function_is_what_the_package_gives():
