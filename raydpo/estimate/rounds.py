@@ -183,7 +183,7 @@ class RoundsPlan:
                 "scores none again unless rounds.reference moves it"
             )
         if self.requests:
-            lines.append(f"judges: {self.requests:,} requests a round")
+            lines.append(f"judges: {self.requests:,} requests {'in the first' if self.offline else 'a'} round")
         if self.lost > MUCH_LOST:
             lines.append(
                 f"starts take {self.lost:.0%} of a round ({self.starts:,.0f} s assumed): raise train.steps or "

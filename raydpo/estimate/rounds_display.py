@@ -38,7 +38,7 @@ def estimate_rounds(
         asked: the arguments of ``display.plan_run``.
 
     Raises:
-        ConfigError: if an argument is out of range or a device is unknown.
+        ConfigError: if an argument is out of range, a device is unknown, or there are too few for a replica.
     """
     rounds = config.rounds
     assert rounds is not None
@@ -52,6 +52,11 @@ def estimate_rounds(
         )
     first = made_pairs(config, prompts.train[: rounds.per_round], max(1, round(tokens)))
     one = dataclasses.replace(plan_run(config, first.sets, first=first, **asked), tokenising=None, first=None)
+    if rounds.sample.tensor_parallel > one.score_workers:
+        raise ConfigError(
+            f"rounds.sample.tensor_parallel {rounds.sample.tensor_parallel} needs as many GPUs, but {one.score_workers} "
+            "score; raise score.workers, or --workers"
+        )
     engine = _engine(rounds, config)
     models = [resolve_model(each.reward_model) for each in rounds.rewards if each.reward_model is not None]
     return plan_rounds(

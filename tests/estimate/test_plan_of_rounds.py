@@ -108,6 +108,7 @@ def test_offline_rounds_sample_once(reference, tiny_llama):
         saved += plan.one.score.seconds + STARTS["scorer"]
     assert later == pytest.approx(4 * (plan.a_round.seconds - saved))
     assert any("rounds.offline" in line for line in plan.lines())
+    assert "judges: 9 requests in the first round" in dataclasses.replace(plan, requests=9).lines()
 
 
 def test_no_drift_is_scored_where_it_is_not_measured(tiny_llama):
@@ -146,3 +147,7 @@ def test_the_whole_estimate_of_a_small_model(tiny_llama):
         estimate_rounds(config, PROMPTS, requests=0, answer_tokens=17)
     with pytest.raises(ConfigError, match="--runs has no effect on rounds"):
         estimate_rounds(config, PROMPTS, requests=0, runs=2)
+    wide = configured(tiny_llama, sample={"n": 4, "max_tokens": 16, "engine": "ray", "tensor_parallel": 4})
+    with pytest.raises(ConfigError, match=r"tensor_parallel 4 needs as many GPUs, but 1 score; raise score.workers"):
+        estimate_rounds(wide, PROMPTS, requests=0)
+    assert estimate_rounds(wide, PROMPTS, requests=0, workers=4).sampling.gpu_hours > 0
