@@ -8,6 +8,7 @@ from typing import Any
 import pyarrow.compute as pc
 
 from raydpo.config import Config
+from raydpo.config.rounds import RoundsConfig
 from raydpo.errors import ConfigError, FilesError
 from raydpo.model.limits import tokenizer_warnings
 from raydpo.pipeline.checks import check, check_models
@@ -73,8 +74,7 @@ def _check_prompts(inputs: Inputs) -> None:
         )
     if held_out < FEW:
         inputs.console.warn(
-            f"only {held_out} prompts are held out, so the measured success has a large error; raise "
-            "rounds.held_out.fraction"
+            f"only {held_out} held-out prompts are measured, so the success has a large error; {_more_held_out(rounds)}"
         )
     longest, most = int(pc.max(pc.list_value_length(prompts["prompt_ids"])).as_py()), rounds.sample.max_tokens
     highest = int(pc.max(pc.list_flatten(prompts["prompt_ids"])).as_py())
@@ -91,10 +91,21 @@ def _check_prompts(inputs: Inputs) -> None:
             )
     of_round = len(slice_of(prompts, rounds, 1))
     if of_round < rounds.per_round:
-        inputs.console.say(
-            f"rounds.per_round is {rounds.per_round:,}, but there are {of_round:,} prompts to train on: each round samples "
-            "all of them, with new random numbers"
+        told = (
+            "the first round samples all of them"
+            if rounds.offline
+            else "each round samples all of them, with new random numbers"
         )
+        inputs.console.say(
+            f"rounds.per_round is {rounds.per_round:,}, but there are {of_round:,} prompts to train on: {told}"
+        )
+
+
+def _more_held_out(rounds: RoundsConfig) -> str:
+    """What to change for more held-out prompts."""
+    if rounds.measure.prompts < FEW:
+        return "raise rounds.measure.prompts"
+    return "raise rounds.held_out.fraction" if rounds.held_out.path is None else "add prompts to rounds.held_out.path"
 
 
 def prompts_made(inputs: Inputs) -> Made:

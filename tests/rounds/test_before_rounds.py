@@ -1,6 +1,7 @@
 """What is refused before Ray is started, given the files of earlier commands."""
 
 import io
+import re
 
 import pytest
 from small import small_rounds
@@ -114,3 +115,21 @@ def test_a_seed_that_no_generator_takes_is_refused(key, file):
     for seed in (2**63, 10**30):
         with pytest.raises(ConfigError, match=rf"'{key}' is {seed}, expected less than {2**63}"):
             load_config(file, [f"{key}={seed}"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        (["rounds.held_out=0.06"], "only [1-4] held-out prompts are measured, .* raise rounds.held_out.fraction"),
+        (["rounds.held_out={path: few.jsonl}"], "only 2 held-out prompts .* add prompts to rounds.held_out.path"),
+        (["rounds.measure.prompts=2"], "only 2 held-out prompts are measured, .* raise rounds.measure.prompts"),
+        (["rounds.per_round=99"], "but there are [0-9]+ prompts to train on: each round samples all of them, with new"),
+        (["rounds.per_round=99", "rounds.offline=true"], "prompts to train on: the first round samples all of them$"),
+    ],
+)
+def test_what_is_told_of_few_prompts_fits_the_settings(settings, told, file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "few.jsonl").write_text('{"prompt": "one:", "number": 1}\n{"prompt": "two:", "number": 2}\n')
+    stream = io.StringIO()
+    check_inputs(load_config(file, settings), Console(stream))
+    assert re.search(told, stream.getvalue(), re.MULTILINE), stream.getvalue()
