@@ -87,7 +87,7 @@ def do_work(
 
     Args:
         work: what the actors do.
-        tables: tables with equal columns and at least one row each; each is cut into blocks.
+        tables: tables with at least one row each; each is cut into blocks.
         storage: storage of the cache.
         resources: workers and devices of the actors; a number = that many threads of this process do the work, without Ray.
         block: number of rows that are computed and stored together, of all tables or of each.

@@ -28,7 +28,7 @@ __all__ = ["Inputs"]
 
 @dataclass(frozen=True)
 class Inputs:
-    """The inputs of all rounds, within a Ray session.
+    """The inputs of all rounds. Only ``work`` needs a Ray session.
 
     Attributes:
         prompts: all prompts, rows of ``rundir.rounds.PROMPT_SCHEMA``.
