@@ -45,6 +45,12 @@ def check_inputs(config: Config, console: Console) -> Inputs:
     console.begin("checks")
     check(config, "rounds", console)
     check_reference(config)
+    assert config.rounds is not None
+    if (devices := config.rounds.sample.tensor_parallel) > config.score.workers:
+        raise ConfigError(
+            f"rounds.sample.tensor_parallel {devices} needs as many GPUs, but score.workers is {config.score.workers}; "
+            "raise score.workers"
+        )
     storage = Storage(config.run_dir)
     for file, what in ((RUN, "a single run"), (SWEEP, "a sweep")):
         if storage.exists(file):

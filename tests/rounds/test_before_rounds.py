@@ -117,6 +117,11 @@ def test_a_seed_that_no_generator_takes_is_refused(key, file):
             load_config(file, [f"{key}={seed}"])
 
 
+def test_replicas_of_more_gpus_than_workers_are_refused(file):
+    with pytest.raises(ConfigError, match=r"tensor_parallel 4 needs as many GPUs, but score.workers is 2; raise"):
+        inputs_of(file, "rounds.sample.engine=ray", "rounds.sample.tensor_parallel=4", "score.workers=2")
+
+
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
