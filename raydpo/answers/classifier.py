@@ -54,6 +54,8 @@ class Classifier:
     def _forward(self, rows: Sequence[Sequence[int]]) -> np.ndarray:
         device = self._model.device
         if len(rows) == 1:
+            if not self._has_padding:
+                self._settings.pad_token_id = None  # that of a batch before may end this sequence
             logits = self._model(input_ids=torch.tensor([list(rows[0])], device=device)).logits
             return logits[:, 0].float().double().cpu().numpy()
         longest, padding = max(map(len, rows)), self._padding(rows)

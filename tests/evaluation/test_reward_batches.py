@@ -95,6 +95,14 @@ def test_a_model_without_padding_is_scored_at_its_last_token_whatever_that_is():
     np.testing.assert_allclose(scorer.scores(sequences), expected, atol=2e-5 * np.abs(expected).max())
 
 
+def test_a_sequence_alone_is_not_read_with_the_padding_of_a_batch_before():
+    """Id 0 is "!" in the vocabularies of GPT-2, Llama 3 and Qwen: many answers end with it."""
+    model = made("gpt2")
+    (expected,), scorer = singly(model, [[7, 8, 9, 0]]), Classifier(model, PROBES)
+    scorer.scores([[5, 6], [7, 8]])
+    assert scorer.scores([[7, 8, 9, 0]]) == pytest.approx([expected], rel=1e-5)
+
+
 def test_a_text_that_ends_with_the_padding_token_keeps_its_score():
     """Many reward models pad with the token that ends every answer."""
     model = made("llama")
