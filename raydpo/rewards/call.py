@@ -207,7 +207,8 @@ def _told(error: BaseException) -> str:
         message = one_line(error, MOST_TEXT)
     except Exception:
         message = ""
-    return f"{type(error).__name__}: {message or 'no message'}"
+    text = f"{type(error).__name__}: {message or 'no message'}"
+    return text.encode("utf-8", "backslashreplace").decode()  # half a surrogate pair cannot be stored
 
 
 # -- messages -------------------------------------------------------------------------------------------------------------

@@ -17,12 +17,13 @@ from raydpo.rewards.apply import apply
 from raydpo.rewards.task import ANSWERS
 from raydpo.terminal.console import Console
 
-MISBEHAVING = """
+MISBEHAVING = r"""
 import asyncio, os, signal, subprocess, sys, time
 from pathlib import Path
 
 def value(kind):
     if kind == "raise": return 1 / 0
+    if kind == "surrogate": raise OSError("no file \udcff")
     if kind == "exit": os._exit(3)
     if kind == "quit": sys.exit("no more")
     if kind == "segfault": os.kill(os.getpid(), signal.SIGSEGV)

@@ -32,6 +32,7 @@ def place(tmp_path, monkeypatch) -> Path:
     ("kind", "error"),
     [
         ("raise", "ZeroDivisionError: division by zero"),
+        ("surrogate", r"OSError: no file \udcff"),
         ("exit", "ChildProcessError: the process ended with exit status 3"),
         ("quit", "SystemExit: no more"),
         ("segfault", "ChildProcessError: the process was ended by signal SIGSEGV"),
