@@ -87,6 +87,9 @@ class RewardConfig(Section):
         for option, readers in _OPTIONS.items():
             if kind not in readers:
                 self.refuse_idle([option], f"on {self.use or kind}; drop it, or use {' or '.join(readers)}")
+        if self.use is None:
+            fix = "set judge.timeout, the seconds of a reply" if self.judge is not None else "drop it"
+            self.refuse_idle(["timeout"], f"on {given[0]}; {fix}")
         if self.judge is not None and self.scale == "score":
             self.refuse_idle(["opponents"], "on scale score, which asks about each answer alone; drop it")
         if self.use == "regex" and self.pattern is None:

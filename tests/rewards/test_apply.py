@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import json
 import os
+import re
 import time
 from pathlib import Path
 
@@ -130,6 +131,23 @@ def test_every_answer_has_the_same_columns(place):
     rows, _ = score(place, answers.cast(ANSWERS), {"use": "gold:f"})
     assert {row: one["reward"] for row, one in enumerate(rows) if one["reward"]} == {100: 2.0, 101: 3.0}
     assert not any(one["error"] for one in rows)
+
+
+@pytest.mark.parametrize(
+    ("reward", "said"),
+    [
+        (
+            {"judge": {"url": "http://h/v1", "model": "m"}, "timeout": 9},
+            "timeout 9.0 has no effect on judge; set judge.timeout",
+        ),
+        ({"reward_model": "m", "timeout": 9}, "timeout 9.0 has no effect on reward_model; drop it"),
+        ({"reward_model": "m", "opponents": 2}, "opponents 2 has no effect on reward_model; drop it, or use judge"),
+        ({"use": "math", "whole": False}, "whole False has no effect on math; drop it, or use json"),
+    ],
+)
+def test_a_setting_without_effect_is_refused(reward, said):
+    with pytest.raises(ValueError, match=re.escape(said)):
+        RewardConfig.model_validate(reward)
 
 
 @pytest.mark.parametrize(
