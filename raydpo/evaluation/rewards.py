@@ -91,15 +91,15 @@ class Rewarded:
         the answers on which the function failed, ``none`` those to which it does not apply, each by side. Of the sum
         ``errors`` counts the answers that have none because a function failed.
         """
-        found = [self._figures(reward_name(one), one.weight) for one in rewards]
-        return [*found, *([self._figures(TOTAL, None)] if len(rewards) > 1 else [])]
+        found = [self._figures(reward_name(one), one.weight, [reward_name(one)]) for one in rewards]
+        parts = [reward_name(one) for one in rewards if one.weight]
+        return [*found, *([self._figures(TOTAL, None, parts)] if len(rewards) > 1 else [])]
 
-    def _figures(self, name: str, weight: float | None) -> dict[str, Any]:
+    def _figures(self, name: str, weight: float | None, parts: Sequence[str]) -> dict[str, Any]:
+        """Figures of a function or of the sum. An answer on which one of the functions ``parts`` failed has none."""
         values = {side: self._values(side, name) for side in SIDES}
         known = {side: ~np.isnan(each) for side, each in values.items()}
-        failed = {side: self._failures(side, None if weight is None else name) for side in SIDES}
-        if weight is None:  # a function without a weight may fail, and the sum is known
-            failed = {side: [one for one in each if not known[side][one[0]]] for side, each in failed.items()}
+        failed = {side: self._failures(side, parts) for side in SIDES}
         groups, both = self.answers.places, known["policy"] & known["reference"]
         of_all = np.concatenate([values[side][known[side]] for side in SIDES])
         binary = len(of_all) > 0 and bool(np.isin(of_all, (0, 1)).all())
@@ -126,12 +126,12 @@ class Rewarded:
             return _numbers(scores["reward"])
         return _numbers(pa.array([dict(each).get(name) for each in scores["parts"].to_pylist()], pa.float64()))
 
-    def _failures(self, side: str, name: str | None) -> list[tuple[int, str]]:
-        """Answers on which a function failed, or any function for None, with the first line that says so."""
+    def _failures(self, side: str, names: Sequence[str]) -> list[tuple[int, str]]:
+        """Answers on which one of these functions failed, with the first line that says so."""
         found = []
         for row, lines in enumerate(self.scores[side]["error"].to_pylist()):
             for line in lines.split("\n") if lines else ():
-                if name is None or line.startswith(f"{name}: "):
+                if line.partition(": ")[0] in names:
                     found.append((row, line))
                     break
         return found
@@ -140,7 +140,7 @@ class Rewarded:
         """One line for each function that failed on answers, with the first of them."""
         lines = []
         for name in map(reward_name, rewards):
-            failed = [(side, *each) for side in SIDES for each in self._failures(side, name)]
+            failed = [(side, *each) for side in SIDES for each in self._failures(side, [name])]
             if failed:
                 side, row, line = failed[0]
                 lines.append(

@@ -192,6 +192,12 @@ def test_answers_are_scored_prompt_by_prompt_and_sorted_back():
     total = Rewarded.of(answers, scored).figures([RewardConfig(use="a:f"), measured])[-1]
     assert total["name"] == TOTAL and total["policy"]["value"] == 3.25
     assert total["errors"] == total["none"] == {"policy": 0, "reference": 0}
+    # Nor is it why the sum is unknown where no function with a weight applies.
+    scored = scored.set_column(0, "reward", pa.array([None, *[1.0] * 7], pa.float64()))
+    total = Rewarded.of(answers, scored).figures([RewardConfig(use="a:f"), measured])[-1]
+    assert total["errors"] == {"policy": 0, "reference": 0} and total["none"] == {"policy": 1, "reference": 0}
+    total = Rewarded.of(answers, scored).figures([RewardConfig(use="a:f"), RewardConfig(use="a:g")])[-1]
+    assert total["errors"] == {"policy": 1, "reference": 0} and total["none"] == {"policy": 0, "reference": 0}
 
 
 def test_nothing_is_rewarded_without_answers(place):
