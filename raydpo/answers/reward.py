@@ -49,6 +49,15 @@ _TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
 )
+_MORE_TOKENIZER_FILES = (
+    "added_tokens.json",
+    "chat_template.json",
+    "sentencepiece.bpe.model",
+    "spiece.model",
+    "spm.model",
+    "vocab.txt",
+)
+"""Those of BERT, XLNet, XLM-R and DeBERTa. They count where they are there, so that digests of other models stay."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,6 +168,10 @@ def _tokenizer_digest(path: str) -> str:
     for name in _TOKENIZER_FILES:
         file = Path(path) / name
         digest.update(f"{name}\0".encode() + (file.read_bytes() if file.is_file() else b""))
+    for name in _MORE_TOKENIZER_FILES:
+        file = Path(path) / name
+        if file.is_file():
+            digest.update(f"{name}\0".encode() + file.read_bytes())
     return digest.hexdigest()
 
 

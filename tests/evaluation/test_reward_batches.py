@@ -181,6 +181,18 @@ def test_equal_answers_have_equal_scores_and_one_that_cannot_be_scored_is_its_ow
     assert [one["score"] for one in other[::-1]] == pytest.approx([one["score"] for one in found], nan_ok=True)
 
 
+@pytest.mark.parametrize("name", ["vocab.txt", "spm.model", "sentencepiece.bpe.model", "added_tokens.json"])
+def test_another_vocabulary_is_another_reward_model(tmp_path, name):
+    """Those of BERT and DeBERTa may have no tokenizer.json."""
+    make_classifier(tmp_path, labels=1)
+    found = []
+    for text in (None, "[PAD]\na\nb\n", "[PAD]\nb\na\n"):
+        if text is not None:
+            (tmp_path / name).write_text(text)
+        found.append(json.dumps(RewardModel.at(str(tmp_path), "float32", False).identity))
+    assert len(set(found)) == 3
+
+
 def test_scores_do_not_depend_on_the_side_on_which_its_tokenizer_pads(tmp_path):
     from transformers import AutoTokenizer
 
