@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import hashlib
 import json
 import time
@@ -22,6 +21,7 @@ from raydpo.config import Config
 from raydpo.config.rewards import RewardConfig, duels_of, reward_name
 from raydpo.reference.identity import resolve_model
 from raydpo.rewards.process import RESULTS
+from raydpo.rundir.rounds import GREEDY
 from raydpo.storage.files import Storage
 
 __all__ = ["model_rewards", "reward_model"]
@@ -33,6 +33,8 @@ TIE = 0.5
 
 _Asked = tuple[str, str]
 """A prompt as JSON, and an answer."""
+_Kind = tuple[str, str, bool]
+"""The same, and whether the answer is greedy."""
 
 
 def model_rewards(
@@ -45,7 +47,8 @@ def model_rewards(
     warn: Callable[[str], None],
     against: pa.Table | None = None,
 ) -> pa.Table:
-    """Score answers with a reward model or a judge. Equal answers to a prompt are scored once and have equal rewards.
+    """Score answers with a reward model or a judge. Equal answers to a prompt are scored once and have equal rewards; in
+    duels with ``against`` equal sampled ones.
 
     The reward is the score of a reward model. Of a judge it lies between 0 and 1: the share of its duels that an answer won,
     a tie counting one half; or (score - 1) / 9. Scores and replies are stored by content, so none is computed twice.
@@ -64,7 +67,7 @@ def model_rewards(
     Raises:
         RaydpoError: if the model cannot be loaded, the judge cannot be reached, or no answer could be judged.
     """
-    rows = _rows(answers)
+    rows: list[tuple[Any, ...]] = list(_rows(answers))
     asked = list(dict.fromkeys(rows))
     started = time.perf_counter()
     if not asked:
@@ -75,12 +78,19 @@ def model_rewards(
     else:
         assert reward.judge is not None
         with Judge(reward.judge, f"judge of the reward {reward_name(reward)}") as judge:
-            given = judge, asked, storage, progress, warn
-            found = _by_scores(*given) if reward.scale == "score" else _by_duels(reward, *given, against)
+            if reward.scale == "score":
+                found = _by_scores(judge, asked, storage, progress, warn)
+            elif against is None:
+                found = _by_duels(reward, judge, asked, storage, progress, warn)
+            else:
+                asked = rows  # each has opponents of its own
+                found = _by_duels_with(reward, judge, answers, against, storage, progress, warn)
         share = (time.perf_counter() - started) / len(asked)
         found = [{**one, "seconds": share} for one in found]
-    of = dict(zip(asked, found, strict=True))
-    return pa.Table.from_pylist([of[row] for row in rows], schema=RESULTS)
+    if asked is not rows:
+        of = dict(zip(asked, found, strict=True))
+        found = [of[row] for row in rows]
+    return pa.Table.from_pylist(found, schema=RESULTS)
 
 
 def _rows(answers: pa.Table) -> list[_Asked]:
@@ -139,26 +149,60 @@ def _by_duels(
     storage: Storage,
     progress: Callable[[int, int], None],
     warn: Callable[[str], None],
-    against: pa.Table | None,
 ) -> list[dict[str, Any]]:
-    theirs = asked if against is None else list(dict.fromkeys(_rows(against)))
-    pairs = list(_duels(asked, reward.opponents) if against is None else _duels_with(asked, theirs, reward.opponents))
-    differ = np.array([asked[one] != theirs[other] for one, other in pairs], bool)
-    contests = [Contest(json.loads(asked[one][0]), asked[one][1], theirs[other][1]) for one, other in pairs]
-    verdicts = np.full(len(pairs), TIE)  # of equal answers nothing is asked
-    asking = [contest for contest, differs in zip(contests, differ, strict=True) if differs]
-    verdicts[differ], told = judge_contests(judge, asking, storage, progress, warn)
+    """Results of different answers by duels among those to one prompt."""
+    pairs = list(_duels(asked, reward.opponents))
+    contests = [(*asked[one], asked[other][1]) for one, other in pairs]
+    won: list[list[float]] = [[] for _ in asked]
+    for (one, other), verdict in zip(pairs, _verdicts(reward, judge, contests, storage, progress, warn), strict=True):
+        won[one].append(verdict)
+        won[other].append(1 - verdict)
+    return [_of_duels(judge, np.array(each)) for each in won]
+
+
+def _by_duels_with(
+    reward: RewardConfig,
+    judge: Judge,
+    answers: pa.Table,
+    against: pa.Table,
+    storage: Storage,
+    progress: Callable[[int, int], None],
+    warn: Callable[[str], None],
+) -> list[dict[str, Any]]:
+    """Results of the rows of ``answers`` by duels with those of ``against``."""
+    kinds, met = _kinds(answers), _opponents(answers, against, reward.opponents)
+    contests = list(
+        dict.fromkeys(
+            (prompt, answer, other)
+            for (prompt, answer, _), others in zip(kinds, met, strict=True)
+            for other in others
+            if answer != other  # of equal answers nothing is asked
+        )
+    )
+    verdicts = dict(zip(contests, _verdicts(reward, judge, contests, storage, progress, warn), strict=True))
+    won: dict[_Kind, list[float]] = {kind: [] for kind in kinds}
+    for kind, others in zip(kinds, met, strict=True):
+        won[kind] += [verdicts.get((kind[0], kind[1], other), TIE) for other in others]
+    return [_of_duels(judge, np.array(won[kind])) for kind in kinds]
+
+
+def _verdicts(
+    reward: RewardConfig,
+    judge: Judge,
+    contests: Sequence[tuple[str, str, str]],
+    storage: Storage,
+    progress: Callable[[int, int], None],
+    warn: Callable[[str], None],
+) -> list[float]:
+    """What the first of two different answers wins in each contest: 1, 0.5, 0, or NaN without a verdict."""
+    asking = [Contest(json.loads(prompt), one, other) for prompt, one, other in contests]
+    verdicts, told = judge_contests(judge, asking, storage, progress, warn)
     if lost := int(np.isnan(verdicts).sum()):
         warn(
             f"reward {reward_name(reward)}: {lost:,} of {len(asking):,} duels have no verdict ({told['refused']:,} "
             f"replies had none, {told['failed']:,} requests failed)"
         )
-    won: list[list[float]] = [[] for _ in asked]
-    for (one, other), verdict in zip(pairs, verdicts.tolist(), strict=True):
-        won[one].append(verdict)
-        if against is None:
-            won[other].append(1 - verdict)
-    return [_of_duels(judge, np.array(each)) for each in won]
+    return verdicts.tolist()
 
 
 def _of_duels(judge: Judge, shares: np.ndarray) -> dict[str, Any]:
@@ -183,24 +227,40 @@ def _duels(asked: Sequence[_Asked], opponents: int) -> Iterator[tuple[int, int]]
             yield circle[start], circle[(start + step + 1) % len(circle)]
 
 
-def _duels_with(asked: Sequence[_Asked], theirs: Sequence[_Asked], opponents: int) -> Iterator[tuple[int, int]]:
-    """Choose the duels of answers with other answers to the same prompt, as places in ``asked`` and ``theirs``: each with
-    ``opponents`` of them, the next ones in their circle. An answer that is among them meets itself first."""
-    circles = _circles(theirs)
-    for place, (prompt, answer) in enumerate(asked):
-        circle = circles.get(prompt, [])
-        order = [_order(*theirs[other]) for other in circle]
-        start = bisect.bisect_left(order, _order(prompt, answer))
-        for step in range(min(opponents, len(circle))):
-            yield place, circle[(start + step) % len(circle)]
-
-
 def _circles(asked: Sequence[_Asked]) -> dict[str, list[int]]:
     """Places of the answers to each prompt, in the order of ``_order``."""
     by_prompt: dict[str, list[int]] = {}
     for place, (prompt, _) in enumerate(asked):
         by_prompt.setdefault(prompt, []).append(place)
     return {prompt: sorted(places, key=lambda place: _order(*asked[place])) for prompt, places in by_prompt.items()}
+
+
+def _kinds(answers: pa.Table) -> list[_Kind]:
+    """Prompt and text of each answer, and whether it is greedy. Answers of one kind have equal rewards."""
+    numbers = answers["sample"].to_pylist()
+    return [(*row, number == GREEDY) for row, number in zip(_rows(answers), numbers, strict=True)]
+
+
+def _opponents(answers: pa.Table, against: pa.Table, opponents: int) -> list[list[str]]:
+    """Choose the answers of another model that each answer meets, by numbers and not by texts: an answer that the other
+    model gives, too, would always meet itself.
+
+    A sampled answer meets so many of the other model's samples to its prompt: those with the nearest numbers, half of them
+    on each side, and the one with its own number if they are odd. So the same answers win half of their duels with each
+    other. A greedy answer meets the greedy one.
+    """
+    theirs: dict[tuple[str, bool], dict[int, str]] = {}
+    for (prompt, text, greedy), number in zip(_kinds(against), against["sample"].to_pylist(), strict=True):
+        theirs.setdefault((prompt, greedy), {})[number] = text
+    circles = {key: [text for _, text in sorted(each.items())] for key, each in theirs.items()}
+    half, odd = divmod(opponents, 2)
+    met = []
+    for (prompt, _, greedy), number in zip(_kinds(answers), answers["sample"].to_pylist(), strict=True):
+        circle = circles.get((prompt, greedy), [])
+        some = opponents < len(circle)
+        steps = [step for step in range(-half, half + 1) if step or odd] if some else range(len(circle))
+        met.append([circle[(number + step) % len(circle)] for step in steps])
+    return met
 
 
 def _order(prompt: str, answer: str) -> bytes:

@@ -1,5 +1,6 @@
 """Rewards by a reward model and by a judge: duels and scores against a real local server, and what fails."""
 
+import collections
 import json
 import math
 
@@ -18,7 +19,7 @@ from raydpo.config import load_config
 from raydpo.config.rewards import RewardConfig, duels_of, requests_of
 from raydpo.errors import ConfigError, RaydpoError
 from raydpo.rewards.functions import reward_settings
-from raydpo.rewards.models import _duels, model_rewards
+from raydpo.rewards.models import _duels, _opponents, model_rewards
 from raydpo.storage.files import Storage
 
 WORDS = ["a", "bb", "ccc", "dddd", "eeeee", "ffffff", "ggggggg", "hhhhhhhh"]
@@ -29,21 +30,21 @@ def no_waiting(monkeypatch):
     monkeypatch.setattr(judging, "LONGEST_WAIT", 0.01)
 
 
-def answers(by_prompt):
-    """Rows of ``task.ANSWERS`` that matter here."""
+def answers(by_prompt, first=0):
+    """Rows of ``task.ANSWERS`` that matter here; ``first`` = -1 if the first answer to each prompt is greedy."""
     rows = [
         {"prompt_id": prompt.encode().ljust(16)[:16], "sample": sample, "prompt": json.dumps(prompt), "completion": text}
         for prompt, texts in by_prompt.items()
-        for sample, text in enumerate(texts)
+        for sample, text in enumerate(texts, first)
     ]
     return pa.Table.from_pylist(rows)
 
 
-def rewarded(server, tmp_path, by_prompt, warn=pytest.fail, judge=(), against=None, **settings):
+def rewarded(server, tmp_path, by_prompt, warn=pytest.fail, judge=(), against=None, first=0, **settings):
     reward = RewardConfig.model_validate({"judge": {"url": server.url, "model": "tiny", **dict(judge)}, **settings})
     storage = Storage(str(tmp_path / "cache"))
-    theirs = None if against is None else answers(against)
-    return model_rewards(reward, answers(by_prompt), None, storage, None, lambda done, total: None, warn, theirs).to_pylist()
+    mine, theirs = answers(by_prompt, first), None if against is None else answers(against, first)
+    return model_rewards(reward, mine, None, storage, None, lambda done, total: None, warn, theirs).to_pylist()
 
 
 @pytest.mark.parametrize(("count", "opponents"), [(1, 1), (2, 1), (2, 3), (3, 1), (5, 2), (6, 2), (6, 3), (7, 9), (8, 1)])
@@ -105,6 +106,34 @@ def test_duels_with_the_answers_of_another_model(tmp_path):
         assert [one["reward"] for one in rewarded(server, tmp_path, {"r": ["a"]}, against=theirs)] == [0.5], "no opponent"
         longest = rewarded(server, tmp_path, {"p": ["eeeee", "ffffff"]}, against=theirs)
         assert [one["reward"] for one in longest] == [1, 1]
+
+
+def test_a_model_that_gives_only_the_best_answers_of_another_wins(tmp_path):
+    """Its answers meet the other's worse ones, too, and each of them as often as the other model gives it."""
+    with serving(longer) as server:
+        for theirs, share in ((["a", "a", "a", "bb"], 7 / 8), (["a", "bb", "bb", "bb"], 5 / 8)):
+            for opponents in (1, 3, 4, 9):
+                found = rewarded(server, tmp_path, {"p": ["bb"] * 4}, against={"p": theirs}, opponents=opponents)
+                assert [one["reward"] for one in found] == [share] * 4
+        assert len(server.requests) == 2, "the one question is asked once"
+
+
+@pytest.mark.parametrize("opponents", [1, 2, 3, 4, 5, 6, 99])
+def test_a_model_wins_half_of_its_duels_with_itself(opponents):
+    """Each answer that meets another one is met by it, too."""
+    for count in range(1, 8):
+        table = answers({"p": WORDS[:count]})
+        met = _opponents(table, table, opponents)
+        duels = collections.Counter((one, other) for one, others in zip(WORDS, met, strict=False) for other in others)
+        assert all(number == duels[other, one] == 1 for (one, other), number in duels.items())
+        assert [len(others) for others in met] == [min(opponents, count)] * count
+
+
+def test_greedy_answers_have_duels_with_greedy_ones(tmp_path):
+    with serving(longer) as server:
+        mine, theirs = {"p": ["bb", "bb", "ccc"]}, {"p": ["a", "dddd", "bb"]}
+        found = rewarded(server, tmp_path, mine, against=theirs, first=-1, opponents=9)
+    assert [one["reward"] for one in found] == [1, 0.25, 0.5]
 
 
 def test_the_weights_of_a_reward_model_decide_its_rewards(tmp_path, tiny_llama):
