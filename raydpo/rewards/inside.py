@@ -5,10 +5,10 @@ library only. Each process has limits of time, memory and files, and a seccomp f
 signals, open sockets, trace others, or keep memory in segments that its limit does not count.
 
 The request is one JSON object on the standard input: ``program``, ``tests`` (each ``{"input": text}`` or ``{"call":
-text}``), ``seconds`` (of CPU time, for all tests), ``memory``, ``file`` and ``output`` (bytes). The replies are lines of
-JSON: ``{}`` when it is ready, then one for each test: ``status`` (exit status; negative = signal), ``over`` (time or output,
-if that limit ended it), ``output``, ``value`` (of a call, as JSON text, or null), ``error`` (the end of its standard error),
-``cpu`` and ``wall`` (seconds).
+text}``), ``seconds`` (of CPU time, for all tests; ``WALL`` times as much on the clock), ``memory``, ``file`` and ``output``
+(bytes). The replies are lines of JSON: ``{}`` when it is ready, then one for each test: ``status`` (exit status; negative =
+signal), ``over`` (time or output, if that limit ended it), ``output``, ``value`` (of a call, as JSON text, or null),
+``error`` (the end of its standard error), ``cpu`` and ``wall`` (seconds).
 """
 
 from __future__ import annotations
@@ -73,8 +73,9 @@ def main() -> None:
     replies = os.dup(1)
     _write(replies, {})
     left = float(request["seconds"])
+    until = time.monotonic() + left * WALL
     for test in request["tests"]:
-        reply = _run(request, test, left)
+        reply = _run(request, test, left, until)
         left -= reply["cpu"]
         _write(replies, reply)
 
@@ -85,8 +86,8 @@ def _write(replies: int, reply: dict[str, Any]) -> None:
         data = data[os.write(replies, data) :]
 
 
-def _run(request: dict[str, Any], test: dict[str, str], left: float) -> dict[str, Any]:
-    """The reply to one test, for which ``left`` seconds of CPU time are left."""
+def _run(request: dict[str, Any], test: dict[str, str], left: float, until: float) -> dict[str, Any]:
+    """The reply to one test, for which ``left`` seconds of CPU time are left, and the time on the clock until ``until``."""
     source = os.memfd_create("input")
     os.write(source, test.get("input", "").encode("utf-8", "surrogatepass"))
     os.lseek(source, 0, os.SEEK_SET)
@@ -98,13 +99,14 @@ def _run(request: dict[str, Any], test: dict[str, str], left: float) -> dict[str
     os.close(source)
     for _, write in pipes:
         os.close(write)
-    got, over = _read(child, [read for read, _ in pipes], request["output"], start + left * WALL)
+    got, over = _read(child, [read for read, _ in pipes], request["output"], min(until, start + left * WALL))
     _, status, usage = os.wait4(child, 0)
     for read, _ in pipes:
         os.close(read)
     cpu = usage.ru_utime + usage.ru_stime
     code = os.waitstatus_to_exitcode(status)
-    if over is None and (code == -signal.SIGXCPU or (code == -signal.SIGKILL and cpu >= left - 0.1)):
+    # The limit of the process is in whole seconds.
+    if over is None and (code == -signal.SIGXCPU or cpu > left or (code == -signal.SIGKILL and cpu >= left - 0.1)):
         over = "time"
     output, error, value = (bytes(part).decode("utf-8", "replace") for part in got)
     return {

@@ -141,6 +141,16 @@ def test_the_limit_of_time_has_a_signal_of_its_own() -> None:
     assert (reply["status"], reply["over"]) == (-signal.SIGXCPU, "time")
 
 
+@pytest.mark.parametrize(
+    ("wait", "seconds", "allowed"),
+    [("time.sleep(0.8)", 0.5, 1), ("\nwhile time.process_time() < 0.3: pass", 0.5, 1)],
+    ids=["clock", "CPU"],
+)
+def test_limits_of_time_are_those_of_all_tests_together(wait, seconds, allowed) -> None:
+    replies = list(Sandbox(seconds).run(f"import time\n{wait}", [{"input": ""}] * 4))
+    assert [reply["over"] for reply in replies] == [None] * allowed + ["time"] * (4 - allowed)
+
+
 def test_what_is_expected_cannot_be_found() -> None:
     """The program searches files, variables of all frames, objects of the collector and its memory for the secret."""
     secret = f"secret-{uuid.uuid4().hex}"
