@@ -195,7 +195,8 @@ def _parse(text: str) -> list[Any]:
 
 
 def _digits(value: Any) -> int:
-    """Decimals to which values are compared: six significant ones. math-verify rounds 0.0000001 and 0.0000002 to 0."""
+    """Decimals to which values are compared: six, of values below 1 six significant ones. With six decimals 0.0000001
+    and 0.0000002 would both be 0."""
     with contextlib.suppress(Exception):
         size = abs(float(value))
         if 0 < size < 1:

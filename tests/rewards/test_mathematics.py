@@ -25,6 +25,9 @@ DIFFERENT = [
     (r"\frac{\pi}{2}", r"\boxed{90^\circ}", 0.0),  # degrees are a unit, too
     (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\boxed{(1,2)}", 0.0),  # a column is not a tuple
     ("7", r"\boxed{3+4}", 1.0),  # an expression counts as its value
+    ("100/3", r"\boxed{33.3333}", 0.0),  # six decimals, not six digits
+    ("100/3", r"\boxed{33.333333}", 1.0),
+    ("1/300", r"\boxed{0.00333333}", 1.0),
     ("7", "seven", 0.0),  # no numbers in words
     ("-3", "minus 3", 0.0),
     ("1, 2", "1 and 2", 0.0),  # several values need a box or LaTeX
