@@ -57,7 +57,7 @@ def test_with_the_previous_reference_each_round_tilts_once_more(world, beta):
     settings, now = ObjectiveConfig(beta=beta), replace(world, drawn=world.reference.exp())
     for number in range(1, 5):
         policy = now.minimiser(settings)
-        assert total_variation(policy, world.tilted(number * world.rewards, beta)) < CLOSE
+        assert total_variation(policy, world.tilted(number * world.rewards, beta)) < 1e-7
         assert (total_variation(policy, world.tilted(world.rewards, beta)) > 5 * CLOSE) == (number > 1)
         now = replace(now, reference=policy.log(), drawn=policy)
 
