@@ -35,6 +35,10 @@ CACHE = (
     "Share of the completions to score whose log-probs under the reference were in the cache. Fresh answers are not there, "
     "unless the policy repeats itself."
 )
+DUELS = (
+    " A judge compares training answers with each other, and held-out ones with the initial model's: the two levels do not "
+    "compare."
+)
 
 
 def cost_pictures(record: RoundsRecord) -> list[Picture]:
@@ -43,7 +47,7 @@ def cost_pictures(record: RoundsRecord) -> list[Picture]:
     success = _picture(
         "Success",
         "Held out: after the round, with bars of one standard error over prompts. Training answers: of the policy with "
-        "which the round begins.",
+        f"which the round begins.{_duels(record)}",
         [
             *_both(rows, "success", "eval_success_se"),
             points(rows, "eval_success_greedy", "held out, greedy", SERIES[2]),
@@ -96,7 +100,7 @@ def rounds_curves(record: RoundsRecord) -> list[Picture]:
     losses = [points(rows, f"{at}_loss", f"{at} step", colour) for at, colour in (("first", BAD), ("last", GOOD))]
     pictures = [
         *(
-            _picture(title, caption, _both(rows, key), ylabel, **more)
+            _picture(title, caption + (_duels(record) if key == "reward" else ""), _both(rows, key), ylabel, **more)
             for title, key, ylabel, more, caption in BOTH
             if key != "errors" or any((row.get("errors") or 0) + (row.get("eval_errors") or 0) for row in rows)
         ),
@@ -108,6 +112,12 @@ def rounds_curves(record: RoundsRecord) -> list[Picture]:
         _picture("Found in the cache", CACHE, [points(wanted, "hits", "hits", GOOD)], "share", **SHARES),
     ]
     return [picture for picture in pictures if picture is not None]
+
+
+def _duels(record: RoundsRecord) -> str:
+    """What to say of rewards if a judge's duels are part of them."""
+    judged = [one for one in record.setting("rounds.rewards") or () if one.get("judge") and one.get("weight") != 0]
+    return DUELS if any(one.get("scale") != "score" for one in judged) else ""
 
 
 def _functions(record: RoundsRecord) -> list[Curve | None]:

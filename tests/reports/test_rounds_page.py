@@ -56,6 +56,19 @@ def test_every_figure_of_the_tables_is_that_of_the_parquet_files(tmp_path):
     assert set(rows[0]) - shown == {"round", "policy", "reference", "rewards", "eval_rewards", "seconds"}
 
 
+def test_a_page_says_that_duels_of_training_and_held_out_answers_differ(tmp_path):
+    judge = {"judge": {"url": "http://h/v1", "model": "m"}}
+    said = "the two levels do not compare"
+    for name, rewards, times in (
+        ("duels", [judge], 2),
+        ("score", [judge | {"scale": "score"}], 0),
+        ("measured", [{"use": "math"}, judge | {"weight": 0}], 0),
+    ):
+        directory = made_rounds(tmp_path, name, settings={"rewards": rewards})
+        page = rounds_page(record(directory))
+        assert len(re.findall(f"<figcaption[^>]*>[^<]*{said}", page)) == times, name
+
+
 def test_pictures_show_the_figures_over_the_rounds(tmp_path):
     rewards = [{"use": "math"}, {"use": "regex", "pattern": "7", "weight": 0, "name": "brief"}]
     parts = {"math": [0.2, 0.4, 0.6, 0.8], "brief": [0.5, 0.5, 0.4, 0.6]}
