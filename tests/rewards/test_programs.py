@@ -68,6 +68,7 @@ def test_programs_read_and_print(code) -> None:
         ("def f(): return f", {"call": "f()", "output": "f"}, False),
         ("def f(n): return set(range(n))", "assert f(3) == {2, 1, 0}", True),
         ("def f(n): return list(range(n))", "assert f(3) == {2, 1, 0}", False),
+        ("def f(s): return s.encode()", "assert f('a') == b'a'", True),
         ("def f(s): return s.upper()", "assert f('a') == 'A', 'a message'", True),
         ("def f(s): return {1: 'a'}", "assert f('a') == {1: 'a'}", True),
         ("x = []\nx.append(x)\ndef f(): return x", {"call": "f()", "output": []}, False),
