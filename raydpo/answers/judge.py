@@ -85,7 +85,8 @@ class Judge:
                 raise ConfigError(f"{setting}.key is {config.key}, but this environment variable is not set")
             headers["Authorization"] = f"Bearer {key}"
         # httpx follows no redirects, so the key is sent to this address only.
-        self._client = httpx.Client(headers=headers, timeout=config.timeout)
+        limits = httpx.Limits(max_connections=config.parallel, max_keepalive_connections=config.parallel)
+        self._client = httpx.Client(headers=headers, timeout=config.timeout, limits=limits)
         self.name = f"{config.model} at {urlsplit(config.url).hostname}"
         self._lost, self._lock = 0, threading.Lock()
 
@@ -250,41 +251,51 @@ def ask_all(
         RaydpoError: if stored replies cannot be read, or ``ask`` raises it. Replies until then are stored.
     """
     replies: list[tuple[str, ...]] = []
-    with ThreadPoolExecutor(max_workers=judge.config.parallel) as pool:
-        for start in range(0, len(items), BLOCK):
-            block = items[start : start + BLOCK]
-            name = stored_name(identity, pa.table(content(block)))
-            replies += _ask_block(block, name, ask, columns, storage, pool, warn)
+    parallel = judge.config.parallel
+    size = BLOCK * -(-parallel // (BLOCK * len(columns)))  # enough questions for all requests at a time
+    with ThreadPoolExecutor(max_workers=parallel) as pool:
+        for start in range(0, len(items), size):
+            some = items[start : start + size]
+            blocks = [some[at : at + BLOCK] for at in range(0, len(some), BLOCK)]
+            names = [stored_name(identity, pa.table(content(block))) for block in blocks]
+            replies += _ask_blocks(blocks, names, ask, columns, storage, pool, warn)
             progress(len(replies), len(items))
     return replies
 
 
-def _ask_block(
-    items: Sequence[Item],
-    name: str,
+def _ask_blocks(
+    blocks: Sequence[Sequence[Item]],
+    names: Sequence[str],
     ask: Callable[[Item, bool], str],
     columns: Sequence[str],
     storage: Storage,
     pool: ThreadPoolExecutor,
     warn: Callable[[str], None],
 ) -> list[tuple[str, ...]]:
-    questions = [(item, bool(way)) for way in range(len(columns)) for item in items]
-    stored = load(storage, name, warn)
-    replies = [FAILED] * len(questions) if stored is None else list(chain(*(each.to_pylist() for each in stored.columns)))
+    questions = [[(item, bool(way)) for way in range(len(columns)) for item in block] for block in blocks]
+    stored = [load(storage, name, warn) for name in names]
+    replies = [
+        [FAILED] * len(asked) if known is None else list(chain(*(each.to_pylist() for each in known.columns)))
+        for asked, known in zip(questions, stored, strict=True)
+    ]
     # Ask again only what has failed: each question costs money.
-    again = [number for number, reply in enumerate(replies) if reply == FAILED]
+    again = [(place, number) for place, each in enumerate(replies) for number, one in enumerate(each) if one == FAILED]
 
-    def ask_one(number: int) -> None:
-        replies[number] = ask(*questions[number])
+    def ask_one(which: tuple[int, int]) -> None:
+        place, number = which
+        replies[place][number] = ask(*questions[place][number])
 
     try:
         for _ in pool.map(ask_one, again):
             pass
     finally:  # keep replies after an error or an interrupt
-        found = [replies[start : start + len(items)] for start in range(0, len(replies), len(items))]
-        if any(replies[number] != FAILED for number in again):
-            store(storage, name, pa.table(dict(zip(columns, found, strict=True))))
-    return list(zip(*found, strict=True))
+        found = [
+            [each[start : start + len(block)] for start in range(0, len(each), len(block))]
+            for block, each in zip(blocks, replies, strict=True)
+        ]
+        for place in sorted({place for place, number in again if replies[place][number] != FAILED}):
+            store(storage, names[place], pa.table(dict(zip(columns, found[place], strict=True))))
+    return [reply for each in found for reply in zip(*each, strict=True)]
 
 
 def _outcome(policy_first: str, policy_second: str) -> float:

@@ -3,6 +3,7 @@
 import collections
 import json
 import math
+import threading
 
 import pyarrow as pa
 import pytest
@@ -127,6 +128,21 @@ def test_a_model_wins_half_of_its_duels_with_itself(opponents):
         duels = collections.Counter((one, other) for one, others in zip(WORDS, met, strict=False) for other in others)
         assert all(number == duels[other, one] == 1 for (one, other), number in duels.items())
         assert [len(others) for others in met] == [min(opponents, count)] * count
+
+
+@pytest.mark.parametrize(("scale", "requests"), [("duels", 48), ("score", 24)])
+def test_as_many_requests_are_sent_at_once_as_the_judge_takes(tmp_path, scale, requests):
+    """Each reply waits until all requests are there."""
+    all_there = threading.Barrier(requests)
+
+    def opinion(first, second):
+        all_there.wait(20)
+        return "A" if second else "5"
+
+    with serving(opinion) as server:
+        mine = {"p": [f"answer {number}" for number in range(24)]}
+        found = rewarded(server, tmp_path, mine, judge={"parallel": requests, "retries": 0}, scale=scale)
+    assert len(server.requests) == requests and not any(one["error"] for one in found)
 
 
 def test_greedy_answers_have_duels_with_greedy_ones(tmp_path):
