@@ -263,8 +263,10 @@ def _plan_rounds(config: Config, answer_tokens: float | None, asked: dict[str, A
         found = read_prompts(config, open_tokeniser(config))
         lengths = pc.list_value_length(found["prompt_ids"]).to_numpy()
         prompts = RoundPrompts(train=lengths[slice_of(found, rounds, 1)], held_out=lengths[held_out_of(found, rounds)])
-        measured = rounds.measure.n + rounds.measure.greedy
-        asking = (len(prompts.train), rounds.sample.n), (len(prompts.held_out), measured, measured)
+        held_out, n = len(prompts.held_out), rounds.measure.n
+        asking = [(len(prompts.train), rounds.sample.n), (held_out, n, n)]
+        if rounds.measure.greedy:  # greedy answers have duels with greedy ones
+            asking.append((held_out, 1, 1))
         requests = sum(requests_of(reward, *each) for reward in rounds.rewards for each in asking)
         plan = estimate_rounds(config, prompts, requests=requests, answer_tokens=answer_tokens, **asked)
     print_rounds(plan, console)

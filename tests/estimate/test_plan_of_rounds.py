@@ -1,16 +1,22 @@
 """The estimate of rounds: its arithmetic by hand, and what it says."""
 
 import dataclasses
+import io
+import types
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
+from raydpo.cli.entry import _plan_rounds
 from raydpo.config import load_config
 from raydpo.errors import ConfigError
 from raydpo.estimate.plan import Rates, make_plan
 from raydpo.estimate.rounds import BANDWIDTH_REACHED, DECODING, STARTS, RoundPrompts, Sampler, made_pairs, plan_rounds
 from raydpo.estimate.rounds_display import estimate_rounds
 from raydpo.model.cost import ModelCost
+from raydpo.rounds import prompts as round_prompts
+from raydpo.terminal.console import Console
 
 RATES = Rates(score=1e9, train=1e9, origin="test")
 SIZES = ModelCost(parameters=1500, active=1000, hidden=10, vocabulary=50, layers=2, attention_width=8)
@@ -151,3 +157,26 @@ def test_the_whole_estimate_of_a_small_model(tiny_llama):
     with pytest.raises(ConfigError, match=r"tensor_parallel 4 needs as many GPUs, but 1 score; raise score.workers"):
         estimate_rounds(wide, PROMPTS, requests=0)
     assert estimate_rounds(wide, PROMPTS, requests=0, workers=4).sampling.gpu_hours > 0
+
+
+def test_requests_to_judges_are_counted_as_rounds_ask_them(tiny_llama, monkeypatch):
+    """Duels of held-out answers: samples with samples, and the greedy answer with the greedy one."""
+    ids = [bytes([number]) * 16 for number in range(5)]
+    rows = [{"prompt_id": one, "split": "held_out" if one in ids[:2] else "train", "prompt_ids": [1, 2]} for one in ids]
+    columns = [("prompt_id", pa.binary(16)), ("split", pa.string()), ("prompt_ids", pa.list_(pa.int32()))]
+    table = pa.Table.from_pylist(rows, pa.schema(columns))
+    counted = []
+
+    def estimate(config, prompts, *, requests, **asked):
+        counted.append(requests)
+        return types.SimpleNamespace(to_dict=dict)
+
+    monkeypatch.setattr("raydpo.pipeline.tokenised.open_tokeniser", lambda config: None)
+    monkeypatch.setattr(round_prompts, "read_prompts", lambda config, tokeniser: table)
+    monkeypatch.setattr("raydpo.estimate.rounds_display.estimate_rounds", estimate)
+    monkeypatch.setattr("raydpo.estimate.rounds_display.print_rounds", lambda plan, console: None)
+    judge = {"judge": {"url": "http://h/v1", "model": "m"}, "opponents": 9}
+    for settings in ({}, {"measure": {"greedy": False}}):
+        _plan_rounds(configured(tiny_llama, rewards=[judge], **settings), None, {}, Console(io.StringIO()))
+    training, sampled, greedy = 3 * 2 * 6, 2 * 2 * 16, 2 * 2
+    assert counted == [training + sampled + greedy, training + sampled]
