@@ -292,6 +292,10 @@ def test_bad_input_names_key_value_and_fix(override, said, tree):
             "rewards=[{use: math, colum: answer}]",
             "unknown key 'rounds.rewards.0.colum' (value 'answer'); did you mean 'rounds.rewards.0.column'?",
         ),
+        (
+            "rewards=[{use: math, name: a+b}]",
+            "'rounds.rewards.0.name' is 'a+b'; use letters, digits and any of . _ - and start with a letter or digit",
+        ),
         ("rewards=[]", "'rounds.rewards' is empty; at least one entry is needed"),
     ],
 )

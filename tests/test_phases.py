@@ -36,6 +36,12 @@ def test_the_whole_process_counts_where_asked():
     assert 0.3 <= whole < 30 and late < 0.1
 
 
+def test_ids_and_texts_are_printed_as_they_are():
+    stream = io.StringIO()
+    Console(stream).say("pair r001:b:8:7-2 :smile:")
+    assert stream.getvalue() == "pair r001:b:8:7-2 :smile:\n"
+
+
 def test_phases_are_told_only_if_asked():
     told, silent = io.StringIO(), io.StringIO()
     for stream, verbose in ((told, True), (silent, False)):

@@ -370,7 +370,8 @@ def _explain(tree: dict[str, Any], problem: ErrorDetails) -> str:
     if kind == "too_short":
         return f"{key!r} is empty; at least one entry is needed"
     if kind == "string_pattern_mismatch":
-        return f"{key!r} is {told}; use letters, digits and any of . _ - = , + ~ and start with a letter or digit"
+        signs = ". _ - = , + ~" if "+" in context["pattern"] else ". _ -"
+        return f"{key!r} is {told}; use letters, digits and any of {signs} and start with a letter or digit"
     message = problem["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
     return f"{key!r} is {told}, expected {message}"
 

@@ -34,6 +34,8 @@ MIXED = 0.2
 """Share of the prompts of a round with answers of different reward, below which it is reported."""
 CUT, CUT_ROSE = 0.1, 0.05
 """Share of cut held-out answers, and its rise since the start, above which both together are reported."""
+MANY_CUT = 0.5
+"""Share of cut held-out answers above which it is reported also without a rise."""
 STARTS = 0.2
 """Share of the time that starts of processes and the like may take."""
 
@@ -188,9 +190,10 @@ def _answers(record: RoundsRecord) -> Iterator[Finding]:
             )
     if ends := _ends(record, "eval_cut"):
         first, last = ends
-        if last["eval_cut"] > CUT and last["eval_cut"] - first["eval_cut"] > CUT_ROSE:
+        rose = last["eval_cut"] - first["eval_cut"] > CUT_ROSE
+        if (last["eval_cut"] > CUT and rose) or last["eval_cut"] > MANY_CUT:
             yield Finding(
-                "More answers are cut",
+                "More answers are cut" if rose else "Most answers are cut",
                 f"{last['eval_cut']:.0%} of the held-out answers reach rounds.sample.max_tokens "
                 f"({record.setting('rounds.sample.max_tokens')}) without an end after round {last['round']}; "
                 f"{_before(first)} {first['eval_cut']:.0%} did.",

@@ -176,7 +176,7 @@ def check_rewards(rewards: Sequence[RewardConfig], columns: Collection[str] | No
             from raydpo.answers.judge import Judge
 
             # raises an error without its key; sends no request
-            with Judge(reward.judge, f"judge of the reward {reward_name(reward)}"):
+            with Judge(reward.judge, f"reward {reward_name(reward)}: judge"):
                 pass
         if reward.use is None:  # pipeline.checks checks reward models
             continue

@@ -42,6 +42,8 @@ _CHOICES = re.compile(
     r"[\s$*(\[]*[A-J][\s$*)\].:]*(?:(?:,|;|/|&|\band\b|\bor\b|\\text\{\s*(?:and|or)\s*\})[\s$*(\[]*[A-J]\b[\s$*)\].:]*)+"
 )
 """Several letters of a multiple choice, which are no answer."""
+_OTHER = re.compile(r"(?<![A-Za-z])([A-J])\b[\s$*)\].:]*(?:,|;|/|&|\band\b|\bor\b|\n)[\s$*(\[]*$")
+"""A letter before the last one of such a list."""
 _WORDS = {"yes", "no", "true", "false", "even", "odd", "none"}
 # Minus sign, dash, multiplication, division and fraction signs, and spaces that do not break.
 _SIGNS = str.maketrans("\u2212\u2013\u00d7\u00f7\u2044\u00a0\u202f", "--*//  ")
@@ -228,7 +230,10 @@ def _choice(part: str) -> str | None:
         return whole[1].upper()
     found = re.match(r"[\s$*(\[]*([A-J])[\s$*)\].:,]", body + " ") if body != part or part.startswith("\\boxed") else None
     found = found or re.search(r"(?s).*(?:^|[\s(*\[])([A-J])(?=[).:\]*,]|\s*$)", body)
-    return found[1] if found else None
+    if found is None:
+        return None
+    other = _OTHER.search(body[: found.start(1)])
+    return None if other and other[1] != found[1] else found[1]
 
 
 def serve() -> None:

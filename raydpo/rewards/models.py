@@ -77,7 +77,7 @@ def model_rewards(
         found = _by_reward_model(reward.reward_model, asked, config, storage, resources, progress, warn)
     else:
         assert reward.judge is not None
-        with Judge(reward.judge, f"judge of the reward {reward_name(reward)}") as judge:
+        with Judge(reward.judge, f"reward {reward_name(reward)}: judge") as judge:
             if reward.scale == "score":
                 found = _by_scores(judge, asked, storage, progress, warn)
             elif against is None:

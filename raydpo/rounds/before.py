@@ -8,6 +8,7 @@ from typing import Any
 import pyarrow.compute as pc
 
 from raydpo.config import Config
+from raydpo.config.rewards import BUILT_IN
 from raydpo.config.rounds import RoundsConfig
 from raydpo.errors import ConfigError, FilesError
 from raydpo.model.limits import tokenizer_warnings
@@ -55,6 +56,7 @@ def check_inputs(config: Config, console: Console) -> Inputs:
     for file, what in ((RUN, "a single run"), (SWEEP, "a sweep")):
         if storage.exists(file):
             raise ConfigError(f"{storage} is the directory of {what}; give the rounds another name (name=...)")
+    _check_success(config.rounds)
     console.begin("reading prompts")
     tokeniser = open_tokeniser(config)
     inputs = Inputs(config, console, tokeniser, read_prompts(config, tokeniser, console))
@@ -67,6 +69,18 @@ def check_inputs(config: Config, console: Console) -> Inputs:
     for line in tokenizer_warnings(tokeniser.tokenizer, models, config.model.trust_remote_code):
         console.warn(line)
     return inputs
+
+
+def _check_success(rounds: RoundsConfig) -> None:
+    """Refuse rewards whose sum is never above ``rounds.measure.success``. Functions of users may return any number."""
+    weighted = [one for one in rounds.rewards if one.weight]
+    most = sum(max(0.0, one.weight) for one in weighted)
+    bounded = all(one.use in BUILT_IN or one.judge is not None for one in weighted)
+    if bounded and most <= rounds.measure.success:
+        raise ConfigError(
+            f"no answer could be right: the rewards add up to {most:g} at most (values up to 1 times their weights), and an "
+            f"answer is right above rounds.measure.success ({rounds.measure.success:g}); lower that"
+        )
 
 
 def _check_prompts(inputs: Inputs) -> None:

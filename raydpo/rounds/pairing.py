@@ -297,10 +297,16 @@ def no_pairs(samples: pa.Table, scores: pa.Table, rounds: RoundsConfig) -> tuple
             "stop here, or use harder prompts"
         )
     if not right:
+        cut = int(pc.sum(is_cut(samples)).as_py() or 0)
+        if rounds.cut == "zero" and 2 * cut >= total:
+            fix = f"{cut:,} are cut and so worth at most 0 (rounds.cut): raise rounds.sample.max_tokens "
+            fix += f"({rounds.sample.max_tokens})"
+        else:
+            fix = f"use easier prompts, raise rounds.sample.n ({rounds.sample.n}), or begin with a model that was trained "
+            fix += "for the task"
         return "wrong", (
             f"none of {known:,} answers is right (reward above {threshold:g}){apart}, and no prompt has answers that differ "
-            f"by more than rounds.pairs.margin ({rounds.pairs.margin:g}); use easier prompts, raise rounds.sample.n "
-            f"({rounds.sample.n}), or begin with a model that was trained for the task"
+            f"by more than rounds.pairs.margin ({rounds.pairs.margin:g}); {fix}"
         )
     return "tied", (
         f"{right:,} of {known:,} answers are right (reward above {threshold:g}){apart}, but no prompt has answers that "

@@ -79,6 +79,8 @@ class RoundsRecord:
             raise RaydpoError(f"{storage}/{LEDGER} is not a record of rounds; run 'raydpo rounds' to write it again")
         name = config.get("name") or ledger.get("name") or str(storage).rstrip("/").rsplit("/", 1)[-1]
         table = _table(storage, ROUNDS)
+        if table is None and any(isinstance(one, dict) and one.get("figures") for one in ledger.get("rounds") or ()):
+            raise RaydpoError(f"{storage}/{ROUNDS} is missing; run 'raydpo rounds' again, which writes it")
         rows = [] if table is None else [finite(row) for row in table.to_pylist(maps_as_pydicts="strict")]
         rows.sort(key=lambda row: row["round"])
         return cls(storage, str(storage), str(name), redacted(config), ledger.get("status"), ledger.get("why"), rows)

@@ -46,7 +46,11 @@ class Console:
         from rich.console import Console as RichConsole
 
         return RichConsole(
-            file=self.stream, highlight=False, soft_wrap=True, width=None if self.stream.isatty() else FILE_WIDTH
+            file=self.stream,
+            highlight=False,
+            emoji=False,  # texts and ids such as r001:b:8 are printed as they are
+            soft_wrap=True,
+            width=None if self.stream.isatty() else FILE_WIDTH,
         )
 
     def _use(self, stream: TextIO) -> None:

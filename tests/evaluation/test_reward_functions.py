@@ -106,7 +106,7 @@ def test_what_is_refused_before_anything_starts(place, monkeypatch):
         ("[{reward_model: /no/such/model}]", "/no/such/model"),
         (
             "[{judge: {url: 'http://localhost:1/v1', model: m, key: NO_SUCH_KEY}}]",
-            "judge of the reward m.key is NO_SUCH_KEY",
+            "reward m: judge.key is NO_SUCH_KEY",
         ),
     ):
         result = command("eval", "config.yaml", f"evaluate.rewards={rewards}", cwd=place)

@@ -90,6 +90,13 @@ def test_a_healthy_run_has_none(tmp_path):
             "5% did.",
             "Raise rounds.sample.max_tokens",
         ),
+        (
+            {"eval_cut": [0.98, 0.98, 1.0, 1.0]},
+            "Most answers are cut",
+            "100% of the held-out answers reach rounds.sample.max_tokens (12) without an end after round 3; before training "
+            "98% did.",
+            "Raise rounds.sample.max_tokens",
+        ),
     ],
 )
 def test_a_fault_is_found_and_nothing_else(tmp_path, figures, title, said, advice):

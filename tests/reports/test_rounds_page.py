@@ -56,6 +56,17 @@ def test_every_figure_of_the_tables_is_that_of_the_parquet_files(tmp_path):
     assert set(rows[0]) - shown == {"round", "policy", "reference", "rewards", "eval_rewards", "seconds"}
 
 
+def test_missing_figures_are_told_and_no_empty_page_is_made(tmp_path):
+    directory = made_rounds(tmp_path, "sums")
+    ledger = json.loads((directory / "rounds.json").read_text())
+    ledger["rounds"] = [{"round": 0, "figures": {"eval_success": 0.5}}]
+    (directory / "rounds.json").write_text(json.dumps(ledger))
+    record(directory)
+    (directory / "rounds.parquet").unlink()
+    with pytest.raises(RaydpoError, match=r"rounds.parquet is missing; run 'raydpo rounds' again, which writes it"):
+        record(directory)
+
+
 def test_a_page_says_that_duels_of_training_and_held_out_answers_differ(tmp_path):
     judge = {"judge": {"url": "http://h/v1", "model": "m"}}
     said = "the two levels do not compare"

@@ -204,7 +204,7 @@ def test_a_resumed_command_asks_only_what_has_no_reply(tmp_path):
     by_prompt = {f"prompt {number}": ["short", "a long answer"] for number in range(40)}
     with serving(longer) as server:
         server.trouble = lambda number: 401 if number > 50 else None
-        with pytest.raises(RaydpoError, match=r"status 401; check judge of the reward tiny \(url, model, key\)"):
+        with pytest.raises(RaydpoError, match=r"status 401; check reward tiny: judge \(url, model, key\)"):
             rewarded(server, tmp_path, by_prompt, judge={"parallel": 1})
         server.trouble, asked = (lambda number: None), len(server.requests)
         assert 51 <= asked < 54, "questions that wait are not asked any more"
@@ -218,7 +218,7 @@ def test_nobody_there(tmp_path):
         pass
     by_prompt = {f"prompt {number}": ["short", "a long answer"] for number in range(200)}
     with pytest.raises(
-        RaydpoError, match=r"failed on 32 requests in a row \(the last: ConnectError\); check judge of the reward tiny"
+        RaydpoError, match=r"failed on 32 requests in a row \(the last: ConnectError\); check reward tiny: judge"
     ):
         rewarded(server, tmp_path, by_prompt, judge={"retries": 0})
     for scale in ("duels", "score"):
@@ -271,7 +271,7 @@ def test_scores_are_read_strictly(line, score):
 
 def test_the_key_is_named_and_never_told(tmp_path, monkeypatch, capsys):
     with serving(longer) as server:
-        with pytest.raises(ConfigError, match=r"judge of the reward tiny\.key is JUDGE_KEY, but this environment variable"):
+        with pytest.raises(ConfigError, match=r"reward tiny: judge\.key is JUDGE_KEY, but this environment variable"):
             rewarded(server, tmp_path, {"p": ["x", "yy"]}, judge={"key": "JUDGE_KEY"})
         monkeypatch.setenv("JUDGE_KEY", "sk-very-secret")
         found = rewarded(server, tmp_path, {"p": ["x", "yy"]}, judge={"key": "JUDGE_KEY"})

@@ -117,6 +117,13 @@ def test_a_seed_that_no_generator_takes_is_refused(key, file):
             load_config(file, [f"{key}={seed}"])
 
 
+def test_rewards_that_no_answer_can_be_right_by_are_refused(file):
+    weighted = "rounds.rewards=[{use: regex, pattern: a, weight: 0.5}, {use: regex, pattern: b, weight: 0, name: b}]"
+    with pytest.raises(ConfigError, match=r"the rewards add up to 0.5 at most .* rounds.measure.success \(0.5\); lower"):
+        inputs_of(file, weighted)
+    inputs_of(file, weighted, "rounds.measure.success=0.4")
+
+
 def test_replicas_of_more_gpus_than_workers_are_refused(file):
     with pytest.raises(ConfigError, match=r"tensor_parallel 4 needs as many GPUs, but score.workers is 2; raise"):
         inputs_of(file, "rounds.sample.engine=ray", "rounds.sample.tensor_parallel=4", "score.workers=2")

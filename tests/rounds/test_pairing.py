@@ -317,6 +317,8 @@ def test_a_round_without_new_pairs_replays_none():
         ({0: rewarded(1, 1), 1: rewarded(1, 1)}, {}, "right", "4 of 4 answers are right .*nothing to learn.*harder prompts"),
         ({0: rewarded(1, 1), 1: rewarded(1, None)}, {}, "right", "3 of 3 answers are right .*1 more"),
         ({0: rewarded(0, 0), 1: rewarded(0, 0)}, {}, "wrong", "none of 4 answers is right.*easier prompts"),
+        ({0: 2 * [(1.0, [5], "length")]}, {}, "wrong", r"2 are cut .*: raise rounds.sample.max_tokens \(512\)$"),
+        ({0: [(1.0, [5], "length"), *rewarded(0, 0)]}, {}, "wrong", "use easier prompts"),
         ({0: rewarded(1, 1), 1: rewarded(0, 0)}, {}, "tied", "2 of 4 answers are right.*rounds.sample.n"),
         ({0: rewarded(0.9, 0.3)}, {"pairs": {"margin": 0.7}}, "tied", r"rounds.pairs.margin \(0.7\)"),
         ({0: rewarded(None, None)}, {}, "unknown", "none of 2 answers can be in a pair: no reward .*rounds.rewards"),
