@@ -44,6 +44,12 @@ _CHOICES = re.compile(
 """Several letters of a multiple choice, which are no answer."""
 _OTHER = re.compile(r"(?<![A-Za-z])([A-J])\b[\s$*)\].:]*(?:,|;|/|&|\band\b|\bor\b|\n)[\s$*(\[]*$")
 """A letter before the last one of such a list."""
+_NO_VALUE = re.compile(
+    r"\d+(?:-\d+)+|\d+(?:\.\d+){2,}|[-+]?[\d.,]+\s*[A-Za-z]{2,}\.?(?:,?\s+(?:and\s+)?[\d.,]+\s*[A-Za-z]{2,}\.?)+|"
+    r"[-+$]*[\d.,]+\s*(?i:thousand|million|billion|trillion)\b.*"
+)
+"""Dates, telephone numbers, addresses, several units, and words that multiply. math-verify would read them as arithmetic, or
+read one number of them alone."""
 _WORDS = {"yes", "no", "true", "false", "even", "odd", "none"}
 # Minus sign, dash, multiplication, division and fraction signs, and spaces that do not break.
 _SIGNS = str.maketrans("\u2212\u2013\u00d7\u00f7\u2044\u00a0\u202f", "--*//  ")
@@ -147,6 +153,8 @@ def _gold(gold: Any) -> tuple[str, str]:
         "\\" in text or words in _WORDS or (len(words) > 3 and words != "infinity")
     ):
         return "words", words
+    if _NO_VALUE.fullmatch(bare):
+        raise GoldError(f"the right answer {bare[:80]!r} would be read as arithmetic, or in part; write it as one number")
     text = _tidy(text)
     if re.fullmatch(_PLAIN, text) or re.search(r"\$.+\$|\\\(|\\\[", text):
         return "value", text

@@ -73,6 +73,23 @@ def test_an_unreadable_right_answer_is_named_and_costs_its_answer_only(function)
     assert str(bad) == r"the right answer '\\binom52' is neither a number, nor LaTeX that math-verify reads, nor a word"
 
 
+@pytest.mark.parametrize(
+    ("gold", "wrong"),
+    [
+        ("2023-01-05", "2017"),
+        ("555-1234", "-679"),
+        ("192.168.0.1", "10.0.0.1"),
+        ("5 feet 10 inches", "6 feet 10 inches"),
+        ("2 hours 30 minutes", "30 minutes"),
+        ("2.5 million", "2.5"),
+        ("$3 billion", "3"),
+    ],
+)
+def test_a_right_answer_that_is_no_single_number_is_not_read_as_arithmetic(function, gold, wrong) -> None:
+    bad, good = function([wrong, "5 m"], answer=[gold, "5 m"])
+    assert good == 1.0 and isinstance(bad, ValueError) and "write it as one number" in str(bad)
+
+
 def test_an_answer_that_never_ends_costs_itself_and_the_time_limit() -> None:
     seconds = 1.0
     function = mathematics.make(RewardConfig(use="math", seconds=seconds))
