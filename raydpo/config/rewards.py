@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -10,7 +11,7 @@ from pydantic import Field, model_validator
 from raydpo.config.judge import JudgeConfig
 from raydpo.config.section import Float, Int, PathOrUri, Section
 
-__all__ = ["BUILT_IN", "RewardConfig", "check_names", "duels_of", "requests_of", "reward_name"]
+__all__ = ["BUILT_IN", "RewardConfig", "check_names", "duels_of", "only_duels", "requests_of", "reward_name"]
 
 BUILT_IN = ("math", "json", "regex", "constraints", "code")
 """Names of the built-in reward functions."""
@@ -112,6 +113,12 @@ def reward_name(reward: RewardConfig) -> str:
 def duels_of(answers: int, opponents: int) -> int:
     """Number of duels among so many different answers to a prompt: each begins ``opponents``, but none twice."""
     return min(answers * opponents, answers * (answers - 1) // 2)
+
+
+def only_duels(rewards: Sequence[RewardConfig]) -> bool:
+    """Whether nothing but a judge's duels decides the reward. It then is a win rate, times the weights."""
+    weighted = [one for one in rewards if one.weight]
+    return bool(weighted) and all(one.judge is not None and one.scale != "score" and one.weight > 0 for one in weighted)
 
 
 def requests_of(reward: RewardConfig, prompts: int, n: int, against: int | None = None) -> int:

@@ -145,7 +145,7 @@ class MeasureConfig(Section):
     greedy: bool = True
     """Also answer greedily."""
     success: Float = 0.5
-    """Reward above which an answer counts as a success."""
+    """Reward above which an answer counts as a success. If only a judge's duels reward, the success is their win rate."""
 
 
 class StopConfig(Section):

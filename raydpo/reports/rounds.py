@@ -82,7 +82,7 @@ def rounds_page(record: RoundsRecord) -> str:
         findings=rounds_findings(record),
         held_out=_table("Held-out prompts", record.rounds, HELD_OUT),
         training=_table("Training answers and pairs", record.trained, TRAINING),
-        threshold=_threshold(record),
+        success=_what_success_is(record),
         costs=cost_pictures(record),
         drift=any(row["round"] and row.get("eval_drift_initial") is not None for row in record.rounds),
         curves=rounds_curves(record),
@@ -133,9 +133,13 @@ def _figure(row: dict[str, Any], key: str, form: str, error: str | None) -> Cell
     return cell if value is None or spread is None else Cell(within(value, spread, form), cell.value)
 
 
-def _threshold(record: RoundsRecord) -> str:
+def _what_success_is(record: RoundsRecord) -> str:
+    """What success is, as a sentence."""
+    if record.only_duels:
+        return "Success is the win rate: the share of the judge's duels with answers of the initial model, 0.5 at the start."
     value = record.setting("rounds.measure.success")
-    return "the threshold (rounds.measure.success)" if value is None else f"{value:g} (rounds.measure.success)"
+    threshold = "the threshold" if value is None else f"{value:g}"
+    return f"An answer succeeds if its reward is above {threshold} (rounds.measure.success)."
 
 
 def _facts(record: RoundsRecord) -> list[tuple[str, str]]:

@@ -37,7 +37,7 @@ CACHE = (
 )
 DUELS = (
     " A judge compares training answers with each other, and held-out ones with the initial model's: the two levels do not "
-    "compare. Even answers have a reward of 0.5; success is the share above rounds.measure.success."
+    "compare."
 )
 
 

@@ -49,9 +49,10 @@ def attempt(config: Config, console: Console | None = None, *, count: int = 8) -
         of = [row for row in answers if row["prompt_id"] == key]
         print_answers(console, f"prompt {key.hex()[:12]}", prompt, of, ())
     figures = sampled_figures(inputs.prompts, samples, scores, rounds)
+    right = "no known share of" if figures["success"] is None else f"{figures['success']:.1%}"
     console.say(
         f"{figures['answers']:,} answers to {figures['prompts']:,} prompts: mean reward "
-        f"{'none' if figures['reward'] is None else format(figures['reward'], '.3f')}, {figures['success']:.1%} right "
+        f"{'none' if figures['reward'] is None else format(figures['reward'], '.3f')}, {right} right "
         f"(reward above {rounds.measure.success:g}), {figures['mixed']:.1%} of the prompts with different rewards, "
         f"{figures['cut']:.1%} cut at rounds.sample.max_tokens ({rounds.sample.max_tokens})"
     )

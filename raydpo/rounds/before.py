@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow.compute as pc
 
 from raydpo.config import Config
-from raydpo.config.rewards import BUILT_IN
+from raydpo.config.rewards import BUILT_IN, only_duels
 from raydpo.config.rounds import RoundsConfig
 from raydpo.errors import ConfigError, FilesError
 from raydpo.model.limits import tokenizer_warnings
@@ -76,7 +76,7 @@ def _check_success(rounds: RoundsConfig) -> None:
     weighted = [one for one in rounds.rewards if one.weight]
     most = sum(max(0.0, one.weight) for one in weighted)
     bounded = all(one.use in BUILT_IN or one.judge is not None for one in weighted)
-    if bounded and most <= rounds.measure.success:
+    if bounded and not only_duels(weighted) and most <= rounds.measure.success:
         raise ConfigError(
             f"no answer could be right: the rewards add up to {most:g} at most (values up to 1 times their weights), and an "
             f"answer is right above rounds.measure.success ({rounds.measure.success:g}); lower that"

@@ -2,6 +2,9 @@
 
 Answers to one prompt are not independent, so standard errors are over prompts. An answer without a reward is no success. A
 figure of nothing is None.
+
+Where only a judge's duels reward, the success is the win rate: the answers of two equal policies
+have 0.5, and how many are above it says nothing. Answers without a verdict are left out.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from raydpo.config.rewards import only_duels
 from raydpo.config.rounds import RoundsConfig
 from raydpo.data.index import as_values
 from raydpo.data.interval import by_group, standard_error
@@ -65,8 +69,10 @@ def held_out_figures(held_out: pa.Table, rounds: RoundsConfig) -> dict[str, Any]
     alone, sampled = held_out.filter(greedy), held_out.filter(pc.invert(greedy))
     found = {f"eval_{name}": value for name, value in _answer_figures(sampled, sampled, rounds).items()}
     groups = _groups(sampled)
-    found["eval_success_se"] = _error(_successes(sampled, rounds).astype(float), groups)
-    found["eval_success_greedy"] = _mean(_successes(alone, rounds))
+    values = _values(sampled, rounds)
+    known = ~np.isnan(values)
+    found["eval_success_se"] = _error(values[known], np.unique(groups[known], return_inverse=True)[1])
+    found["eval_success_greedy"] = _known_mean(_values(alone, rounds))
     found["eval_errors"] = held_out["error"].length() - held_out["error"].null_count
     for name, column in (("initial", "log_ratio"), ("previous", "log_ratio_previous")):
         ratios = sampled[column]
@@ -95,7 +101,7 @@ def _answer_figures(samples: pa.Table, scores: pa.Table, rounds: RoundsConfig) -
         "answers": count,
         "reward": _mean(scores["reward"].drop_null().to_numpy()),
         "rewards": _by_function(scores),
-        "success": _mean(right),
+        "success": _known_mean(_values(scores, rounds)),
         "any": _share(int((wins > 0).sum()), prompts),
         "errors": len(scores) - scores["error"].null_count,
         "unknown": scores["reward"].null_count,
@@ -114,6 +120,14 @@ def _groups(samples: pa.Table) -> np.ndarray:
 def _successes(scores: pa.Table, rounds: RoundsConfig) -> np.ndarray:
     """Which answers are a success, bool [answers]."""
     return pc.fill_null(pc.greater(scores["reward"], rounds.measure.success), False).to_numpy()
+
+
+def _values(scores: pa.Table, rounds: RoundsConfig) -> np.ndarray:
+    """What each answer adds to the success, float64 [answers]: 1 or 0; of duels the share that it won, NaN if unknown."""
+    if not only_duels(rounds.rewards):
+        return _successes(scores, rounds).astype(float)
+    rewards = pc.fill_null(scores["reward"], float("nan")).to_numpy()
+    return rewards / sum(one.weight for one in rounds.rewards)
 
 
 def _by_function(scores: pa.Table) -> dict[str, float | None]:
@@ -148,6 +162,10 @@ def _error(values: np.ndarray, groups: np.ndarray) -> float | None:
 
 def _mean(values: np.ndarray) -> float | None:
     return float(np.mean(values)) if len(values) else None
+
+
+def _known_mean(values: np.ndarray) -> float | None:
+    return _mean(values[~np.isnan(values)])
 
 
 def _share(count: int, total: int) -> float | None:

@@ -98,6 +98,14 @@ class RoundsRecord:
         return [_reward(tree) for tree in self.setting("rounds.rewards") or ()]
 
     @property
+    def only_duels(self) -> bool:
+        """Whether nothing but a judge's duels decides the reward, so that the success is a win rate."""
+        weighted = [one for one in self.setting("rounds.rewards") or () if one.get("weight") != 0]
+        return bool(weighted) and all(
+            one.get("judge") and one.get("scale") != "score" and one.get("weight", 1) > 0 for one in weighted
+        )
+
+    @property
     def trained(self) -> list[dict[str, Any]]:
         """The rows of all rounds but round 0. The last one may have ended the rounds before it trained."""
         return [row for row in self.rounds if row["round"] > 0]

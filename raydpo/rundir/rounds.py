@@ -92,7 +92,7 @@ ROUNDS_SCHEMA = pa.schema(
         ("answers", pa.int64()),
         ("reward", pa.float64()),  # mean over answers with a reward
         ("rewards", _MAP),  # mean of each function over the answers that it applies to
-        ("success", pa.float64()),  # share of answers whose reward is above rounds.measure.success
+        ("success", pa.float64()),  # share of answers with a reward above rounds.measure.success, or of duels won
         ("any", pa.float64()),  # share of prompts with a success
         ("mixed", pa.float64()),  # share of prompts whose answers have different rewards
         ("ties", pa.int64()),  # prompts with two or more rewards, all the same

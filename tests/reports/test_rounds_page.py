@@ -69,7 +69,7 @@ def test_missing_figures_are_told_and_no_empty_page_is_made(tmp_path):
 
 def test_a_page_says_that_duels_of_training_and_held_out_answers_differ(tmp_path):
     judge = {"judge": {"url": "http://h/v1", "model": "m"}}
-    said = "the two levels do not compare"
+    said, win_rate = "the two levels do not compare", "Success is the win rate"
     for name, rewards, times in (
         ("duels", [judge], 2),
         ("score", [judge | {"scale": "score"}], 0),
@@ -78,6 +78,7 @@ def test_a_page_says_that_duels_of_training_and_held_out_answers_differ(tmp_path
         directory = made_rounds(tmp_path, name, settings={"rewards": rewards})
         page = rounds_page(record(directory))
         assert len(re.findall(f"<figcaption[^>]*>[^<]*{said}", page)) == times, name
+        assert (win_rate in page) is (name == "duels")
 
 
 def test_pictures_show_the_figures_over_the_rounds(tmp_path):

@@ -147,6 +147,22 @@ def test_figures_of_held_out_answers(seed):
         assert found[name] == pytest.approx(stdev(means) / math.sqrt(len(means)))
 
 
+def test_the_success_of_duels_is_the_win_rate():
+    judge = {"judge": {"url": "http://h/v1", "model": "m"}}
+    whole, table = made(3, greedy=True)
+    found, scored = (
+        held_out_figures(whole, settings(rewards=[{**judge, **more, "weight": 2.0}, {"use": "my:form", "weight": 0}]))
+        for more in ({}, {"scale": "score"})
+    )
+    greedy = [row["reward"] for row in whole.to_pylist() if row["sample"] < 0 and row["reward"] is not None]
+    assert found["eval_unknown"] > 0 and found["eval_success"] == pytest.approx(found["eval_reward"] / 2)
+    assert found["eval_success_greedy"] == pytest.approx(fmean(greedy) / 2) and found["eval_success_se"] > 0
+    assert scored["eval_success"] != pytest.approx(found["eval_success"]) and scored["eval_any"] == found["eval_any"]
+    samples, scores = tables(made(3)[0])
+    unknown = scores.set_column(2, "reward", pa.nulls(len(scores), pa.float64()))
+    assert sampled_figures(table, samples, unknown, settings(rewards=[judge]))["success"] is None
+
+
 def test_an_answer_without_a_reward_is_no_success_and_no_tie():
     table, rounds = prompts(3), settings()
     samples, scored = answered(

@@ -105,6 +105,7 @@ def test_held_out_answers_have_duels_with_those_of_the_initial_model(tmp_path, t
         pq.read_table(tmp_path / f"runs/small/round-{number:03d}/held_out.parquet").to_pylist() for number in range(3)
     )
     assert rows[0]["eval_reward"] == pytest.approx(0.5) and rows[2]["eval_reward"] > 0.7
+    assert [row["eval_success"] for row in rows] == pytest.approx([row["eval_reward"] for row in rows])
     theirs = {}
     for row in before:
         theirs.setdefault((row["prompt_id"], row["sample"] == -1), []).append(row["answer"])
