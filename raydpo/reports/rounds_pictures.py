@@ -116,8 +116,7 @@ def rounds_curves(record: RoundsRecord) -> list[Picture]:
 
 def _duels(record: RoundsRecord) -> str:
     """What to say of rewards if a judge's duels are part of them."""
-    judged = [one for one in record.setting("rounds.rewards") or () if one.get("judge") and one.get("weight") != 0]
-    return DUELS if any(one.get("scale") != "score" for one in judged) else ""
+    return DUELS if any(one.duels and one.weight for one in record.rewards) else ""
 
 
 def _functions(record: RoundsRecord) -> list[Curve | None]:

@@ -276,11 +276,11 @@ def no_pairs(samples: pa.Table, scores: pa.Table, rounds: RoundsConfig) -> tuple
     total, known = len(samples), len(answers)
     threshold = rounds.measure.success
     right = sum(one.reward > threshold for one in answers)
+    cut = int(pc.sum(is_cut(samples)).as_py() or 0)
     if not known or (right == known and 2 * known < total):  # a few right answers say nothing about the others
         few, others = f"none of {total:,} answers", "them"
         if known:
             few, others = f"only {known:,} of {total:,} answers, all right,", "the others"
-        cut = int(pc.sum(is_cut(samples)).as_py() or 0)
         if rounds.cut == "drop" and cut:
             return "unknown", (
                 f"{few} can be in a pair: {cut:,} are cut at {rounds.sample.max_tokens} tokens (rounds.cut is drop) and "
@@ -297,13 +297,12 @@ def no_pairs(samples: pa.Table, scores: pa.Table, rounds: RoundsConfig) -> tuple
             "stop here, or use harder prompts"
         )
     if not right:
-        cut = int(pc.sum(is_cut(samples)).as_py() or 0)
         if rounds.cut == "zero" and 2 * cut >= total:
-            fix = f"{cut:,} are cut and so worth at most 0 (rounds.cut): raise rounds.sample.max_tokens "
-            fix += f"({rounds.sample.max_tokens})"
+            most = rounds.sample.max_tokens
+            fix = f"{cut:,} are cut and so worth at most 0 (rounds.cut): raise rounds.sample.max_tokens ({most})"
         else:
-            fix = f"use easier prompts, raise rounds.sample.n ({rounds.sample.n}), or begin with a model that was trained "
-            fix += "for the task"
+            n = rounds.sample.n
+            fix = f"use easier prompts, raise rounds.sample.n ({n}), or begin with a model that was trained for the task"
         return "wrong", (
             f"none of {known:,} answers is right (reward above {threshold:g}){apart}, and no prompt has answers that differ "
             f"by more than rounds.pairs.margin ({rounds.pairs.margin:g}); {fix}"

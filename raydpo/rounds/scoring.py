@@ -42,13 +42,14 @@ def _answers(inputs: Inputs, samples: pa.Table) -> pa.Table:
     """Rows of ``rewards.task.ANSWERS``: the answers, each with its prompt and the prompt's columns. All have the columns of
     all prompts: a function gets null, and no error, where the few prompts of a round lack a column that others have."""
     asked = inputs.prompts.take(rows_of(inputs.prompts, samples["prompt_id"]))
-    none = dict.fromkeys(sorted(inputs.columns))
+    none, given = dict.fromkeys(sorted(inputs.columns)), asked["columns"].to_pylist()
+    whole = {text: json.dumps(none | json.loads(text)) for text in set(given)}  # once for all answers to a prompt
     columns = {
         "prompt_id": samples["prompt_id"],
         "sample": samples["sample"],
         "prompt": asked["prompt"],
         "completion": samples["answer"],
         "completion_ids": samples["answer_ids"],
-        "columns": [json.dumps(none | json.loads(given)) for given in asked["columns"].to_pylist()],
+        "columns": [whole[text] for text in given],
     }
     return pa.table({name: columns[name] for name in ANSWERS.names}, schema=ANSWERS)

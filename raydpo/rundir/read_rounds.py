@@ -37,12 +37,13 @@ __all__ = ["RewardRecord", "RoundsRecord", "is_rounds"]
 @dataclass(frozen=True)
 class RewardRecord:
     """One reward function of the rounds. ``kind``: what computes it, such as ``regex``; ``unsafe``: it runs code without a
-    sandbox."""
+    sandbox; ``duels``: a judge compares answers."""
 
     name: str
     kind: str
     weight: float
     unsafe: bool
+    duels: bool
 
 
 @dataclass(frozen=True)
@@ -100,10 +101,8 @@ class RoundsRecord:
     @property
     def only_duels(self) -> bool:
         """Whether nothing but a judge's duels decides the reward, so that the success is a win rate."""
-        weighted = [one for one in self.setting("rounds.rewards") or () if one.get("weight") != 0]
-        return bool(weighted) and all(
-            one.get("judge") and one.get("scale") != "score" and one.get("weight", 1) > 0 for one in weighted
-        )
+        weighted = [one for one in self.rewards if one.weight]
+        return bool(weighted) and all(one.duels and one.weight > 0 for one in weighted)
 
     @property
     def trained(self) -> list[dict[str, Any]]:
@@ -176,5 +175,9 @@ def _reward(tree: dict[str, Any]) -> RewardRecord:
     judge = tree.get("judge") or {}
     kind = tree.get("use") or (tree.get("reward_model") and f"reward model {tree['reward_model']}")
     return RewardRecord(
-        name, str(kind or f"judge {judge.get('model', '')}"), float(tree.get("weight", 1.0)), bool(tree.get("unsafe"))
+        name=name,
+        kind=str(kind or f"judge {judge.get('model', '')}"),
+        weight=float(tree.get("weight", 1.0)),
+        unsafe=bool(tree.get("unsafe")),
+        duels=bool(judge) and tree.get("scale") != "score",
     )
