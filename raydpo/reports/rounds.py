@@ -136,7 +136,10 @@ def _figure(row: dict[str, Any], key: str, form: str, error: str | None) -> Cell
 def _what_success_is(record: RoundsRecord) -> str:
     """What success is, as a sentence."""
     if record.only_duels:
-        return "Success is the win rate: the share of the judge's duels with answers of the initial model, 0.5 at the start."
+        return (
+            "Success is the win rate: the share of the judge's duels with answers of the initial model. At the start it is "
+            "0.5, or less if cut answers count 0."
+        )
     value = record.setting("rounds.measure.success")
     threshold = "the threshold" if value is None else f"{value:g}"
     return f"An answer succeeds if its reward is above {threshold} (rounds.measure.success)."

@@ -42,10 +42,10 @@ _CHOICES = re.compile(
     r"[\s$*(\[]*[A-J][\s$*)\].:]*(?:(?:,|;|/|&|\band\b|\bor\b|\\text\{\s*(?:and|or)\s*\})[\s$*(\[]*[A-J]\b[\s$*)\].:]*)+"
 )
 """Several letters of a multiple choice, which are no answer."""
-_OTHER = re.compile(r"(?<![A-Za-z])([A-J])\b[\s$*)\].:]*(?:,|;|/|&|\band\b|\bor\b|\n)[\s$*(\[]*$")
+_OTHER = re.compile(r"(?<![A-Za-z])([A-J])\b[\s$*)\].:]*(?:,|;|/|&|\band\b|\bor\b)[\s$*(\[]*$")
 """A letter before the last one of such a list."""
 _NO_VALUE = re.compile(
-    r"\d+(?:-\d+)+|\d+(?:\.\d+){2,}|[-+]?[\d.,]+\s*[A-Za-z]{2,}\.?(?:,?\s+(?:and\s+)?[\d.,]+\s*[A-Za-z]{2,}\.?)+|"
+    r"\d+(?:-\d+)+|\d+(?:[./]\d+){2,}|[-+]?[\d.,]+\s*[A-Za-z]{2,}\.?(?:,?\s+(?:and\s+)?[\d.,]+\s*[A-Za-z]{2,}\.?)+|"
     r"[-+$]*[\d.,]+\s*(?i:thousand|million|billion|trillion)\b.*"
 )
 """Dates, telephone numbers, addresses, several units, and words that multiply. math-verify would read them as arithmetic, or

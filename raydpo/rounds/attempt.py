@@ -8,6 +8,7 @@ from typing import Any
 from raydpo.cluster.preflight import check_cluster
 from raydpo.cluster.session import session
 from raydpo.config import Config
+from raydpo.config.rewards import only_duels
 from raydpo.rewards.apply import too_many
 from raydpo.rounds.before import check_inputs
 from raydpo.rounds.figures import sampled_figures
@@ -49,11 +50,12 @@ def attempt(config: Config, console: Console | None = None, *, count: int = 8) -
         of = [row for row in answers if row["prompt_id"] == key]
         print_answers(console, f"prompt {key.hex()[:12]}", prompt, of, ())
     figures = sampled_figures(inputs.prompts, samples, scores, rounds)
-    right = "no known share of" if figures["success"] is None else f"{figures['success']:.1%}"
+    threshold = "share of duels won" if only_duels(rounds.rewards) else f"reward above {rounds.measure.success:g}"
+    success = "unknown" if figures["success"] is None else f"{figures['success']:.1%}"
     console.say(
         f"{figures['answers']:,} answers to {figures['prompts']:,} prompts: mean reward "
-        f"{'none' if figures['reward'] is None else format(figures['reward'], '.3f')}, {right} right "
-        f"(reward above {rounds.measure.success:g}), {figures['mixed']:.1%} of the prompts with different rewards, "
+        f"{'none' if figures['reward'] is None else format(figures['reward'], '.3f')}, success {success} "
+        f"({threshold}), {figures['mixed']:.1%} of the prompts with different rewards, "
         f"{figures['cut']:.1%} cut at rounds.sample.max_tokens ({rounds.sample.max_tokens})"
     )
     if (failed := too_many(rounds.rewards, scores, rounds.max_errors)) is not None:

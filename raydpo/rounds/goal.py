@@ -54,7 +54,7 @@ def enough(number: int, figures: Mapping[str, Any], stop: StopConfig) -> str | N
     success, drift = figures.get("eval_success"), figures.get("eval_drift_initial")
     if stop.success is not None and success is not None and success >= stop.success:
         return (
-            f"round {number}: {success:.1%} of the answers to held-out prompts are right, which is rounds.stop.success "
+            f"round {number}: {success:.1%} success on held-out prompts, which is rounds.stop.success "
             f"({stop.success:g}) or more, so the rounds end here"
         )
     if stop.drift is not None and drift is not None and drift > stop.drift:

@@ -78,6 +78,7 @@ def test_an_unreadable_right_answer_is_named_and_costs_its_answer_only(function)
     [
         ("2023-01-05", "2017"),
         ("555-1234", "-679"),
+        ("12/25/2024", "24/50/2024"),
         ("192.168.0.1", "10.0.0.1"),
         ("5 feet 10 inches", "6 feet 10 inches"),
         ("2 hours 30 minutes", "30 minutes"),
@@ -88,6 +89,11 @@ def test_an_unreadable_right_answer_is_named_and_costs_its_answer_only(function)
 def test_a_right_answer_that_is_no_single_number_is_not_read_as_arithmetic(function, gold, wrong) -> None:
     bad, good = function([wrong, "5 m"], answer=[gold, "5 m"])
     assert good == 1.0 and isinstance(bad, ValueError) and "write it as one number" in str(bad)
+
+
+@pytest.mark.parametrize("answer", ["I rule out A and C.\n\nB", "Eliminating C and D:\nB", "Not A, C and D:\n\n**B**"])
+def test_letters_of_an_earlier_line_are_no_second_choice(function, answer) -> None:
+    assert function([answer], answer=["B"]) == [1.0]
 
 
 def test_an_answer_that_never_ends_costs_itself_and_the_time_limit() -> None:
