@@ -16,6 +16,8 @@ import sys
 from decimal import Decimal
 from typing import Any
 
+from raydpo.rewards.choices import letter
+
 __all__ = ["GoldError", "final_part", "serve", "verdict"]
 
 MOST_CHARACTERS = 4000
@@ -31,6 +33,7 @@ _THOUSANDS = re.compile(r"(?<=\d)(?:\{,\}|,?\\[,!; ])(?=\d{3}(?!\d))")
 _BASE = re.compile(r"(?<=\d)_(?:\{(\d+)\}|(\d+))")
 _TEXT = re.compile(r"\\(?:text|textbf|mathrm|mathbf|textrm|operatorname)\s*\{([^{}]*)\}")
 _ANSWER = re.compile(r"(?i)\banswers?\b[^\n.]{0,100}?(?:\bis\b|\bare\b|[:=])[ \t*]*")
+_TAGGED = re.compile(r"(?is)<answer>(.*?)</answer>")
 _JOINT = re.compile(r"(?:,|;|\band\b|\bor\b|\\text\{\s*(?:and|or)\s*\}|[\s$\\])*")
 _GLUED = re.compile(
     r"</?[A-Za-z][\w-]*>|(?:(?<=[\uff1a\u3001\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af])|(?<=[^\d\s]:)|(?<!\S)[\"'`\u201c\u2018])"
@@ -38,18 +41,27 @@ _GLUED = re.compile(
 )
 """What may stand before a number without a space: tags, colons, quotation marks, and letters of languages without spaces.
 math-verify reads a number only after a space or an equals sign."""
-_CHOICES = re.compile(
-    r"[\s$*(\[]*[A-J][\s$*)\].:]*(?:(?:,|;|/|&|\band\b|\bor\b|\\text\{\s*(?:and|or)\s*\})[\s$*(\[]*[A-J]\b[\s$*)\].:]*)+"
+_MONTHS = (
+    "jan(?:uary)?|feb(?:ruary)?|mar(?:ch)?|apr(?:il)?|may|june?|july?|aug(?:ust)?|sept?(?:ember)?|oct(?:ober)?|"
+    "nov(?:ember)?|dec(?:ember)?"
 )
-"""Several letters of a multiple choice, which are no answer."""
-_OTHER = re.compile(r"(?<![A-Za-z])([A-J])\b[\s$*)\].:]*(?:,|;|/|&|\band\b|\bor\b)[\s$*(\[]*$")
-"""A letter before the last one of such a list."""
 _NO_VALUE = re.compile(
-    r"\d+(?:-\d+)+|\d+(?:[./]\d+){2,}|[-+]?[\d.,]+\s*[A-Za-z]{2,}\.?(?:,?\s+(?:and\s+)?[\d.,]+\s*[A-Za-z]{2,}\.?)+|"
-    r"[-+$]*[\d.,]+\s*(?i:thousand|million|billion|trillion)\b.*"
+    r"\d+(?:-\d+)+|\d+(?:[./]\d+){2,}|[-+]?[\d.,]+\s*[A-Za-z]+\.?(?:,?\s+(?:and\s+)?[\d.,]+\s*[A-Za-z]+\.?)+|"
+    r"[-+$]*[\d.,]+\s*(?i:dozen|hundred|thousand|million|billion|trillion)\b.*|"
+    rf"(?i:(?:{_MONTHS})\b\.?,?\s+\d.*|\d+(?:st|nd|rd|th)?,?\s+(?:of\s+)?(?:{_MONTHS})\b.*)"
 )
 """Dates, telephone numbers, addresses, several units, and words that multiply. math-verify would read them as arithmetic, or
 read one number of them alone."""
+_AROUND = re.compile(rf"(?<![\w\\^{{}}])(?<![\d%+*/^-]\s)(?:[(\[]|[*_]+)\s*({_NUMBER})\s*(%?)(?:[)\]]|[*_]+)(?![\w^])")
+"""One number in parentheses, brackets or emphasis, which is that number unless it stands behind another one."""
+_WORKING = re.compile(r"(?<=\d)\s*\(\s*=[^()]*\)")
+"""How a number was found, behind it: "68 (= 23 + 45)"."""
+_PLUS = re.compile(r"(^|[:=(]\s*|[a-z]{2,}\s+)\+(?=\.?\d)")
+"""The sign of a positive number, where no sum can be meant."""
+_SUM = re.compile(r"^answer is (?=[\d\s.,+\-*/()^]+=)")
+"""An answer that begins with arithmetic. math-verify reads only its first number behind "answer is"."""
+_SEVERAL = re.compile(rf"(?:{_NUMBER})(?:(?:,|,?\s+(?:and|or))\s+(?:{_NUMBER}))+")
+"""Several numbers: "1, 2 and 3"."""
 _WORDS = {"yes", "no", "true", "false", "even", "odd", "none"}
 # Minus sign, dash, multiplication, division and fraction signs, and spaces that do not break.
 _SIGNS = str.maketrans("\u2212\u2013\u00d7\u00f7\u2044\u00a0\u202f", "--*//  ")
@@ -68,7 +80,7 @@ def verdict(gold: Any, answer: str) -> tuple[bool, str]:
     kind, right = _gold(gold)
     part = final_part(answer[-MOST_CHARACTERS:])
     if kind == "choice":
-        return _choice(part) == right, part
+        return letter(_sentence(part), named=part.startswith(("answer is ", "\\boxed"))) == right, part
     if kind == "words":
         return _plain_words(_sentence(part)) == right, part
     from math_verify import verify
@@ -84,17 +96,23 @@ def verdict(gold: Any, answer: str) -> tuple[bool, str]:
     said = _tidy(_GLUED.sub(" ", part))
     if _bare(said) == _bare(right):
         return True, part
-    found = _parse(_as_latex(said, symbolic=not re.fullmatch(_PLAIN, right)))
+    symbolic = not re.fullmatch(_PLAIN, right)
+    if not symbolic and _SEVERAL.fullmatch(_body(said)):
+        return False, part
+    found = _parse(_as_latex(said if symbolic else _number(said), symbolic))
     equal = verify(expected, found, float_rounding=_digits(expected[0]), allow_set_relation_comp=True, timeout_seconds=None)
     return bool(equal), part
 
 
 def final_part(answer: str) -> str:
     """The part of an answer that holds its result: the last ``\\boxed{}``, else what follows the last ``####``, else what
-    follows the last "answer is" or "answer:", else the whole answer.
+    follows the last "answer is" or "answer:", else the whole answer. Only the text between the last ``<answer>`` and
+    ``</answer>`` is read, where there is one.
 
     Boxes that only a comma, "and" or "or" separates are one part. So an answer that boxes two guesses has two values.
     """
+    tagged = _TAGGED.findall(answer)
+    answer = tagged[-1] if tagged else answer
     boxes = _boxes(answer)
     if boxes:
         first = len(boxes) - 1
@@ -107,7 +125,7 @@ def final_part(answer: str) -> str:
     if "####" in answer:
         return answer.rpartition("####")[2].strip()
     named = [match.end() for match in _ANSWER.finditer(answer)]
-    value = answer[named[-1] :].strip() if named else ""
+    value = (answer[named[-1] :] if named else answer if tagged else "").strip()
     return f"answer is {value}" if value else answer.strip()
 
 
@@ -185,10 +203,23 @@ def _bare(text: str) -> str:
     return re.sub(r"\\(?=[{}])|(?<!\d)\s+|\s+(?!\d)", "", text.replace("$", "")).rstrip(".")
 
 
+def _number(text: str) -> str:
+    """``text`` without signs around its numbers that keep math-verify from reading them."""
+    text = _SUM.sub("", _PLUS.sub(r"\1", _WORKING.sub("", text)))
+    text = _AROUND.sub(r" \1\2 ", text)
+    return text if re.search(r"\$|\\\(|\\\[|\\boxed", text) else text.replace(r"\%", "%")
+
+
+def _body(part: str) -> str:
+    return part.removeprefix("answer is ").rstrip(" .")
+
+
 def _as_latex(part: str, symbolic: bool) -> str:
     """``part`` between dollars, if it is LaTeX without them and without prose. The same holds for other signs of mathematics
     if the right answer is ``symbolic``, and no number."""
-    body = part.removeprefix("answer is ").rstrip(" .")
+    body = _body(part)
+    if symbolic and _SEVERAL.fullmatch(body):
+        body = re.sub(r",?\s+(?:and|or)\s+", ", ", body)
     prose = re.search(r"(?<![\\A-Za-z])[A-Za-z]{3,}", _TEXT.sub("", body))
     if symbolic and "\\" not in body and re.fullmatch(r"\{.*\}", body):
         body = f"\\{body[:-1]}\\}}"
@@ -226,22 +257,6 @@ def _sentence(part: str) -> str:
 
 def _plain_words(text: str) -> str:
     return " ".join(re.sub(r"[^\w\s'\u2019-]", " ", text.replace("$", " ")).casefold().split())
-
-
-def _choice(part: str) -> str | None:
-    """The last letter of a multiple choice that ``part`` names, or None."""
-    body = _sentence(part).strip()
-    if _CHOICES.match(body):
-        return None
-    whole = re.fullmatch(r"[\s$*({\[]*([A-Ja-j])[\s$*)}\].:]*", body)
-    if whole:
-        return whole[1].upper()
-    found = re.match(r"[\s$*(\[]*([A-J])[\s$*)\].:,]", body + " ") if body != part or part.startswith("\\boxed") else None
-    found = found or re.search(r"(?s).*(?:^|[\s(*\[])([A-J])(?=[).:\]*,]|\s*$)", body)
-    if found is None:
-        return None
-    other = _OTHER.search(body[: found.start(1)])
-    return None if other and other[1] != found[1] else found[1]
 
 
 def serve() -> None:

@@ -30,7 +30,8 @@ DIFFERENT = [
     ("1/300", r"\boxed{0.00333333}", 1.0),
     ("7", "seven", 0.0),  # no numbers in words
     ("-3", "minus 3", 0.0),
-    ("1, 2", "1 and 2", 0.0),  # several values need a box or LaTeX
+    ("12:30", "2:5", 1.0),  # a ratio, not a time
+    ("42", "42 (43 - 1)", 0.0),  # the last value counts
     (r"\emptyset", r"\boxed{\varnothing}", 0.0),  # a sign that it does not know
     ("Yes", "Yes, because it is heavy.", 0.0),  # a word is compared with the whole answer
     ("123_8", r"\boxed{123}", 1.0),  # the base may be left out
