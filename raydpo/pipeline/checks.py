@@ -288,7 +288,7 @@ def _check_judges(configs: Sequence[Config]) -> None:
     """Check what judges the answers of an evaluation: the user's functions, the API keys."""
     from raydpo.answers.contests import own_function
     from raydpo.answers.judge import Judge
-    from raydpo.rewards.apply import check_rewards
+    from raydpo.rewards.checks import check_rewards
 
     for path in dict.fromkeys(filter(None, (config.evaluate.score_with for config in configs))):
         own_function(path)

@@ -60,7 +60,8 @@ from raydpo.reference.pairs import reference_values
 from raydpo.reference.score import ReferenceSpec
 from raydpo.reference.store import ReferenceCache
 from raydpo.reports.write import write_report_or_warn
-from raydpo.rewards.apply import apply, check_rewards
+from raydpo.rewards.apply import apply
+from raydpo.rewards.checks import check_readable, check_rewards
 from raydpo.rewards.functions import reward_settings
 from raydpo.rundir.directory import CONFIG
 from raydpo.storage.files import Storage
@@ -155,12 +156,16 @@ def _read_pairs(config: Config, console: Console) -> tuple[Tokeniser, pa.Table, 
 
 
 def _check_columns(prompts: Sequence[Prompt], config: Config, console: Console) -> None:
-    """Refuse reward functions that need a column which no record has."""
+    """Refuse reward functions that need a column which no record has, or that can read none of the records."""
     notes: Notes = {}
     records = prompt_records(prompts, config, notes)
     for note in notes:
         console.warn(note.removeprefix("warning: "))
-    check_rewards(config.evaluate.rewards, {name for _, columns in records for name in json.loads(columns)})
+    columns = [json.loads(text) for _, text in records]
+    rewards = config.evaluate.rewards
+    check_rewards(rewards, {name for each in columns for name in each})
+    for line in check_readable(rewards, columns, [f"record {prompt.pair_id}" for prompt in prompts], max_errors=1.0):
+        console.warn(line)
 
 
 def _check_lengths(prompts: Sequence[Prompt], max_tokens: int, models: Mapping[str, ModelLimits]) -> None:

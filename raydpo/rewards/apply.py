@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import json
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,18 +14,14 @@ from raydpo.cluster.resources import Resources, resources_for
 from raydpo.cluster.session import has_ray, owns_ray
 from raydpo.cluster.work import do_work
 from raydpo.config import Config
-from raydpo.config.rewards import BUILT_IN, RewardConfig, reward_name
-from raydpo.data.nearest import quoted
-from raydpo.errors import ConfigError
-from raydpo.rewards.call import ARGUMENTS, NO_COLUMNS
-from raydpo.rewards.functions import RewardFunction, resolve
-from raydpo.rewards.sources import built_in
+from raydpo.config.rewards import RewardConfig, reward_name
+from raydpo.rewards.call import NO_COLUMNS
 from raydpo.rewards.task import ROWS, RewardTask
 from raydpo.rundir.rounds import SCORE_SCHEMA
 from raydpo.storage.files import Storage
 from raydpo.terminal.console import Console
 
-__all__ = ["SCORES", "account", "apply", "check_rewards", "too_many"]
+__all__ = ["SCORES", "account", "apply", "too_many"]
 
 BLOCK = 64
 """Answers of a block, at least; a block ends with the last answer to a prompt."""
@@ -160,66 +155,6 @@ def _actors() -> Resources:
 
     workers = max(1, int(ray.cluster_resources().get("CPU", 1)) - RESERVED_CPUS)
     return Resources(workers, 0, None, 1)
-
-
-def check_rewards(rewards: Sequence[RewardConfig], columns: Collection[str] | None) -> None:
-    """Refuse, before Ray is started, what can be refused: missing functions, libraries, columns and keys.
-
-    Args:
-        columns: of the prompts, without the prompt; None = unknown.
-
-    Raises:
-        ConfigError: naming the reward.
-    """
-    for reward in rewards:
-        if reward.judge is not None:
-            from raydpo.answers.judge import Judge
-
-            # raises an error without its key; sends no request
-            with Judge(reward.judge, f"reward {reward_name(reward)}: judge"):
-                pass
-        if reward.use is None:  # pipeline.checks checks reward models
-            continue
-        name = reward_name(reward)
-        if reward.use in BUILT_IN:
-            module = built_in(reward.use)
-            module.check(reward)
-            if columns is not None:
-                _refuse_missing(name, [one for one in module.column(reward) if one not in columns], columns)
-                if taken := [one for one in module.column(reward) if one in NO_COLUMNS]:
-                    raise ConfigError(
-                        f"the reward {name} reads the column {taken[0]!r}, which it is not given, since reward functions "
-                        "have an argument of this name; rename it with the source's 'columns'"
-                    )
-        else:
-            function = resolve(reward)
-            if columns is not None and function.parameters is not None:
-                _check_parameters(name, function, columns)
-
-
-def _check_parameters(name: str, function: RewardFunction, columns: Collection[str]) -> None:
-    """Refuse a function that cannot be called with the arguments that TRL gives it."""
-    given = {*ARGUMENTS, *columns} - {"prompt", "completion"}
-    parameters = function.parameters or ()
-    named = {one for one, kind, _ in parameters if kind in ("POSITIONAL_OR_KEYWORD", "KEYWORD_ONLY")}
-    needed = [one for one, kind, default in parameters if not default and not kind.startswith("VAR_")]
-    _refuse_missing(name, [one for one in needed if one not in given], columns)
-    if not any(kind == "VAR_KEYWORD" for _, kind, _ in parameters) and given - named:
-        raise ConfigError(
-            f"the reward {name} ({function.name}) has no **kwargs and takes no {quoted(sorted(given - named))}, but it is "
-            "called with the prompts' columns and what TRL's trainers give; add **kwargs to its parameters"
-        )
-
-
-def _refuse_missing(name: str, missing: Sequence[str], columns: Collection[str]) -> None:
-    if not missing:
-        return
-    near = difflib.get_close_matches(missing[0], columns, 1)
-    fix = f"did you mean {near[0]!r}?" if near else "add it, or map it with the source's 'columns'"
-    raise ConfigError(
-        f"the reward {name} needs the column {missing[0]!r} of the prompts, which have "
-        f"{quoted(sorted(columns)) if columns else 'no other columns'}; {fix}"
-    )
 
 
 def account(rewards: Sequence[RewardConfig], scored: pa.Table, answers: pa.Table) -> list[str]:

@@ -136,7 +136,9 @@ def _of_assertion(name: str, text: str) -> tuple[dict[str, str], Any]:
 
 
 def _passed(sandbox: Sandbox, program: str, tests: list[tuple[dict[str, str], Any]]) -> tuple[int, str | None]:
-    """Number of tests that a program passes before it fails one, and how it fails that one."""
+    """Number of tests that a program passes before it fails one, and how it fails that one. No program passes none."""
+    if not program.strip():
+        return 0, "no program"
     replies = sandbox.run(program, [given for given, _ in tests])
     try:
         for number, ((given, expected), reply) in enumerate(itertools.zip_longest(tests, replies)):

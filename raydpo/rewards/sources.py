@@ -28,7 +28,7 @@ _MODULES = {
     "code": ("programs", ()),
 }
 """Module of a built-in function, and the packages that its rewards depend on."""
-_NOT_OF_ONE = {"apply", "call", "functions", "models", "process", "sources", "task"}
+_NOT_OF_ONE = {"apply", "call", "checks", "functions", "models", "process", "sources", "task"}
 """Modules of this folder on which no reward of a built-in function depends."""
 _PACKAGES = ("site-packages", "dist-packages")
 """Directories of installed packages."""

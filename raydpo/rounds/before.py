@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from raydpo.config import Config
 from raydpo.config.rewards import BUILT_IN, only_duels
 from raydpo.config.rounds import RoundsConfig
+from raydpo.data.nearest import quoted
 from raydpo.errors import ConfigError, FilesError
 from raydpo.model.limits import tokenizer_warnings
 from raydpo.pipeline.checks import check, check_models
 from raydpo.pipeline.prepare import training_settings
 from raydpo.pipeline.tokenised import limits_of, open_tokeniser
 from raydpo.reference.identity import resolve_model
-from raydpo.rewards.apply import check_rewards
+from raydpo.rewards.checks import check_readable, check_rewards
 from raydpo.rounds.inputs import Inputs
 from raydpo.rounds.ledger import Ledger
 from raydpo.rounds.measuring import measure_settings
@@ -62,7 +66,7 @@ def check_inputs(config: Config, console: Console) -> Inputs:
     inputs = Inputs(config, console, tokeniser, read_prompts(config, tokeniser, console))
     _check_prompts(inputs)
     console.begin("checking reward functions")
-    check_rewards(inputs.rounds.rewards, inputs.columns)
+    _check_rewards(inputs)
     console.begin("checking model files")
     check_models(config, "rounds", console)
     models = {path: resolve_model(path) for path in (config.model.path, config.reference_path)}
@@ -81,6 +85,24 @@ def _check_success(rounds: RoundsConfig) -> None:
             f"no answer could be right: the rewards add up to {most:g} at most (values up to 1 times their weights), and an "
             f"answer is right above rounds.measure.success ({rounds.measure.success:g}); lower that"
         )
+
+
+def _check_rewards(inputs: Inputs) -> None:
+    """Check the reward functions, and that they can read the prompts that are sampled and those that are measured."""
+    prompts, rounds = inputs.prompts, inputs.rounds
+    read = check_rewards(rounds.rewards, inputs.columns)
+    sampled = np.unique(np.concatenate([slice_of(prompts, rounds, number + 1) for number in range(rounds.count)]))
+    for what, rows in (("training", sampled), ("held-out", held_out_of(prompts, rounds))):
+        chosen = prompts.take(pa.array(rows))
+        columns = [json.loads(text) for text in chosen["columns"].to_pylist()]
+        given = {name for each in columns for name, value in each.items() if value is not None}
+        for reward, names in read.items():
+            if lacking := [name for name in names if name not in given]:
+                inputs.console.warn(f"no {what} prompt has a value in {quoted(lacking)}, which the reward {reward} reads")
+        stored = zip(chosen["row"].to_pylist(), chosen["source"].to_pylist(), strict=True)
+        places = [f"record {row} of {source}" for row, source in stored]
+        for line in check_readable(rounds.rewards, columns, places, rounds.max_errors):
+            inputs.console.warn(f"{what} prompts: {line}")
 
 
 def _check_prompts(inputs: Inputs) -> None:

@@ -14,7 +14,8 @@ from answers import MISBEHAVING, answers_of, config_at, score
 
 from raydpo.config.rewards import RewardConfig
 from raydpo.errors import RaydpoError
-from raydpo.rewards.apply import account, apply, check_rewards, too_many
+from raydpo.rewards.apply import account, apply, too_many
+from raydpo.rewards.checks import check_rewards
 from raydpo.rewards.process import HANGS, FunctionProcess
 from raydpo.terminal.console import Console
 

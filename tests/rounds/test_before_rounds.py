@@ -145,3 +145,27 @@ def test_what_is_told_of_few_prompts_fits_the_settings(settings, told, file, tmp
     stream = io.StringIO()
     check_inputs(load_config(file, settings), Console(stream))
     assert re.search(told, stream.getvalue(), re.MULTILINE), stream.getvalue()
+
+
+def test_prompts_without_what_a_reward_reads_are_told_or_refused(file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out.jsonl").write_text("".join(f'{{"prompt": "out {row}:", "other": 1}}\n' for row in range(6)))
+    stream, out = io.StringIO(), "rounds.held_out={path: out.jsonl}"
+    pytest.importorskip("math_verify")
+    uses = "{use: small_rewards:all_but_one_right}, {use: json, column: number, weight: 0}"
+    check_inputs(load_config(file, [out, f"rounds.rewards=[{uses}]", "rounds.max_errors=1"]), Console(stream))
+    said = stream.getvalue()
+    assert (
+        "no held-out prompt has a value in 'number', which the reward json reads" in said
+        and "number', which the reward all_but_one_right" in said
+        and "no training" not in said
+    )
+    assert re.search(
+        r"training prompts: the reward json cannot read 'number' of 40 of 40 prompt\(s\) \(first: record ", said
+    )
+    with pytest.raises(ConfigError, match=r"'number' of 31 of 31 prompt\(s\) .* is a int; .* remove these prompts"):
+        inputs_of(file, "rounds.rewards=[{use: json, column: number}]")
+    with pytest.raises(
+        ConfigError, match=r"no reward with a weight applies to any of 6 prompt\(s\), such as record [1-6] of held-out"
+    ):
+        inputs_of(file, out, "rounds.rewards=[{use: math, column: number}]")
