@@ -94,11 +94,9 @@ def _unsafe(record: RoundsRecord) -> Iterator[Finding]:
 
 
 def _hacking(record: RoundsRecord) -> Iterator[Finding]:
-    """Find figures of held-out answers that fell, by more than chance explains, while the reward of training answers
-    rose."""
-    trained = [row for row in record.trained if row.get("reward") is not None]
-    ends = _ends(record, "eval_success")
-    if ends is None or len(trained) < 2 or trained[-1]["reward"] <= trained[0]["reward"]:
+    """Find figures of held-out answers that fell, by more than chance explains, while what is trained on rose."""
+    ends, rose = _ends(record, "eval_success"), _rise(record)
+    if ends is None or rose is None:
         return
     first, last = ends
     fell = []
@@ -113,11 +111,25 @@ def _hacking(record: RoundsRecord) -> Iterator[Finding]:
     if fell:
         yield Finding(
             "Reward hacking",
-            f"The reward of the training answers rose from {trained[0]['reward']:.2f} in round {trained[0]['round']} to "
-            f"{trained[-1]['reward']:.2f} in round {trained[-1]['round']}, but on held-out prompts {' and '.join(fell)}.",
+            f"{rose}, but on held-out prompts {' and '.join(fell)}.",
             "The policy learns what the reward functions pay for, not what they should measure. Read the answers below. "
             "Then repair the function whose reward rose, or give a weight to what fell.",
         )
+
+
+def _rise(record: RoundsRecord) -> str | None:
+    """Tell of a rise of what is trained on; None if it did not rise. That is the reward of training answers. Duels among
+    them have the mean 0.5 in every round, so where only duels count it is the win rate against the initial model."""
+    key = "eval_success" if record.only_duels else "reward"
+    rows = [row for row in (record.rounds if record.only_duels else record.trained) if row.get(key) is not None]
+    if len(rows) < 2 or rows[-1][key] <= rows[0][key]:
+        return None
+    if record.only_duels:
+        return f"The win rate rose from {rows[0][key]:.2f} {_before(rows[0])} to {rows[-1][key]:.2f} {_before(rows[-1])}"
+    return (
+        f"The reward of the training answers rose from {rows[0][key]:.2f} in round {rows[0]['round']} to "
+        f"{rows[-1][key]:.2f} in round {rows[-1]['round']}"
+    )
 
 
 def _fall(record: RoundsRecord, name: str, first: int, last: int) -> tuple[float, float] | None:

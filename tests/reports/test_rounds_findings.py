@@ -146,6 +146,20 @@ def test_a_reward_that_is_measured_only_and_falls_is_reward_hacking(tmp_path):
     assert found(tmp_path, settings={"rewards": weighted}, parts={"math": HEALTHY, "brief": [0.9, 0.8, 0.7, 0.61]}) == {}
 
 
+def test_a_win_rate_that_rises_while_a_measured_reward_falls_is_reward_hacking(tmp_path):
+    """Duels among training answers have the mean 0.5 in every round."""
+    judge = {"judge": {"url": "http://host:8000/v1", "model": "judge"}}
+    told = {"settings": {"rewards": [judge, BRIEF[1]]}, "parts": {"judge": HEALTHY, "brief": [0.9, 0.8, 0.7, 0.61]}}
+    flat = {"reward": [None, 0.5, 0.5, 0.5], "success": [None, 0.4, 0.4, 0.4]}
+    one = found(tmp_path, figures=flat | {"eval_success": [0.5, 0.6, 0.7, 0.8]}, **told)
+    assert list(one) == ["Reward hacking"]
+    assert one["Reward hacking"][0] == (
+        "The win rate rose from 0.50 before training to 0.80 after round 3, but on held-out prompts brief, which is "
+        "measured only, fell from 0.90 to 0.61."
+    )
+    assert found(tmp_path, figures=flat | {"eval_success": [0.5, 0.5, 0.45, 0.42]}, **told) == {}
+
+
 def test_a_fall_that_chance_explains_is_none(tmp_path, monkeypatch):
     """Prompts differ in how much the reward changed: the mean fell by 0.03 with a standard error of 0.05."""
     told = {"settings": {"rewards": BRIEF}, "parts": {"math": HEALTHY, "brief": [0.9, 0.9, 0.9, 0.87]}}
