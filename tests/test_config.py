@@ -297,12 +297,19 @@ def test_bad_input_names_key_value_and_fix(override, said, tree):
             "'rounds.rewards.0.name' is 'a+b'; use letters, digits and any of . _ - and start with a letter or digit",
         ),
         ("rewards=[]", "'rounds.rewards' is empty; at least one entry is needed"),
+        ("held_out=1", "'rounds.held_out.fraction' is 1, expected less than 1"),
     ],
 )
 def test_one_mistake_is_one_line(setting, told, tree):
     with pytest.raises(ConfigError) as caught:
         load_config(tree, ["rounds={prompts: x.jsonl, rewards: [{use: math}]}", f"rounds.{setting}"])
     assert str(caught.value) == told
+
+
+def test_a_section_without_effect_is_told_as_it_was_written(tree):
+    del tree["data"]["train"]
+    with pytest.raises(ConfigError, match=r"^data.eval \{'path': 'x.jsonl'\} has no effect on rounds, which make"):
+        load_config(tree, ["rounds={prompts: x.jsonl, rewards: [{use: math}]}", "data.eval=x.jsonl"])
 
 
 @pytest.mark.parametrize(

@@ -160,7 +160,9 @@ class StopConfig(Section):
 
 
 def _as_held_out(value: Any) -> Any:
-    return {"path": value} if isinstance(value, str) else {"fraction": value} if isinstance(value, float) else value
+    if isinstance(value, str):
+        return {"path": value}
+    return {"fraction": value} if isinstance(value, (int, float)) and not isinstance(value, bool) else value
 
 
 class RoundsConfig(Section):

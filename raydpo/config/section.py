@@ -68,5 +68,6 @@ class Section(BaseModel):
         for name in names:
             value = getattr(self, name)
             if value != type(self).model_fields[name].default:
-                told = list(value) if isinstance(value, tuple) else value
+                told = value.model_dump(exclude_unset=True) if isinstance(value, Section) else value
+                told = list(told) if isinstance(told, tuple) else told
                 raise ValueError(f"{prefix}{name} {told} has no effect {why}")

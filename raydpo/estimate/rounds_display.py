@@ -127,7 +127,7 @@ def print_rounds(plan: RoundsPlan, console: Console) -> None:
         stage_row("reward models", workers, plan.rewards),
         stage_row("reference pass", workers, one.score),
         stage_row("training", one.train_workers, one.training),
-        stage_row("measurement with drift", workers, plan.measuring),
+        stage_row("measurement", workers, plan.measuring),
         stage_row("starts", workers, starts),
         stage_row("one round", "", plan.a_round),
         stage_row(f"{plan.rounds:,} round(s)", "", plan.total),

@@ -48,7 +48,7 @@ def attempt(config: Config, console: Console | None = None, *, count: int = 8) -
     answers = [a | b for a, b in zip(samples.to_pylist(), scores.to_pylist(), strict=True)]
     for key, prompt in told.items():
         of = [row for row in answers if row["prompt_id"] == key]
-        print_answers(console, f"prompt {key.hex()[:12]}", prompt, of, ())
+        print_answers(console, f"prompt {key.hex()[:12]}", prompt, of, rounds.cut, ())
     figures = sampled_figures(inputs.prompts, samples, scores, rounds)
     threshold = "share of duels won" if only_duels(rounds.rewards) else f"reward above {rounds.measure.success:g}"
     success = "unknown" if figures["success"] is None else f"{figures['success']:.1%}"

@@ -82,7 +82,7 @@ def show(place: str, number: int, console: Console, *, prompt: str | None = None
         answers = trained.get(key) or measured[key]
         told = _about_pairs(answers, pairs.get(key, ()), cut, margin) if key in trained and paired is not None else []
         held_out = "" if key in trained else ", held out"
-        print_answers(console, f"prompt {key.hex()[:12]}{held_out}", asked.get(key), answers, told)
+        print_answers(console, f"prompt {key.hex()[:12]}{held_out}", asked.get(key), answers, cut, told)
     if why := _failed(storage):
         console.say(f"the last command failed, so these may be answers and rewards of one before it: {why}")
     left = len(trained or measured) - len(chosen)
@@ -91,14 +91,17 @@ def show(place: str, number: int, console: Console, *, prompt: str | None = None
 
 
 def print_answers(
-    console: Console, title: str, prompt: str | None, answers: Sequence[dict[str, Any]], told: Sequence[str]
+    console: Console, title: str, prompt: str | None, answers: Sequence[dict[str, Any]], cut: str, told: Sequence[str]
 ) -> None:
     """Print a prompt, its answers with their rewards, and lines about them.
 
     Args:
         prompt: text or messages, as JSON; None if it is not known.
         answers: rows with sample, reward, parts, error, end and answer.
+        cut: ``rounds.cut``, which decides what becomes of cut answers.
+        told: the lines.
     """
+    mark = {"zero": " (cut)", "drop": " (dropped)"}.get(cut, "")
     console.say(f"{title}: {plain_text(_text(prompt))}")
     console.table(
         "",
@@ -106,7 +109,7 @@ def print_answers(
         [
             (
                 _name(row["sample"]),
-                "unknown" if row["reward"] is None else f"{row['reward']:g}",
+                ("unknown" if row["reward"] is None else f"{row['reward']:g}") + (mark if row["end"] == CUT else ""),
                 ", ".join(f"{name} {'-' if value is None else format(value, 'g')}" for name, value in row["parts"] or ()),
                 "length" if row["end"] == CUT else "itself",
                 plain_text(row["answer"]),

@@ -16,7 +16,7 @@ import yaml
 from raydpo.config import ObjectiveConfig
 from raydpo.config.counting import counting_texts
 from raydpo.errors import ConfigError, RaydpoError, one_line
-from raydpo.rundir.directory import CONFIG, EVAL, EVALUATION, METRICS, RUN, SUMMARY, SWEEP
+from raydpo.rundir.directory import CONFIG, EVAL, EVALUATION, LEDGER, METRICS, RUN, SUMMARY, SWEEP
 from raydpo.storage.files import Storage
 from raydpo.storage.uri import redacted
 
@@ -61,7 +61,7 @@ class RunRecord:
             hint = f"; below it there are {', '.join(below[:5])}" if below else ""
             raise ConfigError(
                 f"there is no run at {storage}: it holds none of {', '.join(RUN_FILES)}{hint}. Give the path "
-                f"of a run directory, <output>/<name>, or of a sweep's, which holds {SWEEP}"
+                f"of a run's directory, <output>/<name>, or of one that holds {SWEEP} or {LEDGER}"
             )
         config = read_file(storage, CONFIG, yaml.safe_load) or {}
         evals = _table(storage, EVAL)
