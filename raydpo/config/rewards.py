@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from raydpo.config.judge import JudgeConfig
 from raydpo.config.section import Float, Int, PathOrUri, Section
 
-__all__ = ["BUILT_IN", "RewardConfig", "check_names", "duels_of", "only_duels", "requests_of", "reward_name"]
+__all__ = ["BUILT_IN", "RewardConfig", "check_names", "duels_of", "only_duels", "options_of", "requests_of", "reward_name"]
 
 BUILT_IN = ("math", "json", "regex", "constraints", "code")
 """Names of the built-in reward functions."""
@@ -84,7 +84,7 @@ class RewardConfig(Section):
                 f"use {self.use!r} is neither built in ({', '.join(BUILT_IN)}) nor of the form module:function, for example "
                 "my_rewards:politeness"
             )
-        kind = self.use if self.use in BUILT_IN else given[0]
+        kind = _kind(self)
         for option, readers in _OPTIONS.items():
             if kind not in readers:
                 self.refuse_idle([option], f"on {self.use or kind}; drop it, or use {' or '.join(readers)}")
@@ -98,6 +98,19 @@ class RewardConfig(Section):
         if self.use == "constraints" and self.column is not None and self.instructions:
             raise ValueError(f"column ({self.column}) and instructions contradict each other; keep one")
         return self
+
+
+def _kind(reward: RewardConfig) -> str:
+    """A built-in function, or which of the three kinds of rewards it is otherwise."""
+    if reward.use is not None and reward.use in BUILT_IN:
+        return reward.use
+    return next(name for name in ("use", "reward_model", "judge") if getattr(reward, name) is not None)
+
+
+def options_of(reward: RewardConfig) -> dict[str, Any]:
+    """The options that this reward reads, also those with their default value, as plain data for JSON."""
+    kind = _kind(reward)
+    return reward.model_dump(mode="json", include={option for option, readers in _OPTIONS.items() if kind in readers})
 
 
 def reward_name(reward: RewardConfig) -> str:

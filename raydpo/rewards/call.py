@@ -30,6 +30,8 @@ MOST_TEXT = 300
 """Characters of an exception's message that are kept."""
 MOST_DETAIL = 2000
 """Characters of a logged value of an unknown type that are kept."""
+MOST_REWARD = 1e100
+"""Largest size of a reward. So weighted sums of rewards, and differences of them, are finite."""
 ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 """Arguments of reward functions beside the columns, as in TRL. No column can be named like them."""
 NO_COLUMNS = ("prompt", "completion", *ARGUMENTS)
@@ -170,6 +172,8 @@ def _reward(value: Any) -> tuple[float | None, str | None]:
         number = float(value)
         if not math.isfinite(number):
             raise ValueError(f"returned {number}; expected a finite number, or None if the function does not apply")
+        if abs(number) > MOST_REWARD:
+            raise ValueError(f"returned {number:g}; expected a number from -{MOST_REWARD:g} to {MOST_REWARD:g}")
     except Exception as error:
         return None, _told(error)
     return number, None
@@ -198,6 +202,9 @@ def _plain(value: Any) -> Any:
         return {str(key): _plain(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(each) for each in value]
+    if hasattr(value, "tolist"):  # NumPy's and torch's numbers and arrays
+        with contextlib.suppress(Exception):
+            return _plain(value.tolist())
     return str(value)[:MOST_DETAIL]
 
 

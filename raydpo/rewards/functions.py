@@ -6,15 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from raydpo.config import Config
-from raydpo.config.rewards import BUILT_IN, RewardConfig
+from raydpo.config.rewards import BUILT_IN, RewardConfig, options_of
 from raydpo.errors import ConfigError, RaydpoError
 from raydpo.rewards.process import described
 from raydpo.rewards.sources import built_in_digest
 
 __all__ = ["RewardFunction", "resolve", "reward_settings"]
-
-_NO_OPTIONS = {"use", "reward_model", "judge", "weight", "name", "timeout"}
-"""Settings that no reward of a function depends on, or that its digest covers."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +38,7 @@ def resolve(reward: RewardConfig) -> RewardFunction:
         ConfigError: if there is no such function, or its module cannot be imported.
     """
     assert reward.use is not None
-    options = reward.model_dump(mode="json", exclude=_NO_OPTIONS, exclude_defaults=True)
+    options = options_of(reward)
     if reward.use in BUILT_IN:
         return RewardFunction(reward.use, built_in_digest(reward.use), options)
     try:
@@ -69,7 +66,7 @@ def reward_settings(reward: RewardConfig, config: Config) -> dict[str, Any]:
     if reward.use is not None:
         function = resolve(reward)
         return told | {"use": reward.use, "source": function.digest, "options": dict(function.options)}
-    chosen = reward.model_dump(mode="json", exclude_defaults=True, exclude={"weight", "name", "timeout", "judge"})
+    chosen = options_of(reward)
     if reward.reward_model is not None:
         from raydpo.rewards.models import reward_model  # imports torch
 

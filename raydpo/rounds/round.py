@@ -182,7 +182,10 @@ class Round:
         inputs, folder = self.inputs, f"{round_folder(self.number)}/{TRAIN}"
         start = start_of(inputs.config, self.number)
         summary = train_round(inputs.config, self.number, self._pairs, start, inputs.console)
-        last = read_rows(inputs.storage, f"{folder}/{METRICS}")[-1]
+        rows = read_rows(inputs.storage, f"{folder}/{METRICS}")
+        if not rows:  # the training is over, so nothing writes it again
+            inputs.console.warn(f"{inputs.storage}/{folder}/{METRICS} is missing; the log-ratios of this round are unknown")
+        last = rows[-1] if rows else {}
         self.figures["seconds"]["train"] = summary["seconds"]
         self.figures |= {
             "policy": summary["policy"],

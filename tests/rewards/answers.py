@@ -41,7 +41,8 @@ def value(kind):
         signal.signal(signal.SIGALRM, rung); signal.setitimer(signal.ITIMER_REAL, 0.05); time.sleep(5)
     if kind == "leave an alarm": signal.signal(signal.SIGALRM, signal.SIG_DFL); signal.setitimer(signal.ITIMER_REAL, 0.2)
     if kind == "input": return float(len(sys.stdin.read()))
-    return {"nan": float("nan"), "infinite": -float("inf"), "text": "good", "none": None, "true": True}.get(kind, 1.0)
+    odd = {"nan": float("nan"), "infinite": -float("inf"), "huge": -1e200, "text": "good", "none": None, "true": True}
+    return odd.get(kind, 1.0)
 
 def mine(completions, kind, **kwargs):
     return [value(each) for each in kind]
@@ -64,7 +65,9 @@ class Called:
 called = Called()
 
 def state(prompts, completions, completion_ids, trainer_state, log_extra, log_metric, **columns):
+    import numpy
     log_extra("twice", [2 * len(each) for each in completion_ids])
+    log_extra("arrays", [numpy.float32(0.5), numpy.arange(2), numpy.array([numpy.nan]), numpy.int64(3), 1j][: len(prompts)])
     log_metric("mean", 1.0); log_metric("mean", 2.0)
     assert set(columns) == {"kind", "gold"}, columns
     return [trainer_state.global_step + 100 * trainer_state.round] * len(prompts)

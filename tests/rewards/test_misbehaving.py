@@ -41,6 +41,7 @@ def place(tmp_path, monkeypatch) -> Path:
         ("hang", "TimeoutError: took more than 1 s"),
         ("alarm", "TimeoutError: rang"),
         ("nan", "ValueError: returned nan; expected a finite number, or None if the function does not apply"),
+        ("huge", "ValueError: returned -1e+200; expected a number from -1e+100 to 1e+100"),
         ("infinite", "ValueError: returned -inf; expected a finite number, or None if the function does not apply"),
         ("text", "TypeError: returned 'good'; expected a number or None"),
     ],

@@ -3,6 +3,7 @@
 import collections
 import json
 import math
+import shutil
 import threading
 
 import pyarrow as pa
@@ -153,12 +154,13 @@ def test_greedy_answers_have_duels_with_greedy_ones(tmp_path):
 
 
 def test_the_weights_of_a_reward_model_decide_its_rewards(tmp_path, tiny_llama):
-    """Other weights in the same directory are another reward model."""
+    """Other weights in the same directory are another reward model; the same ones elsewhere are not."""
     config = load_config({"output": "x", "model": {"path": str(tiny_llama)}, "data": {"train": __file__}})
     place = make_classifier(tmp_path / "model", labels=1)
     reward = RewardConfig.model_validate({"reward_model": str(place)})
     before = reward_settings(reward, config)
-    assert before == reward_settings(reward, config) and before["reward_model"] == str(place)
+    copy = shutil.copytree(place, tmp_path / "copy")
+    assert before == reward_settings(RewardConfig.model_validate({"reward_model": str(copy)}), config)
     weights = load_file(place / "model.safetensors")
     save_file({name: 2 * value for name, value in weights.items()}, place / "model.safetensors", {"format": "pt"})
     after = reward_settings(reward, config)

@@ -42,3 +42,9 @@ def test_another_pattern_is_another_function():
     one, other = (resolve(RewardConfig(use="regex", pattern=pattern)) for pattern in "ab")
     assert one.digest == other.digest and one.options != other.options
     assert resolve(RewardConfig(use="regex", pattern="a", weight=2.0, name="other", timeout=3.0)) == one
+
+
+def test_defaults_are_part_of_what_a_function_is():
+    """Rewards that another release stored under another default are not used."""
+    assert resolve(RewardConfig(use="json")).options == {"column": None, "whole": True}
+    assert resolve(RewardConfig(use="math")).options == {"column": None, "seconds": 5.0}
