@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -24,7 +23,7 @@ from raydpo.rewards.checks import check_readable, check_rewards
 from raydpo.rounds.inputs import Inputs
 from raydpo.rounds.ledger import Ledger
 from raydpo.rounds.measuring import measure_settings
-from raydpo.rounds.prompts import held_out_of, read_prompts, slice_of
+from raydpo.rounds.prompts import held_out_of, read_prompts, sampled_of, slice_of
 from raydpo.rounds.sampling import sample_settings
 from raydpo.rounds.stage import Made, made_of, refusal
 from raydpo.rounds.training import check_reference, check_training
@@ -91,8 +90,7 @@ def _check_rewards(inputs: Inputs) -> None:
     """Check the reward functions, and that they can read the prompts that are sampled and those that are measured."""
     prompts, rounds = inputs.prompts, inputs.rounds
     read = check_rewards(rounds.rewards, inputs.columns)
-    sampled = np.unique(np.concatenate([slice_of(prompts, rounds, number + 1) for number in range(rounds.count)]))
-    for what, rows in (("training", sampled), ("held-out", held_out_of(prompts, rounds))):
+    for what, rows in (("training", sampled_of(prompts, rounds)), ("held-out", held_out_of(prompts, rounds))):
         chosen = prompts.take(pa.array(rows))
         columns = [json.loads(text) for text in chosen["columns"].to_pylist()]
         given = {name for each in columns for name, value in each.items() if value is not None}

@@ -31,7 +31,7 @@ from raydpo.rundir.rounds import OUT, PROMPT_SCHEMA, TRAIN
 from raydpo.storage.uri import redact
 from raydpo.terminal.console import Console
 
-__all__ = ["held_out_of", "read_prompts", "round_seed", "rows_of", "slice_of"]
+__all__ = ["held_out_of", "read_prompts", "round_seed", "rows_of", "sampled_of", "slice_of"]
 
 _CHUNK = 2000
 """Records that are tokenised at once."""
@@ -263,6 +263,11 @@ def slice_of(prompts: pa.Table, rounds: RoundsConfig, number: int) -> np.ndarray
     ordered = _ordered(prompts, TRAIN, rounds.sample.seed)
     size = min(rounds.per_round, len(ordered))
     return ordered[((number - 1) * size + np.arange(size)) % max(len(ordered), 1)]
+
+
+def sampled_of(prompts: pa.Table, rounds: RoundsConfig) -> np.ndarray:
+    """Return the row numbers of the training prompts that some round samples, int64."""
+    return _ordered(prompts, TRAIN, rounds.sample.seed)[: rounds.per_round * (1 if rounds.offline else rounds.count)]
 
 
 def held_out_of(prompts: pa.Table, rounds: RoundsConfig) -> np.ndarray:

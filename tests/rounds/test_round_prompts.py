@@ -18,7 +18,7 @@ from raydpo.data.messages import Malformed
 from raydpo.data.preference import normalise, prompt_alone
 from raydpo.data.tokenise import Tokeniser
 from raydpo.errors import DataError
-from raydpo.rounds.prompts import held_out_of, prompt_id, read_prompts, round_seed, slice_of
+from raydpo.rounds.prompts import held_out_of, prompt_id, read_prompts, round_seed, sampled_of, slice_of
 from raydpo.rundir.rounds import PROMPT_SCHEMA
 from raydpo.terminal.console import Console
 
@@ -299,6 +299,13 @@ def test_rounds_take_disjoint_slices_and_then_the_same_ones_again():
     assert slices[0].tolist() != sorted(slices[0].tolist())
     other = settings(per_round=8, sample={"seed": 1})
     assert set(slice_of(table, other, 1).tolist()) != set(slices[0].tolist())
+
+
+@pytest.mark.parametrize(("count", "offline", "slices"), [(1, False, 1), (2, False, 2), (9, False, 3), (9, True, 1)])
+def test_prompts_that_are_sampled_are_those_of_all_slices(count, offline, slices):
+    table, rounds = prompts(26, held_out=2), settings(per_round=8, count=count, offline=offline)
+    all_slices = np.concatenate([slice_of(table, rounds, number) for number in range(1, slices + 1)])
+    assert sampled_of(table, rounds).tolist() == all_slices.tolist()
 
 
 def test_a_slice_goes_on_at_the_first_prompt_and_never_repeats_one():
