@@ -3,25 +3,41 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 __all__ = ["letter"]
 
-_MARKS = r"[\s$*)\].:]*"
-_AND = r"(?:,|;|/|&|\band\b|\bor\b|\\text\{\s*(?:and|or)\s*\})"
-_ONE = re.compile(r"[\s$*(\[{]*([A-Ja-j])[\s$*)\]}.:]*")
-_SEVERAL = re.compile(rf"[\s$*(\[]*[A-J]{_MARKS}(?:{_AND}[\s$*(\[]*[A-J]\b{_MARKS})+")
+_OPEN, _CLOSE = r"[\s$*(\[{\"'`\u201c\u2018]*+", r"[\s$*)\]}.:\"'`\u201d\u2019]*+"
+_AND = r"(?:,|;|/|&|\||\band\b|\bor\b|\\text\{\s*(?:and|or)\s*\})"
+_ASIAN = r"\u3001\u3002\uff0c\uff09\uff1a\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
+"""Punctuation and letters of languages without spaces."""
+_ONE = re.compile(rf"{_OPEN}([A-Ja-j]){_CLOSE}")
+_SEVERAL = re.compile(rf"{_OPEN}[A-J]{_CLOSE}(?:{_AND}{_OPEN}[A-J]\b{_CLOSE})+")
 """Several letters at the start, which are no answer: "A or B"."""
-_OTHER = re.compile(rf"(?<![A-Za-z])([A-J])\b{_MARKS}{_AND}[\s$*(\[]*$")
+_OTHER = re.compile(rf"(?<![A-Za-z])([A-J])\b[\s$*)\].:]*{_AND}[\s$*(\[]*$")
 """A letter before the last one of such a list."""
-_FIRST = re.compile(r"[\s$*(\[]*([A-J])[\s$*)\].:,]")
-_LAST = re.compile(
-    r"(?s).*(?:^|[\s(*\[])(?<!\bnot )(?<!\bthan )([A-J])"
-    r"(?=[).:\]*,]|[ \t]*\n|\s*$|\s+(?:because|since|rather)\b|\s+is\s+(?:the\s+)?(?:correct|right|true|best|answer)\b)"
+# "A triangle" and "I think" are no letters of a choice.
+_FIRST = re.compile(rf"{_OPEN}(?:([A-J])(?=[$*)\].:,\"'`]|\s*$|\s+[^a-z\s]|\s+(?:because|since|which|as)\b)|([B-HJ])(?=\s))")
+_STATED = re.compile(
+    r"(?:^|[.!?:,\n]|\b(?i:option|choice|answer|that|think|believe))\s*[(*]*([A-J])[)*]*\s+is\s+(?:the\s+)?(?:correct|right|best|answer)\b"
 )
-_OPTIONS = re.compile(r"(?m)(?:^|(?<=\s))[(*]*([A-J])[).:]+\*{0,2}\s+(?=\S)")
+_MARKED = re.compile(
+    rf"(?:^|(?<=[\s(*\[\"'`{_ASIAN}]))([A-J])(?=[).:\]*,\"'`{_ASIAN}]|\s+[-\u2013\u2014]\s|[ \t]*\n|\s*$)",
+)
+_SAID = re.compile(
+    r"(?:^|(?<=[\s(*]))([A-J])(?=\s+(?:because|since|rather than)\b|\s+is\s+true\b)|"
+    r"(?i:\b(?:option|choice|pick|choose|select)\s+)([A-Ja-j])\b"
+)
+_DENIED = re.compile(
+    r"(?i)(?:\bnot|n't(?: be)?|\bcannot be|thing but|\bneither|\bnor|\bexcept|\beliminat(?:e|ing)|\bexclud(?:e|ing)|\bthan|"
+    r"\brul(?:e|ed|ing) out|\u00b0)\s+(?:option |choice |answer )?[\s(*]*$"
+)
+_WRONG = re.compile(r"[\s)*\].:]*(?i:is|was)\s+(?i:not|wrong|incorrect|false)\b")
+_OPTIONS = re.compile(r"(?m)(?:^|(?<=\s))[(*]*([A-J])(?:[).:]+\*{0,2}|\s+[-\u2013\u2014])\s+(?=\S)")
 """An option with its text: "A) 12 apples"."""
-_LINES = re.compile(r"(?m)^[(*]*([A-J])(?:[).:]|\*{0,2}$)")
-"""A letter at the start of a line, as an option or alone."""
+_LINE = re.compile(r"(?:[-*\u2022]\s+)?[(*]*([A-J])(?:[).:]+\**|\s+[-\u2013\u2014]\s|\**$)")
+"""A line that is an option."""
+_RIGHT = re.compile(r"\b(?i:correct|right|true|yes)\b")
 
 
 def letter(text: str, named: bool) -> str | None:
@@ -35,22 +51,47 @@ def letter(text: str, named: bool) -> str | None:
     together, or that only lists the options, gives none.
     """
     text = text.strip()
-    if _SEVERAL.match(text):
+    if _SEVERAL.match(text) or _only_letters(text):
         return None
-    whole = _ONE.fullmatch(text)
-    if whole:
+    if whole := _ONE.fullmatch(text):
         return whole[1].upper()
-    found = (_FIRST.match(text + " ") if named else None) or _LAST.search(text)
-    if found is None or _ends_options(text, found.start(1)):
-        return None
-    other = _OTHER.search(text[: found.start(1)])
-    return None if other and other[1] != found[1] else found[1]
+    if named and (first := _FIRST.match(text)):
+        return None if _ends_options(text, first.start(first.lastindex or 0)) else first[1] or first[2]
+    stated = {one[1] for one in _STATED.finditer(text)}
+    if stated:
+        return stated.pop() if len(stated) == 1 else None
+    for pattern in (_MARKED, _SAID):
+        for found in reversed(list(pattern.finditer(text))):
+            chosen, place = found[found.lastindex or 0].upper(), found.start(found.lastindex or 0)
+            before = text[max(0, place - 40) : place]
+            if _DENIED.search(before) or _WRONG.match(text, place + 1):
+                continue
+            other = _OTHER.search(before)
+            return None if _ends_options(text, place) or (other and other[1] != chosen) else chosen
+    return None
+
+
+def _only_letters(text: str) -> bool:
+    """Whether ``text`` is nothing but different letters of a choice, such as "B C" or "(A)(B)"."""
+    words = re.findall(r"[A-Za-z]+", re.sub(r"\\[a-z]+", " ", text))
+    letters = {word for word in words if len(word) == 1 and word in "ABCDEFGHIJ"}
+    return "\n" not in text and len(letters) > 1 and all(word in letters or word in ("and", "or", "maybe") for word in words)
 
 
 def _ends_options(text: str, place: int) -> bool:
-    """Whether the letter at ``place`` is only the last of the options A, B, C, ... that ``text`` repeats."""
-    for pattern, fewest in ((_OPTIONS, 3), (_LINES, 2)):
-        options = list(pattern.finditer(text))
-        if len(options) >= fewest and options[-1].start(1) == place:
-            return "".join(one[1] for one in options) == "ABCDEFGHIJ"[: len(options)]
-    return False
+    """Whether the letter at ``place`` is only the last of the options that ``text`` repeats: A, B, C in a line, or lines
+    that are all options."""
+    if _RIGHT.search(text, place):
+        return False
+    options = [one for one in _OPTIONS.finditer(text) if one.start(1) <= place]
+    if len(options) > 2 and options[-1].start(1) == place and _in_order(options):
+        return True
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    labels = [_LINE.match(line) for line in lines]
+    letters = [label[1] for label in labels if label]
+    last = len(lines) > 1 and place >= text.rindex(lines[-1])
+    return last and len(letters) == len(lines) and letters[-1] not in letters[:-1]
+
+
+def _in_order(options: Sequence[re.Match[str]]) -> bool:
+    return "".join(one[1] for one in options) == "ABCDEFGHIJ"[: len(options)]

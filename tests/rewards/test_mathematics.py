@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from raydpo.config.rewards import RewardConfig
-from raydpo.rewards import mathematics
+from raydpo.rewards import equality, mathematics
 from raydpo.rewards.equality import final_part
 
 pytest.importorskip("math_verify")
@@ -31,9 +31,11 @@ DIFFERENT = [
     ("7", "seven", 0.0),  # no numbers in words
     ("-3", "minus 3", 0.0),
     ("12:30", "2:5", 1.0),  # a ratio, not a time
-    ("42", "42 (43 - 1)", 0.0),  # the last value counts
+    ("540", "He runs 540 meters in 7 days.", 0.0),  # the last number counts
+    ("18", "18 or more", 1.0),  # words around a number are not understood
+    ("10:30 AM", "10:30 PM", 0.0),
     (r"\emptyset", r"\boxed{\varnothing}", 0.0),  # a sign that it does not know
-    ("Yes", "Yes, because it is heavy.", 0.0),  # a word is compared with the whole answer
+    ("Paris", "Paris, because it is the capital.", 0.0),  # a word is compared with the whole answer
     ("123_8", r"\boxed{123}", 1.0),  # the base may be left out
     ("50", "0.5", 0.0),  # only a percent sign makes 0.5 and 50 equal
 ]
@@ -83,8 +85,9 @@ def test_an_unreadable_right_answer_is_named_and_costs_its_answer_only(function)
         ("192.168.0.1", "10.0.0.1"),
         ("5 feet 10 inches", "6 feet 10 inches"),
         ("2 hours 30 minutes", "30 minutes"),
-        ("2.5 million", "2.5"),
-        ("$3 billion", "3"),
+        ("2 thousand 5", "5"),
+        ("$5-$10", "5"),
+        ("10-15 minutes", "-5"),
     ],
 )
 def test_a_right_answer_that_is_no_single_number_is_not_read_as_arithmetic(function, gold, wrong) -> None:
@@ -128,6 +131,50 @@ def test_a_verifier_that_dies_is_replaced(function) -> None:
 def test_deep_and_long_answers_end(function) -> None:
     deep = [r"\boxed{" + "(" * 2000 + "7" + ")" * 2000 + "}", "$" * 4000, "the answer " * 900, "7" * 4000, r"\boxed{" * 500]
     assert function(deep, answer=["8"] * len(deep)) == [0.0] * len(deep)
+
+
+REPEATED = [
+    "(",
+    "1,  2, ",
+    "1, \n",
+    "**",
+    "`a",
+    "A) x ",
+    "(A)",
+    "A\n",
+    "B or ",
+    "18 dozen ",
+    "1 2/3 ",
+    "√(",
+    "- A) x\n",
+    "(= ",
+    "18 (",
+]
+REPEATED += [
+    "a ",
+    "_",
+    "1-",
+    "1 and ",
+    "either 1 or ",
+    "wait ",
+    "</think>",
+    "<answer>",
+    "the total sum of ",
+    "not ",
+    "12:",
+    "pi",
+]
+
+
+@pytest.mark.parametrize("gold", ["42", "B", "Yes"])
+def test_no_expression_takes_more_than_linear_time_by_much(gold) -> None:
+    """A text of 4,000 characters takes far less than the time limit, whatever it repeats."""
+    equality.verdict(gold, "1")  # imports
+    texts = [text * (4000 // len(text)) for text in REPEATED] + ["42 " + "*" * 1900 + " " * 1900 + "x"]
+    for text in texts:
+        start = time.monotonic()
+        equality.verdict(gold, text)
+        assert time.monotonic() - start < 2.0, text[:20]
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ def test_accepted(place):
 
 
 UNREADABLE = {
-    "math": ("answer", ["4", "2 million", None, r"\frac{1}{2}", r"\foo{"], "would be read as arithmetic, or in part"),
+    "math": ("answer", ["4", "10-15 minutes", None, r"\frac{1}{2}", r"\foo{"], "would be read as arithmetic, or in part"),
     "json": ("schema", ['{"type": "object"}', "{", None, True, {"type": 5}], "the prompt's schema is not JSON"),
     "constraints": ("asked", [[{"id": "punctuation:no_comma"}], [{"id": "no:such"}], None, [], "x"], "'no:such' is unknown"),
     "code": (

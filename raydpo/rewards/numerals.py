@@ -1,0 +1,114 @@
+"""Forms of numbers and formulas in text, made into those that math-verify reads."""
+
+from __future__ import annotations
+
+import re
+from decimal import Decimal
+
+__all__ = ["LIST", "PLAIN", "as_latex", "differ", "plain", "tidy", "with_commas", "without_emphasis", "without_text"]
+
+_NUMBER = r"-?\s?[$€£¥₹]?\s?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|-?\.\d+"
+_UNIT = r"\s+(?:[A-Za-z]{2,}|[mgshlLNJWVK]\b)[A-Za-z ./]*(?:\^-?\d|(?<=[a-z])\d)?"
+PLAIN = re.compile(rf"(?:{_NUMBER})(?:/\d+)?(?:\s*%|{_UNIT})?")
+"""One number, which may have a currency, a percent sign or a unit."""
+LIST = re.compile(rf"(?:{_NUMBER})(?:(?:,|;|,?\s++(?:and|or))\s++(?:{_NUMBER}))+")
+"""Several numbers: "1, 2 and 3"."""
+_EITHER = re.compile(rf"\b(?:either|between)\s++({_NUMBER})\s+(?:or|and)\s++({_NUMBER})$")
+_TIMES = r"(?:\\times|\\cdot|[*\u00d7\u00b7])"
+_POWER = re.compile(rf"(\d+(?:\.\d+)?)\s*(?:{_TIMES}\s*10\s*\^\s*(?:\{{\s*(-?\d+)\s*\}}|(-?\d+))|[eE]([+-]?\d+)\b)")
+_MIXED = re.compile(r"(?<![\d.,/^*+={}-])(?<![\d.,/^*+={}-]\s)(\d+) (\d+)/(\d+)(?![\d/.])")
+_THOUSANDS = re.compile(r"(?<=\d)(?:\{,\}|\\text\{,\}|,?\\[,!; ])(?=\d{3}(?!\d))")
+_GROUPED = re.compile(r"(?<![\d,])\d{1,2}(?:,\d{2})+,\d{3}(?![\d,])")
+"""A number as it is written in India."""
+_MULTIPLIED = re.compile(
+    r"(\d[\d,]*(?:\.\d+)?)(?:\s|~|\\[,; ]|\\text\s?\{)*+(dozen|hundred|thousand|million|billion|trillion|lakh|crore)s?\b\}?"
+)
+_FACTORS = {
+    "dozen": 12,
+    "hundred": 100,
+    "thousand": 1000,
+    "lakh": 10**5,
+    "million": 10**6,
+    "crore": 10**7,
+    "billion": 10**9,
+    "trillion": 10**12,
+}
+_TEXT = re.compile(r"\\(?:text|textbf|mathrm|mathbf|textrm|mbox|operatorname)\s*\{([^{}]*)\}")
+_EMPHASIS = re.compile(r"(?<![\w)\]*`])(\*\*|__|`)(?=[^\s*`])([^*`\n]*[^\s*`])\1(?![\w(\[*`])")
+_AROUND = re.compile(rf"(?<![\w\\^{{}}*])(?:[(\[]|[*_]++)\s*+((?:{_NUMBER})(?:/\d+)?)\s*+(%?)(?:[)\]]|[*_]++)(?![\w^])")
+"""One number or fraction in parentheses, brackets or emphasis."""
+_WORKING = re.compile(r"(?<=\d)((?:\s[A-Za-z]+){0,3})\s*(?:\(\s*=[^()]*\)|(?<=\s)\([^()=]*\d[^()=]*[-+*/\u00d7][^()=]*\))")
+"""How a number was found, behind it: "68 (= 23 + 45)"."""
+_PLUS = re.compile(r"(^|[:=(]\s*|[a-z]{2,}\s+)\+(?=\.?\d)")
+"""The sign of a positive number, where no sum can be meant."""
+# Minus sign, dash, multiplication, division and fraction signs, and spaces that do not break.
+_SIGNS = {ord(sign): to for sign, to in zip("\u2212\u2013\u00d7\u00f7\u2044\u00a0\u202f", "--*//  ", strict=True)} | {
+    ord(sign): to
+    for sign, to in (("½", " 1/2"), ("¼", " 1/4"), ("¾", " 3/4"), ("²", "^2"), ("³", "^3"), ("∞", r"\infty "), ("≈", " "))
+}
+_ROOT = re.compile(r"√\s?(\d+|[a-z]|\([^()]*\))")
+_FUNCTION = re.compile(r"(?<![\\A-Za-z])(sqrt|sin|cos|tan|ln|log|pi)(?![A-Za-z])(?:\(([^()]*)\))?")
+
+
+def tidy(text: str) -> str:
+    """``text`` without scientific notation, separators of thousands, words that multiply, mixed fractions, and signs of
+    Unicode."""
+    text = _ROOT.sub(lambda m: rf"\sqrt{{{m[1].strip('()')}}}", text.translate(_SIGNS))
+    text = _POWER.sub(_decimal, _GROUPED.sub(lambda m: m[0].replace(",", ""), _THOUSANDS.sub("", text)))
+    text = _MULTIPLIED.sub(lambda m: format((Decimal(m[1].replace(",", "")) * _FACTORS[m[2]]).normalize(), "f"), text)
+    return _MIXED.sub(lambda m: f"{int(m[1]) * int(m[3]) + int(m[2])}/{m[3]}" if int(m[3]) else m[0], text)
+
+
+def _decimal(match: re.Match[str]) -> str:
+    exponent = int(match[2] or match[3] or match[4])
+    return format(Decimal(match[1]).scaleb(exponent), "f") if abs(exponent) <= 40 else match[0]
+
+
+def without_emphasis(text: str) -> str:
+    """``text`` without Markdown's signs of bold text and code."""
+    return _EMPHASIS.sub(r"\2", text)
+
+
+def without_text(text: str) -> str:
+    """``text`` with the content of ``\\text{...}`` in its place."""
+    return _TEXT.sub(r"\1", text)
+
+
+def plain(text: str) -> str:
+    """``text`` without what keeps math-verify from reading a single number in it. For right answers that match ``PLAIN``."""
+    text = _TEXT.sub(lambda m: m[1] if re.search(r"\d", m[1]) else m[0], re.sub(r"\bUS(?=\\?\$)", "", text))
+    text = re.sub(r'[~"\u201c\u201d]', " ", text.replace(r"\$", ""))
+    text = re.sub(r"(?<=\d)k\b", "000", text)
+    bare = _AROUND.sub(r" \1\2 ", text)
+    if not re.search(r"\d", _AROUND.sub("", text)):  # else it may be a reference, as in: 42 by equation (3)
+        text = bare
+    text = _PLUS.sub(r"\1", _WORKING.sub(r"\1", text))
+    return text if re.search(r"\$|\\\(|\\\[|\\boxed", text) else text.replace(r"\%", "%")
+
+
+def differ(text: str) -> bool:
+    """Whether ``text`` is nothing but several numbers that are not the same, or ends with "either 1 or 2"."""
+    text = re.sub(r"[()\[\]*_+]", "", text).strip(" .")
+    if either := _EITHER.search(text):
+        return either[1].strip() != either[2].strip()
+    return bool(LIST.fullmatch(text)) and len({one.strip() for one in re.split(r"(?:[,;]|\band\b|\bor\b)\s", text)}) > 1
+
+
+def with_commas(text: str) -> str:
+    """Several numbers with commas only, in place of "and" and "or"."""
+    return re.sub(r",?\s+(?:and|or)\s+", ", ", text)
+
+
+def as_latex(text: str) -> str:
+    """A formula in plain text as LaTeX: ``**``, names of functions, ``sqrt()``. Text with a backslash stays as it is."""
+    if "\\" in text:
+        return text
+    text = re.sub(r"\^(-\d+|\d{2,})", r"^{\1}", text.replace("**", "^"))
+    return _FUNCTION.sub(_function, text)
+
+
+def _function(match: re.Match[str]) -> str:
+    name, inside = match[1], match[2]
+    if inside is None:
+        return rf"\{name} "
+    return rf"\sqrt{{{inside}}}" if name == "sqrt" else rf"\{name}({inside})"
