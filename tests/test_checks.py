@@ -169,7 +169,7 @@ BAD = [
     (("eval",), "evaluate.score_with=missing:judge", "evaluate.score_with is 'missing:judge'"),
     (("eval",), "evaluate.score_with=bad_functions:value", "which is not a function"),
     (("eval",), "evaluate.judge={url: 'http://localhost:1/v1', model: m, key: NO_SUCH_KEY}", "NO_SUCH_KEY"),
-    (("eval",), "evaluate.reward_model={place}/bare", "score.weight"),
+    (("eval",), "evaluate.reward_model={place}/bare", "they seem to be a causal language model; a reward model is"),
     (("eval",), "evaluate.engine=vllm; evaluate.vllm_python=/nowhere/python", "on this machine /nowhere/python cannot be"),
     (
         ("sweep",),

@@ -306,7 +306,7 @@ def test_one_mistake_is_one_line(setting, told, tree):
     assert str(caught.value) == told
 
 
-def test_a_section_without_effect_is_told_as_it_was_written(tree):
+def test_a_section_without_effect_is_told_by_its_keys(tree):
     del tree["data"]["train"]
     with pytest.raises(ConfigError, match=r"^data.eval \{'path': 'x.jsonl'\} has no effect on rounds, which make"):
         load_config(tree, ["rounds={prompts: x.jsonl, rewards: [{use: math}]}", "data.eval=x.jsonl"])

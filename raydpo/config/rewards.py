@@ -41,14 +41,14 @@ class RewardConfig(Section):
     """Directory or hub name of a reward model: a sequence classifier with one output."""
     judge: JudgeConfig | None = None
     """Model with an OpenAI-compatible API that judges the answers of a prompt against each other."""
-    weight: Float = 1.0
+    weight: Float = Field(default=1.0, ge=-1e6, le=1e6)
     """Factor of this function in the sum of all. 0 = it is measured only."""
     name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     """Name in tables and pages; null = that of the function or model."""
     timeout: Float = Field(default=60.0, gt=0)
     """Seconds that a function may take for the answers of one block; its answers are then scored one by one, each with as
     much time. math and code also get their seconds for each answer."""
-    column: str | None = None
+    column: str | None = Field(default=None, min_length=1)
     """Column of the prompts that a built-in function reads: math the right answer (default: answer), json a JSON Schema,
     code the tests (default: tests), constraints the instructions (default: IFEval's instruction_id_list and kwargs)."""
     pattern: str | None = None
@@ -101,7 +101,7 @@ class RewardConfig(Section):
 
 
 def _kind(reward: RewardConfig) -> str:
-    """A built-in function, or which of the three kinds of rewards it is otherwise."""
+    """How ``_OPTIONS`` calls this reward: a built-in function by its name, another one by the key that names it."""
     if reward.use is not None and reward.use in BUILT_IN:
         return reward.use
     return next(name for name in ("use", "reward_model", "judge") if getattr(reward, name) is not None)

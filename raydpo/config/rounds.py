@@ -185,7 +185,8 @@ class RoundsConfig(Section):
     """What an answer of max_tokens tokens without an end is worth: zero = its reward is at most 0, drop = no pair uses it,
     keep = what the functions say."""
     max_errors: Float = Field(default=0.01, ge=0, le=1)
-    """Largest share of answers that a reward function may fail on; more is an error, after all rewards are stored."""
+    """Largest share of answers that a reward function may fail on; more is an error, after all rewards are stored. Also the
+    largest share of prompts that a built-in function may be unable to read; more is an error before anything is sampled."""
     pairs: PairingConfig = Field(default_factory=PairingConfig)
     """Which answers become pairs."""
     reference: Literal["initial", "previous"] | EveryConfig = "initial"

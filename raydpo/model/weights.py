@@ -312,8 +312,8 @@ def refuse_gaps(path: str | Path, found: Mapping[str, Any]) -> None:
                 ", or set tie_word_embeddings to true in its config.json if the head is the embedding, as in models that "
                 "are saved without one"
             )
-        if len(missing) == 1 and re.search(r"(^|\.)(score|classifier)\.weight$", missing[0]):
-            fix = "a reward model needs them: name one that was trained as a sequence classifier, no causal language model"
+        if missing == ["score.weight"] and set(unused) <= {"lm_head.weight"}:
+            fix = "they seem to be a causal language model; a reward model is one that was trained as a sequence classifier"
         elif unused:
             fix = (
                 f"they hold {some_of(unused)}, which no part of the model takes: if these are the same weights under "

@@ -156,7 +156,7 @@ def _read_pairs(config: Config, console: Console) -> tuple[Tokeniser, pa.Table, 
 
 
 def _check_columns(prompts: Sequence[Prompt], config: Config, console: Console) -> None:
-    """Refuse reward functions that need a column which no record has, or that can read none of the records."""
+    """Refuse reward functions that need a column which no record has, and tell of records that they cannot read."""
     notes: Notes = {}
     records = prompt_records(prompts, config, notes)
     for note in notes:
@@ -164,7 +164,7 @@ def _check_columns(prompts: Sequence[Prompt], config: Config, console: Console) 
     columns = [json.loads(text) for _, text in records]
     rewards = config.evaluate.rewards
     check_rewards(rewards, {name for each in columns for name in each})
-    for line in check_readable(rewards, columns, [f"record {prompt.pair_id}" for prompt in prompts], max_errors=1.0):
+    for line in check_readable(rewards, columns, [f"pair {prompt.pair_id}" for prompt in prompts], "evaluated", None):
         console.warn(line)
 
 

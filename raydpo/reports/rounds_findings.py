@@ -113,7 +113,7 @@ def _hacking(record: RoundsRecord) -> Iterator[Finding]:
             "Reward hacking",
             f"{rose}, but on held-out prompts {' and '.join(fell)}.",
             "The policy learns what the reward functions pay for, not what they should measure. Read the answers below. "
-            "Then repair the function whose reward rose, or give a weight to what fell.",
+            "Then repair what gives the reward that rose, or give a weight to what fell.",
         )
 
 

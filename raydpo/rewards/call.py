@@ -31,7 +31,7 @@ MOST_TEXT = 300
 MOST_DETAIL = 2000
 """Characters of a logged value of an unknown type that are kept."""
 MOST_REWARD = 1e100
-"""Largest size of a reward. So weighted sums of rewards, and differences of them, are finite."""
+"""Largest size of a reward. Weights are at most 1e6, so weighted sums of rewards, and their differences, are finite."""
 ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 """Arguments of reward functions beside the columns, as in TRL. No column can be named like them."""
 NO_COLUMNS = ("prompt", "completion", *ARGUMENTS)
@@ -204,7 +204,9 @@ def _plain(value: Any) -> Any:
         return [_plain(each) for each in value]
     if hasattr(value, "tolist"):  # NumPy's and torch's numbers and arrays
         with contextlib.suppress(Exception):
-            return _plain(value.tolist())
+            plain = _plain(value.tolist())
+            if len(json.dumps(plain)) <= MOST_DETAIL:
+                return plain
     return str(value)[:MOST_DETAIL]
 
 

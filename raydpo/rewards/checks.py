@@ -8,12 +8,15 @@ from typing import Any
 
 from raydpo.config.rewards import BUILT_IN, RewardConfig, reward_name
 from raydpo.data.nearest import quoted
-from raydpo.errors import ConfigError
+from raydpo.errors import ConfigError, some_of
 from raydpo.rewards.call import ARGUMENTS, NO_COLUMNS
 from raydpo.rewards.functions import RewardFunction, resolve
 from raydpo.rewards.sources import built_in, open_built_in
 
 __all__ = ["check_readable", "check_rewards"]
+
+_ARGUMENT_OF = {"prompt": "prompts", "completion": "completions"}
+"""Arguments of reward functions with what these columns hold. No function is given the columns themselves."""
 
 
 def check_rewards(rewards: Sequence[RewardConfig], columns: Collection[str] | None) -> dict[str, tuple[str, ...]]:
@@ -82,14 +85,24 @@ def _refuse_missing(name: str, missing: Sequence[str], columns: Collection[str])
         return
     near = difflib.get_close_matches(missing[0], columns, 1)
     fix = f"did you mean {near[0]!r}?" if near else "add it, or map it with the source's 'columns'"
+    if missing[0] in _ARGUMENT_OF:
+        fix = f"functions get it as {_ARGUMENT_OF[missing[0]]!r}, a list"
     raise ConfigError(
         f"the reward {name} needs the column {missing[0]!r} of the prompts, which have "
-        f"{quoted(sorted(columns)) if columns else 'no other columns'}; {fix}"
+        f"{_named(sorted(columns)) if columns else 'no other columns'}; {fix}"
     )
 
 
+def _named(names: Sequence[str]) -> str:
+    return some_of([repr(name) for name in names], 10)
+
+
 def check_readable(
-    rewards: Sequence[RewardConfig], columns: Sequence[Mapping[str, Any]], places: Sequence[str], max_errors: float
+    rewards: Sequence[RewardConfig],
+    columns: Sequence[Mapping[str, Any]],
+    places: Sequence[str],
+    what: str,
+    max_errors: float | None,
 ) -> list[str]:
     """Refuse prompts whose columns built-in functions cannot read, if they are too many.
 
@@ -98,32 +111,40 @@ def check_readable(
     Args:
         columns: of each prompt, as reward functions get them.
         places: where each prompt stands, for the message.
-        max_errors: largest share of prompts that may be unreadable.
+        what: what the prompts are, for the message: training or held-out.
+        max_errors: largest share of prompts that may be unreadable; None = nothing is refused.
 
     Returns:
-        A line for each function that cannot read some prompts.
+        A line for each function that cannot read some prompts, and one if no reward with a weight applies to any prompt.
 
     Raises:
-        ConfigError: if a function cannot read more prompts than that, or no reward with a weight applies to any prompt.
+        ConfigError: with such a line, if ``max_errors`` does not allow it.
     """
-    lines, first = [], f"{places[0]}: the columns that the rewards read are null or missing there" if places else ""
+    lines: list[str] = []
     applies = not columns or not any(one.weight for one in rewards)
+    why = f"{places[0]}: the columns that the rewards read are null or missing there" if places else ""
     for reward in rewards:
         names = built_in(reward.use).column(reward) if reward.use in BUILT_IN else ()
         if not names:
             applies = applies or reward.weight != 0
             continue
         given = {name: [each.get(name) for each in columns] for name in names}
-        values = open_built_in(reward)(completions=[""] * len(columns), log_extra=lambda *_: None, **given)
+        empty = "{}" if reward.use == "json" else ""  # what is no JSON is not compared with a schema
+        values = open_built_in(reward)(completions=[empty] * len(columns), log_extra=lambda *_: None, **given)
         applies = applies or (reward.weight != 0 and any(isinstance(value, float) for value in values))
         failed = [(place, value) for place, value in zip(places, values, strict=True) if isinstance(value, Exception)]
         if failed:
             first = f"{failed[0][0]}: {failed[0][1]}"
-            told = f"the reward {reward_name(reward)} cannot read {quoted(names)}"
-            line = f"{told} of {len(failed):,} of {len(columns):,} prompt(s) (first: {first})"
-            if len(failed) / len(columns) > max_errors:
-                raise ConfigError(f"{line}; correct them, or remove these prompts")
+            why = first if reward.weight else why
+            share = f"{len(failed):,} of {len(columns):,} {what} prompt(s)"
+            line = f"the reward {reward_name(reward)} cannot read {_named(names)} of {share} (first: {first})"
+            if max_errors is not None and len(failed) / len(columns) > max_errors:
+                allowed = f"more than rounds.max_errors ({max_errors:g}) allows"
+                raise ConfigError(f"{line}, {allowed}; correct or remove these prompts, or raise it")
             lines.append(f"{line}; answers to them get no reward")
     if not applies:
-        raise ConfigError(f"no reward with a weight applies to any of {len(columns):,} prompt(s), such as {first}")
+        line = f"no reward with a weight applies to any of {len(columns):,} {what} prompt(s), such as {why}"
+        if max_errors is not None:
+            raise ConfigError(f"{line}; add the columns, or other prompts")
+        lines.append(line)
     return lines

@@ -44,10 +44,13 @@ def resolve(reward: RewardConfig) -> RewardFunction:
     try:
         about = described(reward)
     except RaydpoError as error:
-        raise ConfigError(
-            f"{error}; its module must be in the working directory or installed, and have the function "
-            f"{reward.use.partition(':')[2]}"
-        ) from None
+        module, _, name = reward.use.partition(":")
+        fix = ""
+        if f"No module named '{module.partition('.')[0]}'" in str(error):
+            fix = "; its module must be in the working directory or installed"
+        elif f"has no attribute '{name}'" in str(error):
+            fix = f"; it must be the name of a function in {module}"
+        raise ConfigError(f"{error}{fix}") from None
     kinds = about["parameters"]
     return RewardFunction(
         reward.use, about["digest"], options, kinds and tuple((name, kind, bool(d)) for name, kind, d in kinds)

@@ -7,6 +7,7 @@ regular expression, NaN is no JSON, and no check detects a language. So ``change
 
 from __future__ import annotations
 
+import difflib
 import itertools
 import json
 import re
@@ -59,7 +60,9 @@ def arguments_of(identifier: Any, arguments: Mapping[str, Any]) -> dict[str, Any
         InstructionError: naming the instruction, the argument and what was expected.
     """
     if not isinstance(identifier, str) or identifier not in CHECKS:
-        raise InstructionError(f"the instruction {identifier!r} is unknown; there are {', '.join(CHECKS)}")
+        near = difflib.get_close_matches(str(identifier), CHECKS, 1)
+        fix = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(CHECKS)}"
+        raise InstructionError(f"the instruction {identifier!r} is unknown; {fix}")
     kinds = CHECKS[identifier][1]
     given = {name: value for name, value in arguments.items() if value is not None}
     for name in given:

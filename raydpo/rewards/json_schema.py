@@ -158,7 +158,7 @@ def _validator(text: str) -> Any:
 
     try:
         schema = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"the prompt's schema is not JSON: {error}") from None
     if not isinstance(schema, (dict, bool)):
         raise ValueError(f"the prompt's schema is a {type(schema).__name__}; expected an object")

@@ -102,8 +102,10 @@ def read_tests(given: Any) -> list[tuple[dict[str, str], Any]]:
     if isinstance(given, str):
         try:
             given = json.loads(given)
-        except ValueError as error:
-            raise UnreadableTests(f"the tests are the text {given[:60]!r}, which is no JSON") from error
+        except (ValueError, RecursionError) as error:
+            raise UnreadableTests(
+                f"the tests are the text {given[:60]!r}, which is no JSON; expected a list of {FORMS}"
+            ) from error
     if not isinstance(given, list) or not given:
         raise UnreadableTests(f"the tests are {str(given)[:60]}, expected a list of {FORMS}")
     return [_test(f"test {number}", one) for number, one in enumerate(given, 1)]
@@ -116,7 +118,15 @@ def _test(name: str, given: Any) -> tuple[dict[str, str], Any]:
     if kinds == {"input", "output"} and isinstance(given["input"], str) and isinstance(given["output"], str):
         return {"input": given["input"]}, given["output"]
     if kinds == {"call", "output"} and isinstance(given["call"], str):
-        return {"call": given["call"]}, plain(given["output"])
+        try:
+            ast.parse(given["call"].strip(), mode="eval")
+            json.dumps(given["output"], allow_nan=False)
+            return {"call": given["call"]}, plain(given["output"])
+        except (SyntaxError, ValueError, RecursionError) as error:
+            raise UnreadableTests(
+                f"{name} is {str(given)[:60]}; its call must be an expression, and its output JSON without NaN and Infinity "
+                f"({error})"
+            ) from error
     raise UnreadableTests(f"{name} is {str(given)[:60]}, expected {FORMS}")
 
 
@@ -128,7 +138,7 @@ def _of_assertion(name: str, text: str) -> tuple[dict[str, str], Any]:
         (operator,), (right,) = statement.test.ops, statement.test.comparators
         assert isinstance(operator, ast.Eq)
         return {"call": ast.unparse(statement.test.left)}, plain(ast.literal_eval(right))
-    except (AssertionError, SyntaxError, ValueError) as error:
+    except (AssertionError, SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as error:
         raise UnreadableTests(
             f"{name} is {text[:60]!r}; an assertion must compare with a literal by ==, so that the program does not see "
             "what is expected"
@@ -136,7 +146,7 @@ def _of_assertion(name: str, text: str) -> tuple[dict[str, str], Any]:
 
 
 def _passed(sandbox: Sandbox, program: str, tests: list[tuple[dict[str, str], Any]]) -> tuple[int, str | None]:
-    """Number of tests that a program passes before it fails one, and how it fails that one. No program passes none."""
+    """Number of tests that a program passes before it fails one, and how it fails that one. An empty program passes none."""
     if not program.strip():
         return 0, "no program"
     replies = sandbox.run(program, [given for given, _ in tests])

@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import importlib
 import importlib.metadata
+import inspect
 import os
 import re
 import sys
@@ -48,6 +49,10 @@ def imported(path: str) -> tuple[ModuleType, Callable[..., Any]]:
     function = getattr(module, attribute)
     if not callable(function):
         raise TypeError(f"{attribute} is not a function but a {type(function).__name__}")
+    if inspect.isclass(function):
+        raise TypeError(f"{attribute} is a class; name an object of it, as in: my_{attribute.lower()} = {attribute}()")
+    if inspect.isasyncgenfunction(function):
+        raise TypeError(f"{attribute} is an asynchronous generator; return a list")
     return module, function
 
 
@@ -63,9 +68,10 @@ def sources_digest(module: ModuleType) -> str:
     top, found = Path(file).resolve().parent, {Path(file).resolve()}
     for other in list(sys.modules.values()):
         with contextlib.suppress(Exception):  # some modules compute their attributes
-            place = Path(str(other.__file__)).resolve()
-            if place.is_relative_to(top) and not set(_PACKAGES) & set(place.relative_to(top).parts):
-                found.add(place)
+            place = Path(str(other.__file__))
+            # torch.classes says that its file is _classes.py, which is none of the working directory.
+            if place.is_absolute() and (place := place.resolve()).is_relative_to(top) and place.is_file():
+                found |= set() if set(_PACKAGES) & set(place.relative_to(top).parts) else {place}
     for place in sorted(found):
         digest.update(f"\0{place.relative_to(top)}\0".encode() + hashlib.sha256(place.read_bytes()).digest())
     return digest.hexdigest()[:32]

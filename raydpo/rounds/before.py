@@ -93,14 +93,14 @@ def _check_rewards(inputs: Inputs) -> None:
     for what, rows in (("training", sampled_of(prompts, rounds)), ("held-out", held_out_of(prompts, rounds))):
         chosen = prompts.take(pa.array(rows))
         columns = [json.loads(text) for text in chosen["columns"].to_pylist()]
+        stored = zip(chosen["row"].to_pylist(), chosen["source"].to_pylist(), strict=True)
+        places = [f"record {row} of {source}" for row, source in stored]
+        for line in check_readable(rounds.rewards, columns, places, what, rounds.max_errors):
+            inputs.console.warn(line)
         given = {name for each in columns for name, value in each.items() if value is not None}
         for reward, names in read.items():
             if lacking := [name for name in names if name not in given]:
                 inputs.console.warn(f"no {what} prompt has a value in {quoted(lacking)}, which the reward {reward} reads")
-        stored = zip(chosen["row"].to_pylist(), chosen["source"].to_pylist(), strict=True)
-        places = [f"record {row} of {source}" for row, source in stored]
-        for line in check_readable(rounds.rewards, columns, places, rounds.max_errors):
-            inputs.console.warn(f"{what} prompts: {line}")
 
 
 def _check_prompts(inputs: Inputs) -> None:

@@ -82,7 +82,8 @@ def show(place: str, number: int, console: Console, *, prompt: str | None = None
         answers = trained.get(key) or measured[key]
         told = _about_pairs(answers, pairs.get(key, ()), cut, margin) if key in trained and paired is not None else []
         held_out = "" if key in trained else ", held out"
-        print_answers(console, f"prompt {key.hex()[:12]}{held_out}", asked.get(key), answers, cut, told)
+        done = "keep" if cut == "drop" and held_out else cut  # held-out answers make no pairs, and all are measured
+        print_answers(console, f"prompt {key.hex()[:12]}{held_out}", asked.get(key), answers, done, told)
     if why := _failed(storage):
         console.say(f"the last command failed, so these may be answers and rewards of one before it: {why}")
     left = len(trained or measured) - len(chosen)
@@ -101,7 +102,6 @@ def print_answers(
         cut: ``rounds.cut``, which decides what becomes of cut answers.
         told: the lines.
     """
-    mark = {"zero": " (cut)", "drop": " (dropped)"}.get(cut, "")
     console.say(f"{title}: {plain_text(_text(prompt))}")
     console.table(
         "",
@@ -109,7 +109,7 @@ def print_answers(
         [
             (
                 _name(row["sample"]),
-                ("unknown" if row["reward"] is None else f"{row['reward']:g}") + (mark if row["end"] == CUT else ""),
+                "unknown" if row["reward"] is None else f"{row['reward']:g}{_mark(row, cut)}",
                 ", ".join(f"{name} {'-' if value is None else format(value, 'g')}" for name, value in row["parts"] or ()),
                 "length" if row["end"] == CUT else "itself",
                 plain_text(row["answer"]),
@@ -122,6 +122,13 @@ def print_answers(
             console.say(f"  answer {_name(row['sample'])}: {plain_text(line)}")
     for line in told:
         console.say(f"  {line}")
+
+
+def _mark(row: dict[str, Any], cut: str) -> str:
+    """What ``rounds.cut`` did to an answer. A reward below 0 stays."""
+    if row["end"] != CUT or cut == "keep" or (cut == "zero" and row["reward"] < 0):
+        return ""
+    return " (cut)" if cut == "zero" else " (dropped)"
 
 
 def _name(sample: int) -> str:

@@ -16,10 +16,10 @@ import raydpo
 from raydpo.config import RewardConfig, load_config
 from raydpo.data.interval import mean_by_group, share_by_group
 from raydpo.errors import ConfigError
-from raydpo.evaluation.prompts import Prompt, prompt_records
+from raydpo.evaluation.prompts import Prompt, choose_prompts, prompt_records
 from raydpo.evaluation.rewards import TOTAL, Rewarded, answers_to_score
 from raydpo.evaluation.samples import Answers
-from raydpo.pipeline.evaluate import pairs_to_evaluate, protocol
+from raydpo.pipeline.evaluate import _check_columns, pairs_to_evaluate, protocol
 from raydpo.pipeline.tokenised import open_tokeniser
 from raydpo.rewards.apply import SCORES
 from raydpo.terminal.console import Console
@@ -218,3 +218,14 @@ def test_functions_get_the_columns_of_the_record_of_a_prompt(place, tmp_path):
     assert set(json.loads(found[0][1])) == {"chosen", "rejected", "answer"}
     (note,) = notes
     assert "the column 'completions' is not given to reward functions" in note
+
+
+def test_records_that_a_reward_cannot_read_are_told(place, monkeypatch):
+    monkeypatch.chdir(place)
+    tree = yaml.safe_load((place / "config.yaml").read_text())
+    config = load_config(tree | {"evaluate": {"prompts": 3, "rewards": [{"use": "json", "column": "chosen"}]}})
+    pairs = pairs_to_evaluate(config, open_tokeniser(config), Console(io.StringIO()))[0]
+    out = io.StringIO()
+    _check_columns(choose_prompts(pairs, 3, 0), config, Console(out))
+    assert "warning: the reward json cannot read 'chosen' of 3 of 3 evaluated prompt(s) (first: pair " in out.getvalue()
+    assert "warning: no reward with a weight applies to any of 3 evaluated prompt(s), such as pair " in out.getvalue()

@@ -146,7 +146,7 @@ def test_columns_of_ifeval_and_of_ours() -> None:
     results = constraints.make(reward)(["one, two"] + ["one two"] * 6, instruction_id_list=lists, kwargs=arguments)
     assert results[:4] == [0.0, 1.0, None, None]
     assert [str(one)[:48] for one in results[4:]] == [
-        "the instruction 'keywords:none' is unknown; ther",
+        "the instruction 'keywords:none' is unknown; did ",
         "expected two lists of one length in instruction_",
         "the column holds the text 'x', which is no JSON",
     ]

@@ -41,7 +41,10 @@ def test_programs_read_and_print(code) -> None:
     logged: dict[str, list] = {}
     assert code(answers, log_extra=logged.__setitem__, tests=[DOUBLE] * 12) == [1, 1, 0, 0, 1, 1, 0, 0, 1, 1, 1, 0]
     assert logged["passed"] == [2, 2, 1, 0, 2, 2, 0, 0, 2, 2, 2, 0]
-    assert logged["failed"][2:4] == ["test 2: another output", "test 1: exit status 1, SyntaxError: invalid syntax"]
+    assert code([" \n"], log_extra=logged.__setitem__, tests=[[{"input": "", "output": ""}]]) == [0]
+    assert logged["failed"] == ["no program"]
+    assert code(answers[2:4], log_extra=logged.__setitem__, tests=[DOUBLE] * 2) == [0, 0]
+    assert logged["failed"] == ["test 2: another output", "test 1: exit status 1, SyntaxError: invalid syntax"]
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,14 @@ def place(tmp_path, monkeypatch) -> Path:
             ["x"],
             r"by_place \(my_rewards:by_place\) takes 'completions' by position only",
         ),
+        (
+            {"use": "my_rewards:Called"},
+            ["x"],
+            "TypeError: Called is a class; name an object of it, as in: my_called = Called",
+        ),
+        ({"use": "my_rewards:yields"}, ["x"], "TypeError: yields is an asynchronous generator; return a list$"),
+        ({"use": "my_rewards:strict", "name": "x"}, ["prompt"], "takes no 'completion_ids'"),
+        ({"use": "json", "column": "prompt"}, ["x"], "needs the column 'prompt' .*; functions get it as 'prompts', a list"),
         ({"use": "json", "column": "schema"}, ["shema"], "json needs the column 'schema' .* did you mean 'shema'"),
         ({"use": "json", "column": "completion"}, ["completion"], "reads the column 'completion', which it is not given"),
         ({"use": "regex", "pattern": "(?=x)"}, None, r"the pattern '\(\?=x\)' of the reward regex is not a regular expr"),
@@ -43,7 +51,10 @@ def place(tmp_path, monkeypatch) -> Path:
 def test_refused_before_anything_runs(place, reward, columns, said):
     (place / "broken.py").write_text("def f(\n")
     with open(place / "my_rewards.py", "a") as module:
-        module.write("\ndef by_place(completions, /, **kwargs):\n    return [1.0 for _ in completions]\n")
+        module.write(
+            "\ndef by_place(completions, /, **kwargs):\n    return [1.0 for _ in completions]\n"
+            "async def yields(completions, **kwargs):\n    yield 1.0\n"
+        )
     with pytest.raises(ConfigError, match=said):
         check_rewards([RewardConfig.model_validate(reward)], columns)
 
@@ -57,7 +68,7 @@ def test_accepted(place):
 
 UNREADABLE = {
     "math": ("answer", ["4", "10-15 minutes", None, r"\frac{1}{2}", r"\foo{"], "would be read as arithmetic, or in part"),
-    "json": ("schema", ['{"type": "object"}', "{", None, True, {"type": 5}], "the prompt's schema is not JSON"),
+    "json": ("schema", ['{"type": "object"}', "{", None, True, {"$ref": "http://h/s"}], "the prompt's schema is not JSON"),
     "constraints": ("asked", [[{"id": "punctuation:no_comma"}], [{"id": "no:such"}], None, [], "x"], "'no:such' is unknown"),
     "code": (
         "tests",
@@ -74,28 +85,55 @@ def test_prompts_that_a_function_cannot_read_are_refused_or_told(use):
     column, values, said = UNREADABLE[use]
     reward = RewardConfig.model_validate({"use": use, "column": column} | ({"unsafe": True} if use == "code" else {}))
     columns, places = [{column: value} for value in values], [f"record {row}" for row in range(5)]
-    told = f"the reward {use} cannot read '{column}' of 2 of 5 prompt(s) (first: record 1: "
-    (line,) = check_readable([reward], columns, places, 0.4)
-    assert line.startswith(told) and said in line and line.endswith("; answers to them get no reward"), line
+    told = f"the reward {use} cannot read '{column}' of 2 of 5 held-out prompt(s) (first: record 1: "
+    for most in (0.4, None):
+        (line,) = check_readable([reward], columns, places, "held-out", most)
+        assert line.startswith(told) and said in line and line.endswith("; answers to them get no reward"), line
     with pytest.raises(ConfigError) as error:
-        check_readable([reward], columns, places, 0.39)
-    assert str(error.value).startswith(told) and str(error.value).endswith("; correct them, or remove these prompts")
-    assert check_readable([reward], [columns[row] for row in (0, 2, 3)], places[:3], 0.0) == []
+        check_readable([reward], columns, places, "held-out", 0.39)
+    assert str(error.value).startswith(told)
+    assert str(error.value).endswith(
+        ", more than rounds.max_errors (0.39) allows; correct or remove these prompts, or raise it"
+    )
+    assert check_readable([reward], [columns[row] for row in (0, 2, 3)], places[:3], "held-out", 0.0) == []
+
+
+@pytest.mark.parametrize(
+    ("tests", "said"),
+    [
+        (["assert f(1) == {[1]: 2}"], "must compare with a literal"),
+        (["assert f(1) == " + "-" * 3000 + "1"], "must compare with a literal"),
+        ("[" * 100000, "no JSON; expected a list of"),
+        ([{"call": "f(", "output": 1}], "its call must be an expression"),
+        ([{"call": "x = 1", "output": 1}], "its call must be an expression"),
+        ([{"call": "f()", "output": float("inf")}], "without NaN and Infinity"),
+    ],
+)
+def test_tests_that_no_program_can_pass_are_told(tests, said):
+    reward = RewardConfig(use="code", unsafe=True)
+    (line, none) = check_readable([reward], [{"tests": tests}], ["record 7"], "training", None)
+    assert said in line and none.startswith(
+        "no reward with a weight applies to any of 1 training prompt(s), such as record 7"
+    )
 
 
 def test_prompts_to_which_no_reward_applies_are_refused():
-    math, measured = RewardConfig(use="math"), RewardConfig(use="json", weight=0)
+    math, measured = RewardConfig(use="math"), RewardConfig(use="json", column="schema", weight=0)
     pattern = RewardConfig(use="regex", pattern="x")
     pytest.importorskip("math_verify")
-    columns = [{"answer": None}, {"other": 1}]
-    with pytest.raises(
-        ConfigError, match="no reward with a weight applies to any of 2 prompt\\(s\\), such as a: the columns"
-    ):
-        check_readable([math, measured], columns, ["a", "b"], 1.0)
-    with pytest.raises(
-        ConfigError, match="applies to any of 1 prompt\\(s\\), such as a: the right answer is a list, expected"
-    ):
-        check_readable([math, measured], [{"answer": [1]}], ["a"], 1.0)
-    assert check_readable([math, pattern], columns, ["a", "b"], 0.0) == []
-    assert check_readable([RewardConfig(use="math", weight=0)], columns, ["a", "b"], 0.0) == []
-    assert check_readable([math], [], [], 0.0) == []
+    columns, both = [{"answer": None, "schema": "{"}, {"other": 1}], ["a", "b"]
+    said = r"no reward with a weight applies to any of 2 training prompt\(s\), such as a: the columns that"
+    with pytest.raises(ConfigError, match=said):
+        check_readable([math, measured], columns, both, "training", 1.0)
+    assert said.replace("\\", "") in check_readable([math, measured], columns, both, "training", None)[1]
+    with pytest.raises(ConfigError, match=r"of 1 training prompt\(s\), such as a: the right answer is a list, expected"):
+        check_readable([math, measured], [{"answer": [1]}], ["a"], "training", 1.0)
+    assert check_readable([math, pattern], columns, both, "training", 0.0) == []
+    assert check_readable([RewardConfig(use="math", weight=0)], columns, both, "training", 0.0) == []
+    assert check_readable([math], [], [], "training", 0.0) == []
+
+
+def test_a_function_whose_module_imports_torch_is_found(place):
+    """torch.classes calls its file _classes.py, as if it were in the working directory."""
+    (place / "heavy.py").write_text("import torch\ndef mine(completions, **kwargs): return [1.0 for _ in completions]\n")
+    assert check_rewards([RewardConfig(use="heavy:mine")], []) == {"mine": ()}

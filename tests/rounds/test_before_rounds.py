@@ -160,12 +160,11 @@ def test_prompts_without_what_a_reward_reads_are_told_or_refused(file, tmp_path,
         and "number', which the reward all_but_one_right" in said
         and "no training" not in said
     )
-    assert re.search(
-        r"training prompts: the reward json cannot read 'number' of 40 of 40 prompt\(s\) \(first: record ", said
-    )
-    with pytest.raises(ConfigError, match=r"'number' of 31 of 31 prompt\(s\) .* is a int; .* remove these prompts"):
+    assert re.search(r"the reward json cannot read 'number' of 40 of 40 training prompt\(s\) \(first: record ", said)
+    with pytest.raises(ConfigError, match=r"'number' of 31 of 31 training prompt\(s\) .* is a int; .* remove these prompts"):
         inputs_of(file, "rounds.rewards=[{use: json, column: number}]")
     with pytest.raises(
-        ConfigError, match=r"no reward with a weight applies to any of 6 prompt\(s\), such as record [1-6] of held-out"
+        ConfigError,
+        match=r"no reward with a weight applies to any of 6 held-out prompt\(s\), such as record [1-6] of held-out",
     ):
         inputs_of(file, out, "rounds.rewards=[{use: math, column: number}]")

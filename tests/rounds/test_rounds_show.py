@@ -99,11 +99,13 @@ def test_a_failure_on_a_greedy_answer_is_told_as_such():
     assert "answer greedy: f: ValueError: odd" in stream.getvalue()
 
 
-@pytest.mark.parametrize(("cut", "told"), [("zero", "0 (cut)"), ("drop", "0 (dropped)"), ("keep", "0 ")])
+@pytest.mark.parametrize(("cut", "told"), [("zero", "0 (cut)"), ("drop", "0 (dropped)"), ("keep", "0")])
 def test_what_became_of_a_cut_answer_is_told_beside_its_reward(cut, told):
     """Its parts are those that the functions gave, and may be 1 where the reward is 0."""
     stream = io.StringIO()
     row = {"sample": 0, "reward": 0.0, "parts": [("math", 1.0)], "error": None, "end": "length", "answer": "it is 5"}
-    print_answers(Console(stream), "prompt", None, [row, row | {"sample": 1, "end": "stop"}], cut, ())
-    first, second = [line for line in stream.getvalue().splitlines() if "it is 5" in line]
-    assert told in first and "math 1" in first and "(" not in second
+    others = [row | {"sample": 1, "end": "stop"}, row | {"sample": 2, "reward": None}]
+    print_answers(Console(stream), "prompt", None, [row, *others], cut, ())
+    first, *rest = [line for line in stream.getvalue().splitlines() if "it is 5" in line]
+    assert told in first and "math 1" in first and ("(" in first) == (cut != "keep")
+    assert len(rest) == 2 and not any("(" in line for line in rest)
