@@ -16,23 +16,27 @@ _SEVERAL = re.compile(rf"{_OPEN}[A-J]{_CLOSE}(?:{_AND}{_OPEN}[A-J]\b{_CLOSE})+")
 """Several letters at the start, which are no answer: "A or B"."""
 _OTHER = re.compile(rf"(?<![A-Za-z])([A-J])\b[\s$*)\].:]*{_AND}[\s$*(\[]*$")
 """A letter before the last one of such a list."""
-# "A triangle" and "I think" are no letters of a choice.
 _FIRST = re.compile(rf"{_OPEN}(?:([A-J])(?=[$*)\].:,\"'`]|\s*$|\s+[^a-z\s]|\s+(?:because|since|which|as)\b)|([B-HJ])(?=\s))")
+"""A letter at the start of a result. That of "A triangle" and of "I think" is none."""
 _STATED = re.compile(
     r"(?:^|[.!?:,\n]|\b(?i:option|choice|answer|that|think|believe))\s*[(*]*([A-J])[)*]*\s+is\s+(?:the\s+)?(?:correct|right|best|answer)\b"
 )
+"""A letter that is said to be right: "option B is correct"."""
 _MARKED = re.compile(
     rf"(?:^|(?<=[\s(*\[\"'`{_ASIAN}]))([A-J])(?=[).:\]*,\"'`{_ASIAN}]|\s+[-\u2013\u2014]\s|[ \t]*\n|\s*$)",
 )
+"""A letter before a sign, or at the end of a line: "(B)", "B."."""
 _SAID = re.compile(
     r"(?:^|(?<=[\s(*]))([A-J])(?=\s+(?:because|since|rather than)\b|\s+is\s+true\b)|"
     r"(?i:\b(?:option|choice|pick|choose|select)\s+)([A-Ja-j])\b"
 )
+"""A letter that is chosen in words: "B because ...". Only looked for where no letter is marked."""
 _DENIED = re.compile(
     r"(?i)(?:\bnot|n't(?: be)?|\bcannot be|thing but|\bneither|\bnor|\bexcept|\beliminat(?:e|ing)|\bexclud(?:e|ing)|\bthan|"
     r"\brul(?:e|ed|ing) out|\u00b0)\s+(?:option |choice |answer )?[\s(*]*$"
 )
 _WRONG = re.compile(r"[\s)*\].:]*(?i:is|was)\s+(?i:not|wrong|incorrect|false)\b")
+"""Words before and behind a letter that say that it is not the right one."""
 _OPTIONS = re.compile(r"(?m)(?:^|(?<=\s))[(*]*([A-J])(?:[).:]+\*{0,2}|\s+[-\u2013\u2014])\s+(?=\S)")
 """An option with its text: "A) 12 apples"."""
 _LINE = re.compile(r"(?:[-*\u2022]\s+)?[(*]*([A-J])(?:[).:]+\**|\s+[-\u2013\u2014]\s|\**$)")

@@ -31,6 +31,7 @@ _BASE = re.compile(r"(?<=\d)_(?:\{(\d+)\}|(\d+))")
 _ANSWER = re.compile(r"(?i)\banswers?\b[^\n.]{0,100}?(?:\bis\b|\bare\b|[:=])[ \t*]*")
 _TAGGED = re.compile(r"(?is)<answer>(.*?)</answer>")
 _RETRACTED = re.compile(r"(?i)\b(?:wait|actually|correction|scratch that|re-?check|let me check)\b")
+"""How a result is taken back. What comes behind it counts."""
 _JOINT = re.compile(r"(?:,|;|/|\band\b|\bor\b|\\text\{\s*(?:and|or)\s*\}|[\s$\\])*")
 _GLUED = re.compile(
     r"</?[A-Za-z][\w-]*>|(?:(?<=[\uff1a\u3001\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af])|(?<=[^\d\s]:)|(?<!\S)[\"'`\u201c\u2018])"
@@ -85,8 +86,8 @@ def verdict(gold: Any, answer: str) -> tuple[bool, str]:
         if differ(body):
             return False, part
         if said.startswith(_NAMED):
-            leads = _LEADS.match(body) and not _SUM.match(body)
-            said = f"{_NAMED}{body.splitlines()[0]}" if leads else body
+            first, _, _ = body.partition("\n")
+            said = f"{_NAMED}{first}" if _LEADS.match(body) and not _SUM.match(body) else body
     found = _parse(_formula(said, symbolic))
     equal = verify(expected, found, float_rounding=_digits(expected[0]), allow_set_relation_comp=True, timeout_seconds=None)
     return bool(equal), part
