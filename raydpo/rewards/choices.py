@@ -12,23 +12,25 @@ _AND = r"(?:,|;|/|&|\||\band\b|\bor\b|\\text\{\s*(?:and|or)\s*\})"
 _ASIAN = r"\u3001\u3002\uff0c\uff09\uff1a\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
 """Punctuation and letters of languages without spaces."""
 _ONE = re.compile(rf"{_OPEN}([A-Ja-j]){_CLOSE}")
-_SEVERAL = re.compile(rf"{_OPEN}[A-J]{_CLOSE}(?:{_AND}{_OPEN}[A-J]\b{_CLOSE})+")
+_SEVERAL = re.compile(rf"{_OPEN}[A-J]{_CLOSE}(?:{_AND}{_OPEN}[A-J]\b(?!'s){_CLOSE})+")
 """Several letters at the start, which are no answer: "A or B"."""
 _OTHER = re.compile(rf"(?<![A-Za-z])([A-J])\b[\s$*)\].:]*{_AND}[\s$*(\[]*$")
 """A letter before the last one of such a list."""
-_FIRST = re.compile(rf"{_OPEN}(?:([A-J])(?=[$*)\].:,\"'`]|\s*$|\s+[^a-z\s]|\s+(?:because|since|which|as)\b)|([B-HJ])(?=\s))")
+_FIRST = re.compile(
+    rf"{_OPEN}(?:([A-J])(?!'s)(?=[$*)\].:,\"'`]|\s*$|\s+[^a-z\s]|\s+(?:because|since|which|as)\b)|([B-HJ])(?=\s)|([a-j])\)(?!\S))"
+)
 """A letter at the start of a result. That of "A triangle" and of "I think" is none."""
 _STATED = re.compile(
-    r"(?:^|[.!?:,\n]|\b(?i:option|choice|answer|that|think|believe))\s*[(*]*([A-J])[)*]*\s+is\s+(?:the\s+)?(?:correct|right|best|answer)\b"
+    r"(?:^|[.!?:,\n]|\b(?i:option|choice|answer|that|think|believe|so|thus|hence|therefore))\s*[(*]*([A-J])[)*]*\s+is\s+(?:the\s+)?(?:correct|right|best|answer)\b"
 )
 """A letter that is said to be right: "option B is correct"."""
 _MARKED = re.compile(
-    rf"(?:^|(?<=[\s(*\[\"'`{_ASIAN}]))([A-J])(?=[).:\]*,\"'`{_ASIAN}]|\s+[-\u2013\u2014]\s|[ \t]*\n|\s*$)",
+    rf"(?:^|(?<=[\s(*\[\"'`{_ASIAN}]))([A-J])(?!'s)(?=[).:\]*,\"'`{_ASIAN}]|\s+[-\u2013\u2014]\s|[ \t]*\n|\s*$)",
 )
 """A letter before a sign, or at the end of a line: "(B)", "B."."""
 _SAID = re.compile(
-    r"(?:^|(?<=[\s(*]))([A-J])(?=\s+(?:because|since|rather than)\b|\s+is\s+true\b)|"
-    r"(?i:\b(?:option|choice|pick|choose|select)\s+)([A-Ja-j])\b"
+    r"(?:^|(?<=[\s(*]))([A-J])(?=\s+(?:because|since|rather than|fits|seems)\b|\s+is\s+true\b)|"
+    r"(?i:\b(?:option|choice|pick|choose|select)\s+\(?)([A-Ja-j])\b|^\(?([a-j])\)\s|\(([a-j])\)(?=\s+is\b|\.?\s*$)"
 )
 """A letter that is chosen in words: "B because ...". Only looked for where no letter is marked."""
 _DENIED = re.compile(
@@ -41,6 +43,7 @@ _OPTIONS = re.compile(r"(?m)(?:^|(?<=\s))[(*]*([A-J])(?:[).:]+\*{0,2}|\s+[-\u201
 """An option with its text: "A) 12 apples"."""
 _LINE = re.compile(r"(?:[-*\u2022]\s+)?[(*]*([A-J])(?:[).:]+\**|\s+[-\u2013\u2014]\s|\**$)")
 """A line that is an option."""
+_DENYING = re.compile(r"(?i)\b(?:not|no|wrong|incorrect|false|too)\b|n't\b")
 _RIGHT = re.compile(r"\b(?i:correct|right|true|yes)\b")
 
 
@@ -60,7 +63,9 @@ def letter(text: str, named: bool) -> str | None:
     if whole := _ONE.fullmatch(text):
         return whole[1].upper()
     if named and (first := _FIRST.match(text)):
-        return None if _ends_options(text, first.start(first.lastindex or 0)) else first[1] or first[2]
+        return None if _ends_options(text, first.start(first.lastindex or 0)) else first[first.lastindex or 0].upper()
+    if first := _before_the_others(text):
+        return first
     stated = {one[1] for one in _STATED.finditer(text)}
     if stated:
         return stated.pop() if len(stated) == 1 else None
@@ -73,6 +78,18 @@ def letter(text: str, named: bool) -> str | None:
             other = _OTHER.search(before)
             return None if _ends_options(text, place) or (other and other[1] != chosen) else chosen
     return None
+
+
+def _before_the_others(text: str) -> str | None:
+    """The letter of a first paragraph that is one option, if all others are told about behind it: letters before that one,
+    or options after words such as "the others". None if the paragraphs are options in order."""
+    head, _, rest = text.partition("\n\n")
+    label = _ONE.fullmatch(head.strip()) or _LINE.match(head.strip())
+    if "\n" in head.strip() or not label or not label[1].isupper() or _DENYING.search(head):
+        return None
+    others = {one[1] for one in _MARKED.finditer(rest)} | {one[1] for one in _OPTIONS.finditer(rest)}
+    told = others and label[1] not in others and not _STATED.search(rest)
+    return label[1] if told and (min(others) < label[1] or re.search(r"(?i)\b(?:others?|why)\b", rest)) else None
 
 
 def _only_letters(text: str) -> bool:

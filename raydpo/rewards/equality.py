@@ -28,9 +28,14 @@ MEMORY = 4 << 30
 _NAMED = "answer is "
 """How the part of an answer begins that it names as its result. math-verify then reads its first value, else the last."""
 _BASE = re.compile(r"(?<=\d)_(?:\{(\d+)\}|(\d+))")
-_ANSWER = re.compile(r"(?i)\banswers?\b[^\n.]{0,100}?(?:\bis\b|\bare\b|[:=])[ \t*]*")
+_ANSWER = re.compile(
+    r"(?i)(?:(?<!by.step )\b(?:answer|(?:correct|right|best|most \w+)\s(?:option|choice))\b(?:\s(?:option|choice|letter))?"
+    r"(?:\s(?:to|for|of)\b[^\n.,:]{0,80}?)?[\s*(\"']*?(?:\bis\b|[:=])|\banswers\b[^\n.,:]{0,80}?(?:\bare\b|[:=])|"
+    r"\bans\b[.:]?)(?:[\s:=*>]|\b(?:option|choice)\b)*"
+)
+"""How an answer names its result. "To find the answer, let's look at all options:" does not."""
 _TAGGED = re.compile(r"(?is)<answer>(.*?)</answer>")
-_RETRACTED = re.compile(r"(?i)\b(?:wait|actually|correction|scratch that|re-?check|let me check)\b")
+_RETRACTED = re.compile(r"(?i)\b(?:wait|actually|correction|scratch that|re-?check)\b")
 """How a result is taken back. What comes behind it counts."""
 _JOINT = re.compile(r"(?:,|;|/|\band\b|\bor\b|\\text\{\s*(?:and|or)\s*\}|[\s$\\])*")
 _GLUED = re.compile(
@@ -46,6 +51,9 @@ _LEADS = re.compile(
 """How a result begins with its value. Prose, or the first step of a list, names its value at its end."""
 _VALUE = re.compile(r"[-+*$\u20ac\u00a3(\s]*(?:[\d\\.]|[A-Ja-j]\b)")
 """How a line begins that is a value."""
+_CLAUSE = re.compile(r"\n|(?<=\S)(?:[,;]|\.(?!\d)|\$?\.?\s\()\s*(?=[A-Za-z(\d])(?<![,]\d)")
+"""What ends the value of a named result: "8, since 8 + 5 = 13"."""
+_ALL_OPTIONS = re.compile(rf"{_NAMED}[(*]*A[).:](?s:.*)\n[(*\s]*B[).:]")
 _VERDICTS = {"yes", "no", "true", "false"}
 _SUM = re.compile(r"[\d\s.,+\-*/()^]+=")
 """Arithmetic, of which the result comes last."""
@@ -58,10 +66,11 @@ def verdict(gold: Any, answer: str) -> tuple[bool, str]:
         GoldError: if ``gold`` cannot be read.
     """
     kind, right = read_gold(gold)
-    answer = answer[-MOST_CHARACTERS:]
     part = final_part(answer if kind == "choice" else without_emphasis(answer))
     if kind == "choice":
         named = part.startswith((_NAMED, "\\boxed", "$\\boxed"))
+        if _ALL_OPTIONS.match(part):  # the heading "Answer:" and no result
+            return letter(part.removeprefix(_NAMED), named=False) == right, part
         return {letter(one, named) for one in _sentences(part)} == {right}, part
     if kind == "words":
         clause = r"[,.;\n]" if right in _VERDICTS else r"\Z"  # "Yes, because ..." is yes
@@ -85,9 +94,11 @@ def verdict(gold: Any, answer: str) -> tuple[bool, str]:
         body = _body(said)
         if differ(body):
             return False, part
-        if said.startswith(_NAMED):
-            first, _, _ = body.partition("\n")
-            said = f"{_NAMED}{first}" if _LEADS.match(body) and not _SUM.match(body) else body
+        if not said.startswith(_NAMED):
+            said = re.sub(r"(?i)\banswers?\b", "result", said)  # math-verify would look behind it
+        else:
+            first = _CLAUSE.split(body, maxsplit=1)[0]
+            said = f"{_NAMED}{first}" if _LEADS.match(body) and not _SUM.match(first) else body
     found = _parse(_formula(said, symbolic))
     equal = verify(expected, found, float_rounding=_digits(expected[0]), allow_set_relation_comp=True, timeout_seconds=None)
     return bool(equal), part
@@ -95,12 +106,12 @@ def verdict(gold: Any, answer: str) -> tuple[bool, str]:
 
 def final_part(answer: str) -> str:
     """The part of an answer that holds its result: the last ``\\boxed{}``, else the line behind the last ``####``, else what
-    follows the last "answer is" or "answer:" and is not taken back, else the whole answer. Text before ``</think>`` is not
-    read. Only the text between the last ``<answer>`` and ``</answer>`` is read, where there is one.
+    follows the last "answer is" or "answer:" and is not taken back, else the whole answer. Text in
+    ``<think>`` is not read. Only the text between the last ``<answer>`` and ``</answer>`` is read, where there is one.
 
     Boxes that only a comma, "and" or "or" separates are one part. So an answer that boxes two guesses has two values.
     """
-    answer = answer.rpartition("</think>")[2]
+    answer = answer.rpartition("</think>")[2].partition("<think>")[0][-MOST_CHARACTERS:]
     tagged = _TAGGED.findall(answer)
     answer = tagged[-1] if tagged else answer
     boxes = boxes_of(answer)
@@ -119,7 +130,8 @@ def final_part(answer: str) -> str:
     value = (answer[named[-1] :] if named else answer if tagged else "").strip()
     if retracted := list(_RETRACTED.finditer(value)):
         rest = value[retracted[-1].end() :].strip(" ,.")
-        return rest if re.search(r"\d|\b[A-J]\b", rest) else f"{_NAMED}{value}"
+        other = re.search(r"\d|\b[A-J]\b", rest) and not re.search(r"(?i)\b(?:correct|right|same|indeed)\b", rest)
+        return rest if other else f"{_NAMED}{value}"
     return f"{_NAMED}{value}" if value else answer.strip()
 
 
@@ -154,6 +166,8 @@ def _formula(part: str, symbolic: bool) -> str:
     """``part`` between dollars, if it is LaTeX without them and without prose. The same holds for other signs of mathematics
     if the right answer is ``symbolic``, and no number."""
     body = _body(part)
+    if symbolic and not re.search(r"\\[(\[]|\$|\\boxed", body):  # "The area is 16 * pi."
+        body = re.split(r"\b(?:is|are|equals?)\b|:\s", body)[-1].strip()
     if symbolic and LIST.fullmatch(values := re.sub(r"\b[a-z]\s*=\s*", "", body)):
         body = values
     if symbolic and LIST.fullmatch(body):
@@ -190,7 +204,10 @@ def _sentences(part: str) -> list[str]:
     if boxes:
         return [without_text(part[part.index("{", start) + 1 : end - 1]) for start, end in boxes]
     body = part.removeprefix(_NAMED)
-    return [without_text(body if body == part else re.split(r"\n|(?<!\b[A-Z][a-z])\.(?!\S)", body, maxsplit=1)[0])]
+    body = re.sub(r"\\[()\[\]]", " ", body)
+    return [
+        without_text(body if not part.startswith(_NAMED) else re.split(r"\n|(?<!\b[A-Z][a-z])\.(?!\S)", body, maxsplit=1)[0])
+    ]
 
 
 def serve() -> None:

@@ -12,7 +12,7 @@ from raydpo.rewards.numerals import LIST, PLAIN, as_latex, tidy, with_commas, wi
 
 __all__ = ["GoldError", "boxes_of", "plain_words", "read_gold"]
 
-_CHOICE = re.compile(r"(?:(?i:option|choice)\s+)?\(?([A-J])(?:\)?[.:]?|[):]+\s+\S.*|\.\s+[\d$\\].*)")
+_CHOICE = re.compile(r"(?:(?i:option|choice)\s+)?\(?([A-J])(?:\)?[.:]?|[):]+\s*\S.*|\.\s+[\d$\\].*)")
 _ANSWER = re.compile(r"(?i)^\s*(?:the\s+)?(?:correct\s+|final\s+)?answer(?:\s+is\b|\s*:)")
 _MONTHS = (
     "jan(?:uary)?|feb(?:ruary)?|mar(?:ch)?|apr(?:il)?|may|june?|july?|aug(?:ust)?|sept?(?:ember)?|oct(?:ober)?|"

@@ -34,6 +34,9 @@ _FACTORS = {
     "trillion": 10**12,
 }
 _TEXT = re.compile(r"\\(?:text|textbf|mathrm|mathbf|textrm|mbox|operatorname)\s*\{([^{}]*)\}")
+_UNITS = re.compile(rf"(?:\\[ ,;])?{_TEXT.pattern}(?:\^(?:\{{-?\d\}}|-?\d))?")
+_KEPT = re.compile(r"\d|\b(?:or|and|to|not|least|most|less|more|than)\b|^\([A-J]\)$")
+"""Text in LaTeX that is no unit."""
 _EMPHASIS = re.compile(r"(?<![\w)\]*`])(\*\*|__|`)(?=[^\s*`])([^*`\n]*[^\s*`])\1(?![\w(\[*`])")
 _AROUND = re.compile(rf"(?<![\w\\^{{}}*])(?:[(\[]|[*_]++)\s*+((?:{_NUMBER})(?:/\d+)?)\s*+(%?)(?:[)\]]|[*_]++)(?![\w^])")
 """One number or fraction in parentheses, brackets or emphasis."""
@@ -47,12 +50,18 @@ _SIGNS = {ord(sign): to for sign, to in zip("\u2212\u2013\u00d7\u00f7\u2044\u00a
     for sign, to in (("½", " 1/2"), ("¼", " 1/4"), ("¾", " 3/4"), ("²", "^2"), ("³", "^3"), ("∞", r"\infty "), ("≈", " "))
 }
 _ROOT = re.compile(r"√\s?(\d+|[a-z]|\([^()]*\))")
+_AMC = re.compile(r"\\boxed\{\s*\(?[A-J]\)?(?:\\[ ,;]|~|\s)+(?=\S)")
+"""The letter of a choice before its value, in a box."""
+_EQUATIONS = re.compile(r"(\$\s*([^$=]{1,40}?)\s*=[^$]{1,200}\$)\s*(?:,|and|,\s*and)\s*(?=\$(?!\s*\2\s*=)[^$]*=)")
+"""Two equations for different things. math-verify would make one set of their values."""
 _FUNCTION = re.compile(r"(?<![\\A-Za-z])(sqrt|sin|cos|tan|ln|log|pi)(?![A-Za-z])(?:\(([^()]*)\))?")
 
 
 def tidy(text: str) -> str:
     """``text`` without scientific notation, separators of thousands, words that multiply, mixed fractions, and signs of
     Unicode."""
+    text = re.sub(r"\\(?:text)?color\s*\{[a-z]+\}", "", text)
+    text = re.sub(r"\s*[.,]+\s*(?=\$(?![^$\n]*\$)|\\\]|\\\))", "", text)  # a period inside of dollars
     text = _ROOT.sub(lambda m: rf"\sqrt{{{m[1].strip('()')}}}", text.translate(_SIGNS))
     text = _POWER.sub(_decimal, _GROUPED.sub(lambda m: m[0].replace(",", ""), _THOUSANDS.sub("", text)))
     text = _MULTIPLIED.sub(lambda m: format((Decimal(m[1].replace(",", "")) * _FACTORS[m[2]]).normalize(), "f"), text)
@@ -76,9 +85,12 @@ def without_text(text: str) -> str:
 
 def plain(text: str) -> str:
     """``text`` without what keeps math-verify from reading a single number in it. For right answers that match ``PLAIN``."""
-    text = _TEXT.sub(lambda m: m[1] if re.search(r"\d", m[1]) else m[0], re.sub(r"\bUS(?=\\?\$)", "", text))
+    text = _UNITS.sub(lambda m: m[1] if _KEPT.search(m[1]) else "", re.sub(r"\bUS(?=\\?\$)", "", text))
     text = re.sub(r'[~"\u201c\u201d]', " ", text.replace(r"\$", ""))
-    text = re.sub(r"(?<=\d)k\b", "000", text)
+    text = re.sub(
+        r"(?<=\d)k\b", "000", re.sub(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?![\d,])", lambda m: m[0].replace(",", ""), text)
+    )
+    text = _AMC.sub(r"\\boxed{", _EQUATIONS.sub(r"\1. ", text))
     bare = _AROUND.sub(r" \1\2 ", text)
     if not re.search(r"\d", _AROUND.sub("", text)):  # else it may be a reference, as in: 42 by equation (3)
         text = bare
