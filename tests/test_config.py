@@ -13,6 +13,7 @@ import raydpo.config
 from raydpo.cli.entry import main, parsed
 from raydpo.config import load_config
 from raydpo.config.load import with_setting
+from raydpo.config.rewards import RewardConfig
 from raydpo.errors import ConfigError
 from raydpo.sweeps.trials import trials_of
 from raydpo.terminal.guard import guarded
@@ -297,6 +298,7 @@ def test_bad_input_names_key_value_and_fix(override, said, tree):
             "'rounds.rewards.0.name' is 'a+b'; use letters, digits and any of . _ - and start with a letter or digit",
         ),
         ("rewards=[]", "'rounds.rewards' is empty; at least one entry is needed"),
+        ("rewards=my_rewards.py:f", "'rounds.rewards.0': use 'my_rewards.py:f' names a file; name its module: my_rewards:f"),
         ("held_out=1", "'rounds.held_out.fraction' is 1, expected less than 1"),
     ],
 )
@@ -304,6 +306,18 @@ def test_one_mistake_is_one_line(setting, told, tree):
     with pytest.raises(ConfigError) as caught:
         load_config(tree, ["rounds={prompts: x.jsonl, rewards: [{use: math}]}", f"rounds.{setting}"])
     assert str(caught.value) == told
+
+
+def test_rewards_may_be_names(tree):
+    rounds = f"rounds={{prompts: '{tree['data'].pop('train')}', rewards: [math]}}"
+    whole = [{"use": "math"}, {"use": "my_rewards:f", "weight": 0.5}]
+    for value, expected in (
+        ("math", whole[:1]),
+        ("[math, {use: 'my_rewards:f', weight: 0.5}]", whole),
+        ("{use: math}", whole[:1]),
+    ):
+        rewards = load_config(tree, [rounds, f"rounds.rewards={value}"]).rounds.rewards
+        assert rewards == tuple(RewardConfig.model_validate(one) for one in expected)
 
 
 def test_a_section_without_effect_is_told_by_its_keys(tree):

@@ -11,7 +11,17 @@ from pydantic import Field, model_validator
 from raydpo.config.judge import JudgeConfig
 from raydpo.config.section import Float, Int, PathOrUri, Section
 
-__all__ = ["BUILT_IN", "RewardConfig", "check_names", "duels_of", "only_duels", "options_of", "requests_of", "reward_name"]
+__all__ = [
+    "BUILT_IN",
+    "RewardConfig",
+    "as_rewards",
+    "check_names",
+    "duels_of",
+    "only_duels",
+    "options_of",
+    "requests_of",
+    "reward_name",
+]
 
 BUILT_IN = ("math", "json", "regex", "constraints", "code")
 """Names of the built-in reward functions."""
@@ -71,6 +81,11 @@ class RewardConfig(Section):
     """Number of duels that each answer begins; it is in as many again that others begin. A duel takes two requests, one for
     each order."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _of_name(cls, value: Any) -> Any:
+        return {"use": value} if isinstance(value, str) else value
+
     @model_validator(mode="after")
     def _check(self) -> RewardConfig:
         given = [name for name in ("use", "reward_model", "judge") if getattr(self, name) is not None]
@@ -79,6 +94,8 @@ class RewardConfig(Section):
                 f"{' and '.join(given) or 'neither use, reward_model nor judge'} given; a reward is one of use (such as "
                 "math or my_rewards:politeness), reward_model and judge"
             )
+        if self.use is not None and ".py:" in self.use:
+            raise ValueError(f"use {self.use!r} names a file; name its module: {self.use.replace('.py:', ':')}")
         if self.use is not None and self.use not in BUILT_IN and not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", self.use):
             raise ValueError(
                 f"use {self.use!r} is neither built in ({', '.join(BUILT_IN)}) nor of the form module:function, for example "
@@ -98,6 +115,11 @@ class RewardConfig(Section):
         if self.use == "constraints" and self.column is not None and self.instructions:
             raise ValueError(f"column ({self.column}) and instructions contradict each other; keep one")
         return self
+
+
+def as_rewards(value: Any) -> Any:
+    """A list of rewards of what may also be a single one, or its name."""
+    return [value] if isinstance(value, (str, dict)) else value
 
 
 def _kind(reward: RewardConfig) -> str:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from raydpo.config.data import as_sources, source_name
-from raydpo.config.rewards import RewardConfig, check_names
+from raydpo.config.rewards import RewardConfig, as_rewards, check_names
 from raydpo.config.section import Float, Int, PathOrUri, Section
 
 __all__ = [
@@ -179,7 +179,7 @@ class RoundsConfig(Section):
     all were used, they come again with new random numbers."""
     sample: SampleConfig = Field(default_factory=SampleConfig)
     """Sampling of answers."""
-    rewards: tuple[RewardConfig, ...] = Field(min_length=1)
+    rewards: Annotated[tuple[RewardConfig, ...], BeforeValidator(as_rewards)] = Field(min_length=1)
     """Reward functions. The reward of an answer is the sum of weight times value over those that apply to it."""
     cut: Literal["zero", "drop", "keep"] = "zero"
     """What an answer of max_tokens tokens without an end is worth: zero = its reward is at most 0, drop = no pair uses it,

@@ -418,6 +418,8 @@ def _as_prompt(prompt: Any, notes: Notes) -> list[Message]:
         raise Malformed("prompt is empty")
     if prompt[-1]["role"] == "user" and not says_something(prompt[-1:]):
         notes["warning: the last message of the prompt is empty, so the answers are to nothing; remove these records"] = None
+    if prompt[-1]["role"] == "system":
+        notes["warning: prompts end with a system message, so the model answers to no question; add the user's turn"] = None
     if prompt[-1]["role"] == "assistant":
         raise Malformed("the last message of prompt is the assistant's")
     return prompt

@@ -15,12 +15,13 @@ import os
 import select
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any, BinaryIO
 
 from raydpo.errors import one_line
-from raydpo.rewards.sources import built_in_digest, imported, open_built_in, sources_digest
+from raydpo.rewards.sources import PACKAGES, built_in_digest, imported, open_built_in, sources_digest
 
 __all__ = ["ARGUMENTS", "HEADER", "NO_COLUMNS", "answer_to", "main", "read_message", "written"]
 
@@ -216,8 +217,18 @@ def _told(error: BaseException) -> str:
         message = one_line(error, MOST_TEXT)
     except Exception:
         message = ""
-    text = f"{type(error).__name__}: {message or 'no message'}"
+    text = f"{type(error).__name__}: {message or 'no message'}{_place(error)}"
     return text.encode("utf-8", "backslashreplace").decode()  # half a surrogate pair cannot be stored
+
+
+def _place(error: BaseException) -> str:
+    """File and line of the working directory where an exception was raised, in parentheses; empty if there is none."""
+    here = os.path.join(os.getcwd(), "")
+    with contextlib.suppress(Exception):
+        for frame in reversed(traceback.extract_tb(error.__traceback__)):
+            if frame.filename.startswith(here) and not set(PACKAGES) & set(frame.filename.split(os.sep)):
+                return f" ({frame.filename.removeprefix(here)}:{frame.lineno})"
+    return ""
 
 
 # -- messages -------------------------------------------------------------------------------------------------------------

@@ -19,19 +19,19 @@ _ARGUMENT_OF = {"prompt": "prompts", "completion": "completions"}
 """Arguments of reward functions with what these columns hold. No function is given the columns themselves."""
 
 
-def check_rewards(rewards: Sequence[RewardConfig], columns: Collection[str] | None) -> dict[str, tuple[str, ...]]:
+def check_rewards(rewards: Sequence[RewardConfig], columns: Collection[str] | None) -> dict[str, dict[str, bool]]:
     """Refuse, before Ray is started, what can be refused: missing functions, libraries, columns and keys.
 
     Args:
         columns: of the prompts, without the prompt; None = unknown.
 
     Returns:
-        Name of each reward -> the columns that it is known to read.
+        Name of each reward -> the columns that it is known to read, and whether the column is a parameter without a default.
 
     Raises:
         ConfigError: naming the reward.
     """
-    read: dict[str, tuple[str, ...]] = {}
+    read: dict[str, dict[str, bool]] = {}
     for reward in rewards:
         if reward.judge is not None:
             from raydpo.answers.judge import Judge
@@ -45,7 +45,7 @@ def check_rewards(rewards: Sequence[RewardConfig], columns: Collection[str] | No
         if reward.use in BUILT_IN:
             module = built_in(reward.use)
             module.check(reward)
-            read[name] = module.column(reward)
+            read[name] = dict.fromkeys(module.column(reward), False)
             if columns is not None:
                 _refuse_missing(name, [one for one in module.column(reward) if one not in columns], columns)
                 if taken := [one for one in module.column(reward) if one in NO_COLUMNS]:
@@ -60,7 +60,7 @@ def check_rewards(rewards: Sequence[RewardConfig], columns: Collection[str] | No
     return read
 
 
-def _check_parameters(name: str, function: RewardFunction, columns: Collection[str]) -> tuple[str, ...]:
+def _check_parameters(name: str, function: RewardFunction, columns: Collection[str]) -> dict[str, bool]:
     """Refuse a function that cannot be called with the arguments that TRL gives it. Return the columns that it names."""
     given = {*ARGUMENTS, *columns} - {"prompt", "completion"}
     parameters = function.parameters or ()
@@ -77,7 +77,7 @@ def _check_parameters(name: str, function: RewardFunction, columns: Collection[s
             f"the reward {name} ({function.name}) has no **kwargs and takes no {quoted(sorted(given - named))}, but it is "
             "called with the prompts' columns and what TRL's trainers give; add **kwargs to its parameters"
         )
-    return tuple(one for one in columns if one in named)
+    return {one: one in needed for one in columns if one in named}
 
 
 def _refuse_missing(name: str, missing: Sequence[str], columns: Collection[str]) -> None:

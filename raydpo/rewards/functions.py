@@ -44,12 +44,8 @@ def resolve(reward: RewardConfig) -> RewardFunction:
     try:
         about = described(reward)
     except RaydpoError as error:
-        module, _, name = reward.use.partition(":")
-        fix = ""
-        if f"No module named '{module.partition('.')[0]}'" in str(error):
-            fix = "; its module must be in the working directory or installed"
-        elif f"has no attribute '{name}'" in str(error):
-            fix = f"; it must be the name of a function in {module}"
+        missing = f"No module named '{reward.use.partition(':')[0].partition('.')[0]}'" in str(error)
+        fix = "; its module must be in the working directory or installed" if missing else ""
         raise ConfigError(f"{error}{fix}") from None
     kinds = about["parameters"]
     return RewardFunction(

@@ -65,6 +65,8 @@ def read_gold(gold: Any) -> tuple[str, str]:
     if re.fullmatch(r"[^\W\d_]+\.?(?:(?:['\u2019-]|\s+)[^\W\d_]+)*[.!]?", bare) and (
         "\\" in text or words in _WORDS or (len(words) > 3 and words != "infinity")
     ):
+        if " or " in words:
+            raise GoldError(f"the right answer {bare[:80]!r} has more than one value; write one")
         return "words", words
     if _NO_VALUE.fullmatch(bare):
         raise GoldError(f"the right answer {bare[:80]!r} would be read as arithmetic, or in part; write it as one number")
@@ -108,5 +110,6 @@ def boxes_of(text: str) -> list[tuple[int, int]]:
 
 
 def plain_words(text: str) -> str:
-    """The words of ``text`` in lower case, without signs around them."""
-    return " ".join(re.sub(r"[^\w\s'\u2019-]", " ", text.replace("$", " ")).casefold().split())
+    """The words of ``text`` in lower case, without signs around them, and without an article before them."""
+    words = " ".join(re.sub(r"[^\w\s'\u2019-]", " ", text.replace("$", " ")).casefold().split())
+    return re.sub(r"^(?:an?|the) (?=.)", "", words)

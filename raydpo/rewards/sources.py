@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import difflib
 import hashlib
 import importlib
 import importlib.metadata
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from raydpo.config.rewards import RewardConfig
 
-__all__ = ["answer_text", "built_in", "built_in_digest", "imported", "open_built_in", "sources_digest"]
+__all__ = ["PACKAGES", "answer_text", "built_in", "built_in_digest", "imported", "open_built_in", "sources_digest"]
 
 _MODULES = {
     "math": ("mathematics", ("math-verify", "latex2sympy2-extended", "sympy")),
@@ -31,7 +32,7 @@ _MODULES = {
 """Module of a built-in function, and the packages that its rewards depend on."""
 _NOT_OF_ONE = {"apply", "call", "checks", "functions", "models", "process", "sources", "task"}
 """Modules of this folder on which no reward of a built-in function depends."""
-_PACKAGES = ("site-packages", "dist-packages")
+PACKAGES = ("site-packages", "dist-packages")
 """Directories of installed packages."""
 
 
@@ -46,6 +47,10 @@ def imported(path: str) -> tuple[ModuleType, Callable[..., Any]]:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     module = importlib.import_module(name)
+    if not hasattr(module, attribute):
+        near = difflib.get_close_matches(attribute, [one for one, value in vars(module).items() if callable(value)], 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise AttributeError(f"module {name!r} has no attribute {attribute!r}{hint}")
     function = getattr(module, attribute)
     if not callable(function):
         raise TypeError(f"{attribute} is not a function but a {type(function).__name__}")
@@ -71,7 +76,7 @@ def sources_digest(module: ModuleType) -> str:
             place = Path(str(other.__file__))
             # torch.classes says that its file is _classes.py, which is none of the working directory.
             if place.is_absolute() and (place := place.resolve()).is_relative_to(top) and place.is_file():
-                found |= set() if set(_PACKAGES) & set(place.relative_to(top).parts) else {place}
+                found |= set() if set(PACKAGES) & set(place.relative_to(top).parts) else {place}
     for place in sorted(found):
         digest.update(f"\0{place.relative_to(top)}\0".encode() + hashlib.sha256(place.read_bytes()).digest())
     return digest.hexdigest()[:32]

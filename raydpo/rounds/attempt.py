@@ -9,6 +9,7 @@ from raydpo.cluster.preflight import check_cluster
 from raydpo.cluster.session import session
 from raydpo.config import Config
 from raydpo.config.rewards import only_duels
+from raydpo.errors import RaydpoError
 from raydpo.rewards.apply import too_many
 from raydpo.rounds.before import check_inputs
 from raydpo.rounds.figures import sampled_figures
@@ -59,5 +60,5 @@ def attempt(config: Config, console: Console | None = None, *, count: int = 8) -
         f"{figures['cut']:.1%} cut at rounds.sample.max_tokens ({rounds.sample.max_tokens})"
     )
     if (failed := too_many(rounds.rewards, scores, rounds.max_errors)) is not None:
-        console.warn(failed)
+        raise RaydpoError(failed)
     return figures

@@ -12,7 +12,6 @@ import pyarrow.compute as pc
 from raydpo.config import Config
 from raydpo.config.rewards import BUILT_IN, only_duels
 from raydpo.config.rounds import RoundsConfig
-from raydpo.data.nearest import quoted
 from raydpo.errors import ConfigError, FilesError
 from raydpo.model.limits import tokenizer_warnings
 from raydpo.pipeline.checks import check, check_models
@@ -99,8 +98,11 @@ def _check_rewards(inputs: Inputs) -> None:
             inputs.console.warn(line)
         given = {name for each in columns for name, value in each.items() if value is not None}
         for reward, names in read.items():
-            if lacking := [name for name in names if name not in given]:
-                inputs.console.warn(f"no {what} prompt has a value in {quoted(lacking)}, which the reward {reward} reads")
+            for name in (one for one in names if one not in given):
+                line = f"no {what} prompt has a value in {name!r}, which the reward {reward} reads"
+                if names[name]:
+                    raise ConfigError(f"{line}; add it, or write {name}=None if the function can do without")
+                inputs.console.warn(line)
 
 
 def _check_prompts(inputs: Inputs) -> None:
@@ -154,7 +156,7 @@ def prompts_made(inputs: Inputs) -> Made:
         stage="prompts",
         number=0,
         settings={"rounds.held_out.fraction": inputs.rounds.held_out.fraction},
-        inputs={"rounds.prompts (content)": inputs.prompts_digest},
+        inputs={"rounds.prompts and rounds.held_out (content)": inputs.prompts_digest},
     )
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raydpo.errors import ConfigError, RaydpoError, one_line
+from raydpo.errors import ConfigError, RaydpoError, one_line, some_of
 from raydpo.rundir.fingerprint import changed_settings
 from raydpo.storage.files import Storage
 from raydpo.version import __version__
@@ -133,7 +133,7 @@ def stage_table(
             return stored_table(storage, name), stored
         if not again:
             raise refusal(storage, [(name, stored.changes(made))])
-        note(f"{name} is made again: {'; '.join(stored.changes(made))}")
+        note(f"{name} is made again: {some_of(stored.changes(made), 2)}")
     began = time.monotonic()
     content = make()
     took = time.monotonic() - began - content.ahead

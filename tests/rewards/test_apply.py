@@ -51,7 +51,7 @@ def test_the_sum_is_that_of_trl_where_nothing_fails(place):
         None,
         "seen: TypeError: returned 'x'; expected a number or None",
         None,
-        "two: ZeroDivisionError: division by zero",
+        "two: ZeroDivisionError: division by zero (sums.py:3)",
         None,
     ]
 
@@ -175,7 +175,7 @@ def test_a_thousand_prompts_with_a_failing_a_hanging_and_a_misbehaving_function(
     prompt = [answers["prompt_id"][row].as_py().hex()[:8] for row in (100, 5000, 31)]
     assert account(rewards, scored, answers) == [
         f"reward failing: 2 of 8,000 answers failed (first: prompt {prompt[0]}, sample 4: ZeroDivisionError: division by "
-        "zero)",
+        "zero (planted.py:6))",
         f"reward hanging: 2 of 8,000 answers failed (first: prompt {prompt[1]}, sample 0: TimeoutError: took more than 1 s)",
         f"reward wild: 4 of 8,000 answers failed (first: prompt {prompt[2]}, sample 7: ValueError: returned nan; expected a "
         "finite number, or None if the function does not apply)",

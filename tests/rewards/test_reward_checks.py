@@ -23,7 +23,11 @@ def place(tmp_path, monkeypatch) -> Path:
     ("reward", "columns", "said"),
     [
         ({"use": "nowhere:f"}, None, "nowhere:f cannot be opened: ModuleNotFoundError: No module named 'nowhere'; its mod"),
-        ({"use": "my_rewards:min"}, None, "AttributeError: module 'my_rewards' has no attribute 'min'"),
+        (
+            {"use": "my_rewards:min"},
+            None,
+            "AttributeError: module 'my_rewards' has no attribute 'min'; did you mean 'mine'[?]$",
+        ),
         ({"use": "my_rewards:number"}, None, "TypeError: number is not a function but a int"),
         ({"use": "broken:f"}, None, "SyntaxError"),
         ({"use": "my_rewards:needs"}, ["solutions", "x"], "'solution' of the prompts, which have 'solutions', 'x'; did you"),
@@ -62,7 +66,7 @@ def test_refused_before_anything_runs(place, reward, columns, said):
 def test_accepted(place):
     for use in ("my_rewards:mine", "my_rewards:called", "my_rewards:state", "json"):
         read = check_rewards([RewardConfig(use=use)], ["kind", "prompt"])
-        assert list(read.values()) == [("kind",) if use == "my_rewards:mine" else ()]
+        assert list(read.values()) == [{"kind": True} if use == "my_rewards:mine" else {}]
     check_rewards([RewardConfig(use="my_rewards:strict")], None)
 
 
@@ -136,4 +140,4 @@ def test_prompts_to_which_no_reward_applies_are_refused():
 def test_a_function_whose_module_imports_torch_is_found(place):
     """torch.classes calls its file _classes.py, as if it were in the working directory."""
     (place / "heavy.py").write_text("import torch\ndef mine(completions, **kwargs): return [1.0 for _ in completions]\n")
-    assert check_rewards([RewardConfig(use="heavy:mine")], []) == {"mine": ()}
+    assert check_rewards([RewardConfig(use="heavy:mine")], []) == {"mine": {}}

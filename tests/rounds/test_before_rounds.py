@@ -86,7 +86,7 @@ def test_other_prompts_are_refused_without_the_file_of_prompts(file, tmp_path):
     with open(tmp_path / "prompts.jsonl", "a") as prompts:
         prompts.write('{"prompt": "another one:", "number": 99}\n')
     other = inputs_of(file)
-    with pytest.raises(ConfigError, match=r"rounds.prompts \(content\) .*\(round-001/samples.parquet\)"):
+    with pytest.raises(ConfigError, match=r"rounds.prompts and rounds.held_out \(content\) .*\(round-001/samples.parquet\)"):
         refuse_changes(other, Ledger(other.config))
 
 
@@ -152,12 +152,18 @@ def test_prompts_without_what_a_reward_reads_are_told_or_refused(file, tmp_path,
     (tmp_path / "out.jsonl").write_text("".join(f'{{"prompt": "out {row}:", "other": 1}}\n' for row in range(6)))
     stream, out = io.StringIO(), "rounds.held_out={path: out.jsonl}"
     pytest.importorskip("math_verify")
-    uses = "{use: small_rewards:all_but_one_right}, {use: json, column: number, weight: 0}"
+    with pytest.raises(
+        ConfigError, match=r"no held-out prompt has a value in 'number', which .*; add it, or write number=None"
+    ):
+        inputs_of(file, out, "rounds.rewards=small_rewards:all_but_one_right")
+    with open(tmp_path / "small_rewards.py", "a") as module:
+        module.write("\n\ndef optional(completion_ids, number=None, **columns):\n    return [1.0] * len(completion_ids)\n")
+    uses = "small_rewards:optional, {use: json, column: number, weight: 0}"
     check_inputs(load_config(file, [out, f"rounds.rewards=[{uses}]", "rounds.max_errors=1"]), Console(stream))
     said = stream.getvalue()
     assert (
         "no held-out prompt has a value in 'number', which the reward json reads" in said
-        and "number', which the reward all_but_one_right" in said
+        and "number', which the reward optional" in said
         and "no training" not in said
     )
     assert re.search(r"the reward json cannot read 'number' of 40 of 40 training prompt\(s\) \(first: record ", said)
