@@ -222,12 +222,14 @@ def _told(error: BaseException) -> str:
 
 
 def _place(error: BaseException) -> str:
-    """File and line of the working directory where an exception was raised, in parentheses; empty if there is none."""
-    here = os.path.join(os.getcwd(), "")
+    """File and line of the user's code where an exception was raised, in parentheses; empty if it is none of the working
+    directory."""
+    here, ours = os.path.join(os.getcwd(), ""), os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     with contextlib.suppress(Exception):
         for frame in reversed(traceback.extract_tb(error.__traceback__)):
-            if frame.filename.startswith(here) and not set(PACKAGES) & set(frame.filename.split(os.sep)):
-                return f" ({frame.filename.removeprefix(here)}:{frame.lineno})"
+            place = frame.filename
+            if place.startswith(here) and not place.startswith(ours) and not set(PACKAGES) & set(place.split(os.sep)):
+                return f" ({place.removeprefix(here)}:{frame.lineno})"
     return ""
 
 

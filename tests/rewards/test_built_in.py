@@ -12,7 +12,7 @@ from answers import answers_of, score
 
 from raydpo.config.rewards import RewardConfig
 from raydpo.errors import ConfigError
-from raydpo.rewards.programs import check
+from raydpo.rewards.programs import FORMS, check
 
 pytest.importorskip("math_verify")
 
@@ -61,7 +61,9 @@ def test_code_runs_in_the_processes_of_rewards(tmp_path: Path) -> None:
     table = asked(answers, tests=[[{"input": "2", "output": "4"}]] * 3 + ["none"])
     rows, printed = score(tmp_path, table, {"use": "code", "seconds": 1, "timeout": 1})
     assert [row["reward"] for row in rows] == [1.0, 0.0, 0.0, None] and "unsafe" not in printed
-    assert rows[3]["error"] == "code: UnreadableTests: the tests are the text 'none', which is no JSON"
+    assert rows[3]["error"] == (
+        f"code: UnreadableTests: the tests are the text 'none', which is no JSON; expected a list of {FORMS}"
+    )
     assert json.loads(rows[1]["details"])["code"] == {"passed": 0, "failed": "test 1: more than its time"}
     rows, printed = score(tmp_path, table, {"use": "code", "seconds": 1, "unsafe": True})
     assert [row["reward"] for row in rows] == [1.0, 0.0, 0.0, None]
