@@ -211,7 +211,7 @@ def _range(curves: Sequence[Curve], level: float | None) -> tuple[float, float]:
 
 def _count_steps(axes: Axes) -> None:
     """Label whole steps, few enough that labels such as ``100,000`` do not overlap."""
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
     axes.xaxis.set_major_formatter(lambda step, _: f"{step:,.0f}")
 
 

@@ -293,7 +293,7 @@ def _time(record: RoundsRecord) -> Iterator[Finding]:
     if total and lost > STARTS * total:
         yield Finding(
             "Starts take long",
-            f"{lost / total:.0%} of the time of the rounds went into training stages that did not train: processes started, "
-            "models were loaded, and the reference scored.",
+            f"{lost / total:.0%} of the time of the rounds after the start went into training stages that did not train: "
+            "processes started, models were loaded, and the reference scored.",
             "Raise train.steps or rounds.per_round.",
         )

@@ -54,7 +54,7 @@ def attempt(config: Config, console: Console | None = None, *, count: int = 8) -
     threshold = "share of duels won" if only_duels(rounds.rewards) else f"reward above {rounds.measure.success:g}"
     success = "unknown" if figures["success"] is None else f"{figures['success']:.1%}"
     console.say(
-        f"{figures['answers']:,} answers to {figures['prompts']:,} prompts: mean reward "
+        f"{figures['answers']:,} answers to {figures['prompts']:,} prompt(s): mean reward "
         f"{'none' if figures['reward'] is None else format(figures['reward'], '.3f')}, success {success} "
         f"({threshold}), {figures['mixed']:.1%} of the prompts with different rewards, "
         f"{figures['cut']:.1%} cut at rounds.sample.max_tokens ({rounds.sample.max_tokens})"

@@ -45,7 +45,7 @@ class _PromptReport(SourceReport):
     unit = "prompts"
 
     def _kept(self) -> str:
-        return f"{self.kept:,} prompts"
+        return f"{self.kept:,} prompt(s)"
 
 
 def read_prompts(config: Config, tokeniser: Tokeniser, console: Console | None = None) -> pa.Table:

@@ -123,7 +123,7 @@ class Round:
         found = sampled_figures(self.inputs.prompts, self._samples, self._scores, self.inputs.rounds)
         self.figures |= found
         self.inputs.console.say(
-            f"round {self.number}: {found['answers']:,} answers to {found['prompts']:,} prompts, "
+            f"round {self.number}: {found['answers']:,} answers to {found['prompts']:,} prompt(s), "
             f"{_share(found['success'])} right, {_share(found['mixed'])} of the prompts with different rewards"
         )
 

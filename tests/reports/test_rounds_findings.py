@@ -61,7 +61,7 @@ def test_a_healthy_run_has_none(tmp_path):
             "Reward hacking",
             "The reward of the training answers rose from 0.20 in round 1 to 0.60 in round 3, but on held-out prompts "
             "success fell from 0.60 ± 0.03 to 0.40 ± 0.03.",
-            "repair the function",
+            "repair what gives the reward",
         ),
         (
             {"eval_success": [0.3, 0.3, 0.31, 0.32]},
@@ -200,7 +200,7 @@ def test_offline_rounds_that_score_again_are_told(tmp_path):
 def test_starts_are_told_from_a_fifth_of_the_time(tmp_path):
     """A round has 90.5 s, 40 s of them in stage train."""
     one = found(tmp_path, trained_seconds=20.0)
-    assert one["Starts take long"][0].startswith("22% of the time of the rounds went into training stages")
+    assert one["Starts take long"][0].startswith("22% of the time of the rounds after the start went into training stages")
     assert "Raise train.steps or rounds.per_round" in one["Starts take long"][1]
     assert found(tmp_path, trained_seconds=22.0) == {}
     record = RoundsRecord.read(Storage(str(tmp_path / "sums")))

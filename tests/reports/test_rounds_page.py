@@ -233,3 +233,10 @@ def test_the_command_and_the_training_of_a_round(tmp_path, monkeypatch, capsys):
     assert (
         "This run is the training of a round" in page and "sample_prompts" not in page.partition("config.yaml, resolved")[0]
     )
+
+
+def test_the_axis_of_a_single_round_has_whole_numbers(tmp_path):
+    """Not "1 1 1 1 1", as fractions of a round would be labelled."""
+    page = rounds_page(record(made_rounds(tmp_path, "one", rounds=1)))
+    (picture,) = [part for part in page.split("<svg")[1:] if "<title>Pairs</title>" in part]
+    assert re.findall(r"<text[^>]*>(.*?)</text>", picture)[:2] == ["1", "round"]

@@ -260,7 +260,7 @@ def test_try_prints_rewards_and_writes_nothing_into_the_run_directory(place, run
     result = rounds(place, "try", "config.yaml", "-n", "2", "name=tried")
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stdout.count("\nprompt ") == 2 and "first_half 1" in result.stdout
-    assert "16 answers to 2 prompts: mean reward" in result.stdout
+    assert "16 answers to 2 prompt(s): mean reward" in result.stdout
     assert not [*(place / "runs/tried").glob("**/*")]
 
 
