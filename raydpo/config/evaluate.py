@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from raydpo.config.data import SourceConfig, as_sources, source_name
 from raydpo.config.judge import JudgeConfig
-from raydpo.config.rewards import RewardConfig, check_names
+from raydpo.config.rewards import RewardConfig, as_rewards, check_names
 from raydpo.config.section import Float, Int, PathOrUri, Section
 
 __all__ = ["EvaluateConfig"]
@@ -90,14 +90,14 @@ class EvaluateConfig(Section):
     @classmethod
     def _earlier_name(cls, values: Any) -> Any:
         """Earlier versions named ``log_ratios`` rewards."""
-        if isinstance(values, dict) and isinstance(values.get("rewards"), str) and values.get("log_ratios") is None:
+        if isinstance(values, dict) and values.get("rewards") in ("sum", "per_token") and values.get("log_ratios") is None:
             return {**values, "log_ratios": values["rewards"], "rewards": ()}
         return values
 
     @field_validator("rewards", mode="before")
     @classmethod
     def _no_rewards(cls, value: Any) -> Any:
-        return () if value is None else value
+        return () if value is None else as_rewards(value)
 
     @model_validator(mode="after")
     def _check(self) -> EvaluateConfig:

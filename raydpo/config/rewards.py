@@ -95,7 +95,8 @@ class RewardConfig(Section):
                 "math or my_rewards:politeness), reward_model and judge"
             )
         if self.use is not None and ".py:" in self.use:
-            raise ValueError(f"use {self.use!r} names a file; name its module: {self.use.replace('.py:', ':')}")
+            module = self.use.replace(".py:", ":").removeprefix("./").replace("/", ".")
+            raise ValueError(f"use {self.use!r} names a file; name its module: {module}")
         if self.use is not None and self.use not in BUILT_IN and not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", self.use):
             raise ValueError(
                 f"use {self.use!r} is neither built in ({', '.join(BUILT_IN)}) nor of the form module:function, for example "

@@ -224,7 +224,7 @@ def _told(error: BaseException) -> str:
 def _place(error: BaseException) -> str:
     """File and line of the user's code where an exception was raised, in parentheses; empty if it is none of the working
     directory."""
-    here, ours = os.path.join(os.getcwd(), ""), os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    here, ours = (os.path.join(folder, "") for folder in (os.getcwd(), os.path.dirname(os.path.dirname(__file__))))
     with contextlib.suppress(Exception):
         for frame in reversed(traceback.extract_tb(error.__traceback__)):
             place = frame.filename

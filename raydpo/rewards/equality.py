@@ -16,7 +16,7 @@ import sys
 from typing import Any
 
 from raydpo.rewards.choices import letter
-from raydpo.rewards.golds import GoldError, boxes_of, plain_words, read_gold
+from raydpo.rewards.golds import GoldError, boxes_of, inside, plain_words, read_gold
 from raydpo.rewards.numerals import LIST, PLAIN, as_latex, differ, plain, tidy, with_commas, without_emphasis, without_text
 
 __all__ = ["final_part", "serve", "verdict"]
@@ -92,10 +92,10 @@ def verdict(gold: Any, answer: str) -> tuple[bool, str]:
         return True, part
     symbolic = not PLAIN.fullmatch(right)
     if not symbolic:
+        if differ(without_text(_body(_content(said)))):
+            return False, part
         said = plain(_unboxed(said))
         body = _body(said)
-        if differ(body):
-            return False, part
         if not said.startswith(_NAMED):
             said = re.sub(r"(?i)\banswers?\b", "result", said)  # math-verify would look behind it
         else:
@@ -122,8 +122,7 @@ def final_part(answer: str) -> str:
         while first and _JOINT.fullmatch(answer[boxes[first - 1][1] : boxes[first][0]]):
             first -= 1
         if first == len(boxes) - 1:
-            start, end = boxes[-1]
-            return f"\\boxed{{{answer[answer.index('{', start) + 1 : end - 1]}}}"
+            return f"\\boxed{{{inside(answer, boxes[-1])}}}"
         return " and ".join(f"${answer[start:end]}$" for start, end in boxes[first:])
     if "####" in answer:
         value = answer.rpartition("####")[2].strip()
@@ -139,23 +138,25 @@ def final_part(answer: str) -> str:
 
 def _bare(text: str) -> str:
     """``text`` to be compared as it stands: without its box, dollars, and spaces that part no numbers."""
-    text = text.removeprefix(_NAMED).strip()
-    boxes = boxes_of(text)
-    if len(boxes) == 1 and boxes[0] == (0, len(text)):
-        text = text[text.index("{") + 1 : -1]
+    text = _content(text.removeprefix(_NAMED).strip())
     return re.sub(r"\\(?=[{}])|(?<!\d)\s+|\s+(?!\d)", "", text.replace("$", "")).rstrip(".")
+
+
+def _content(part: str) -> str:
+    """What is in the box that ``part`` is; ``part`` if it is none."""
+    boxes = boxes_of(part)
+    return inside(part, boxes[0]) if boxes == [(0, len(part))] else part
 
 
 def _unboxed(part: str) -> str:
     """``part`` without its box if what is in it is text, which math-verify reads as a product of letters. If its first
     paragraph is a number and the others are prose, that number."""
-    boxes = boxes_of(part)
-    if len(boxes) == 1 and boxes[0] == (0, len(part)):
-        inside = without_text(part[part.index("{") + 1 : -1])
-        words, numbers = re.findall(r"[A-Za-z]{2,}", inside), re.findall(r"\d[\d,.]*", inside)
-        variables = re.search(r"(?<![A-Za-z])[A-Za-z](?![A-Za-z])", inside)
-        text = words and len(numbers) == 1 and not variables and not re.search(r"[\\^_{]", inside)
-        return inside if text and not {"not", "least", "most", "than", "or"} & {one.lower() for one in words} else part
+    if (content := _content(part)) != part:
+        content = without_text(content)
+        words, numbers = re.findall(r"[A-Za-z]{2,}", content), re.findall(r"\d[\d,.]*", content)
+        variables = re.search(r"(?<![A-Za-z])[A-Za-z](?![A-Za-z])", content)
+        text = words and len(numbers) == 1 and not variables and not re.search(r"[\\^_{]", content)
+        return content if text and not {"not", "least", "most", "than", "or"} & {one.lower() for one in words} else part
     first, _, rest = part.partition("\n\n")
     return first if re.fullmatch(r"-?\$?\d[\d,.]*%?", first.strip()) and re.search(r"[A-Za-z]{3,}", rest) else part
 
@@ -204,7 +205,7 @@ def _sentences(part: str) -> list[str]:
     """What ``part`` says as text: of each of its boxes, of the first sentence of a named result, or all of it."""
     boxes = boxes_of(part)
     if boxes:
-        return [without_text(part[part.index("{", start) + 1 : end - 1]) for start, end in boxes]
+        return [without_text(inside(part, box)) for box in boxes]
     body = part.removeprefix(_NAMED)
     body = re.sub(r"\\[()\[\]]", " ", body)
     return [

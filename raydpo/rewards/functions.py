@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,7 +45,8 @@ def resolve(reward: RewardConfig) -> RewardFunction:
     try:
         about = described(reward)
     except RaydpoError as error:
-        missing = f"No module named '{reward.use.partition(':')[0].partition('.')[0]}'" in str(error)
+        named = re.search(r"No module named '([\w.]+)'", str(error))
+        missing = named is not None and f"{reward.use.partition(':')[0]}.".startswith(f"{named[1]}.")
         fix = "; its module must be in the working directory or installed" if missing else ""
         raise ConfigError(f"{error}{fix}") from None
     kinds = about["parameters"]

@@ -8,9 +8,9 @@ import re
 from decimal import Decimal
 from typing import Any
 
-from raydpo.rewards.numerals import LIST, PLAIN, as_latex, tidy, with_commas, without_emphasis, without_text
+from raydpo.rewards.numerals import LIST, PLAIN, SEVERAL_UNITS, as_latex, tidy, with_commas, without_emphasis, without_text
 
-__all__ = ["GoldError", "boxes_of", "plain_words", "read_gold"]
+__all__ = ["GoldError", "boxes_of", "inside", "plain_words", "read_gold"]
 
 _CHOICE = re.compile(r"(?:(?i:option|choice)\s+)?\(?([A-J])(?:\)?[.:]?|[):]+\s*\S.*|\.\s+[\d$\\].*)")
 _ANSWER = re.compile(r"(?i)^\s*(?:the\s+)?(?:correct\s+|final\s+)?answer(?:\s+is\b|\s*:)")
@@ -18,10 +18,9 @@ _MONTHS = (
     "jan(?:uary)?|feb(?:ruary)?|mar(?:ch)?|apr(?:il)?|may|june?|july?|aug(?:ust)?|sept?(?:ember)?|oct(?:ober)?|"
     "nov(?:ember)?|dec(?:ember)?"
 )
-_UNIT = r"(?:[A-Za-z]{2,}|[mghsl]\b)\.?"
 _NO_VALUE = re.compile(
     rf"\d+(?:-\d+)+(?:\s+[A-Za-z].*)?|[$€£]?\d+-[$€£]\d+|\d+(?:[./]\d+){{2,}}|"
-    rf"[-+]?[\d.,]+\s*{_UNIT}(?:,?\s+(?:and\s+)?[\d.,]+\s*{_UNIT})+|.*\d\s(?:hundred|thousand|million|billion)\s+(?:and\s+)?\d.*|"
+    rf"{SEVERAL_UNITS.pattern}|.*\d\s(?:hundred|thousand|million|billion)\s+(?:and\s+)?\d.*|"
     rf"[\d.]+(?:\s*[x*]\s*[\d.]+)+\s+[A-Za-z].*|"
     rf"(?i:(?:{_MONTHS})\b\.?,?\s+\d.*|\d+(?:st|nd|rd|th)?,?\s+(?:of\s+)?(?:{_MONTHS})\b.*)"
 )
@@ -55,12 +54,13 @@ def read_gold(gold: Any) -> tuple[str, str]:
         raise GoldError("the right answer is empty")
     boxes = boxes_of(text)
     if boxes:
-        start, end = boxes[-1]
-        text = text[text.index("{", start) + 1 : end - 1].strip()
+        text = inside(text, boxes[-1]).strip()
     text = _ANSWER.sub("", without_emphasis(text)).strip().lstrip("~\u2248").strip()
     bare = without_text(text.strip("$ ").strip()).strip()
     if choice := _CHOICE.fullmatch(bare):
         return "choice", choice[1]
+    if re.fullmatch(r"[A-J]\.\s+[A-Za-z].*", bare):
+        raise GoldError(f"the right answer {bare[:80]!r} may be an option or a name; write {bare[0]!r} for the option")
     words = plain_words(bare)
     if re.fullmatch(r"[^\W\d_]+\.?(?:(?:['\u2019-]|\s+)[^\W\d_]+)*[.!]?", bare) and (
         "\\" in text or words in _WORDS or (len(words) > 3 and words != "infinity")
@@ -107,6 +107,11 @@ def boxes_of(text: str) -> list[tuple[int, int]]:
                 found.append((match.start(), place + 1))
                 break
     return found
+
+
+def inside(text: str, box: tuple[int, int]) -> str:
+    """What is in a box of ``boxes_of``."""
+    return text[text.index("{", box[0]) + 1 : box[1] - 1]
 
 
 def plain_words(text: str) -> str:

@@ -105,7 +105,7 @@ class Verifier:
         # extended, by Ray for instance.
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "raydpo.rewards.equality"],
+            [sys.executable, "-P", "-m", "raydpo.rewards.equality"],  # -P: no module of the working directory
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

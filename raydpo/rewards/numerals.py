@@ -5,7 +5,18 @@ from __future__ import annotations
 import re
 from decimal import Decimal
 
-__all__ = ["LIST", "PLAIN", "as_latex", "differ", "plain", "tidy", "with_commas", "without_emphasis", "without_text"]
+__all__ = [
+    "LIST",
+    "PLAIN",
+    "SEVERAL_UNITS",
+    "as_latex",
+    "differ",
+    "plain",
+    "tidy",
+    "with_commas",
+    "without_emphasis",
+    "without_text",
+]
 
 _NUMBER = r"-?\s?[$€£¥₹]?\s?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|-?\.\d+"
 _UNIT = r"\s+(?:[A-Za-z]{2,}|[mgshlLNJWVK]\b)[A-Za-z ./]*(?:\^-?\d|(?<=[a-z])\d)?"
@@ -13,16 +24,22 @@ PLAIN = re.compile(rf"(?:{_NUMBER})(?:/\d+)?(?:\s*%|{_UNIT})?")
 """One number, which may have a currency, a percent sign or a unit."""
 LIST = re.compile(rf"(?:{_NUMBER})(?:(?:,|;|,?\s++(?:and|or))\s++(?:{_NUMBER}))+")
 """Several numbers: "1, 2 and 3"."""
+SEVERAL_UNITS = re.compile(
+    r"[-+]?\d[\d.,]*\s*(?:[A-Za-z]{2,}|[mghsl]\b)\.?(?:,?\s*(?:\band\s+)?\d[\d.,]*\s*(?:[A-Za-z]{2,}|[mghsl]\b)\.?)+"
+)
+"""A length or a time in several units: "5 feet 10 inches"."""
+_BOUND = re.compile(
+    r"(?i)(?:not|at (?:least|most)|(?:more|less|fewer|greater) than|over|under)\s[^\d]{0,20}[\d.,]+[^\d]*|\d{1,2}:\d\d[^\d]*"
+)
 _EITHER = re.compile(rf"\b(?:either|between)\s++({_NUMBER})\s+(?:or|and)\s++({_NUMBER})$")
 _TIMES = r"(?:\\times|\\cdot|[*\u00d7\u00b7])"
-_POWER = re.compile(rf"(\d+(?:\.\d+)?)\s*(?:{_TIMES}\s*10\s*\^\s*(?:\{{\s*(-?\d+)\s*\}}|(-?\d+))|[eE]([+-]?\d+)\b)")
+_POWER = re.compile(
+    rf"(?<![\d./^])(?<![/^]\s)(?<!\^\{{)(\d+(?:\.\d+)?)\s*(?:{_TIMES}\s*10\s*\^\s*(?:\{{\s*(-?\d+)\s*\}}|(-?\d+))|[eE]([+-]?\d+)\b)"
+)
 _MIXED = re.compile(r"(?<![\d.,/^*+={}-])(?<![\d.,/^*+={}-]\s)(\d+) (\d+)/(\d+)(?![\d/.])")
-_THOUSANDS = re.compile(r"(?<=\d)(?:\{,\}|\\text\{,\}|,?\\[,!; ])(?=\d{3}(?!\d))")
+_THOUSANDS = re.compile(r"(?<=\d)(?:\{,\}|\\text\{,\}|,\\!|\\[,!; ])(?=\d{3}(?!\d))")
 _GROUPED = re.compile(r"(?<![\d,])\d{1,2}(?:,\d{2})+,\d{3}(?![\d,])")
 """A number as it is written in India."""
-_MULTIPLIED = re.compile(
-    r"(\d[\d,]*(?:\.\d+)?)(?:\s|~|\\[,; ]|\\text\s?\{)*+(dozen|hundred|thousand|million|billion|trillion|lakh|crore)s?\b\}?"
-)
 _FACTORS = {
     "dozen": 12,
     "hundred": 100,
@@ -33,6 +50,7 @@ _FACTORS = {
     "billion": 10**9,
     "trillion": 10**12,
 }
+_MULTIPLIED = re.compile(rf"(\d[\d,]*(?:\.\d+)?)(?:\s|~|\\[,; ]|\\text\s?\{{)*+({'|'.join(_FACTORS)})s?\b\}}?")
 _TEXT = re.compile(r"\\(?:text|textbf|mathrm|mathbf|textrm|mbox|operatorname)\s*\{([^{}]*)\}")
 _UNITS = re.compile(rf"(?:\\[ ,;])?{_TEXT.pattern}(?:\^(?:\{{-?\d\}}|-?\d))?")
 _KEPT = re.compile(r"\d|\b(?:or|and|to|not|least|most|less|more|than)\b|^\([A-J]\)$")
@@ -40,7 +58,9 @@ _KEPT = re.compile(r"\d|\b(?:or|and|to|not|least|most|less|more|than)\b|^\([A-J]
 _EMPHASIS = re.compile(r"(?<![\w)\]*`])(\*\*|__|`)(?=[^\s*`])([^*`\n]*[^\s*`])\1(?![\w(\[*`])")
 _AROUND = re.compile(rf"(?<![\w\\^{{}}*])(?:[(\[]|[*_]++)\s*+((?:{_NUMBER})(?:/\d+)?)\s*+(%?)(?:[)\]]|[*_]++)(?![\w^])")
 """One number or fraction in parentheses, brackets or emphasis."""
-_WORKING = re.compile(r"(?<=\d)((?:\s[A-Za-z]+){0,3})\s*(?:\(\s*=[^()]*\)|(?<=\s)\([^()=]*\d[^()=]*[-+*/\u00d7][^()=]*\))")
+_WORKING = re.compile(
+    r"(?<=\d)((?:\s[A-Za-z]+){0,3})\s*(?:\(\s*=[^()]*\)|(?<=\s)\([^()=]{0,40}\d[^()=]{0,20}[-+*/\u00d7][^()=]{0,40}\))"
+)
 """How a number was found, behind it: "68 (= 23 + 45)"."""
 _PLUS = re.compile(r"(^|[:=(]\s*|[a-z]{2,}\s+)\+(?=\.?\d)")
 """The sign of a positive number, where no sum can be meant."""
@@ -61,11 +81,15 @@ def tidy(text: str) -> str:
     """``text`` without scientific notation, separators of thousands, words that multiply, mixed fractions, and signs of
     Unicode."""
     text = re.sub(r"\\(?:text)?color\s*\{[a-z]+\}", "", text)
-    text = re.sub(r"\s*[.,]+\s*(?=\$(?![^$\n]*\$)|\\\]|\\\))", "", text)  # a period inside of dollars
+    text = re.sub(r"\s*[.,]+\s*(?=\$(?!\d)(?![^$\n]*\$)|\\\]|\\\))", "", text)  # a period inside of dollars
     text = _ROOT.sub(lambda m: rf"\sqrt{{{m[1].strip('()')}}}", text.translate(_SIGNS))
     text = _POWER.sub(_decimal, _GROUPED.sub(lambda m: m[0].replace(",", ""), _THOUSANDS.sub("", text)))
-    text = _MULTIPLIED.sub(lambda m: format((Decimal(m[1].replace(",", "")) * _FACTORS[m[2]]).normalize(), "f"), text)
+    text = _MULTIPLIED.sub(lambda m: _times(m[1], _FACTORS[m[2]]), text)
     return _MIXED.sub(lambda m: f"{int(m[1]) * int(m[3]) + int(m[2])}/{m[3]}" if int(m[3]) else m[0], text)
+
+
+def _times(number: str, factor: int) -> str:
+    return format((Decimal(number.replace(",", "")) * factor).normalize(), "f")
 
 
 def _decimal(match: re.Match[str]) -> str:
@@ -87,9 +111,9 @@ def plain(text: str) -> str:
     """``text`` without what keeps math-verify from reading a single number in it. For right answers that match ``PLAIN``."""
     text = _UNITS.sub(lambda m: m[1] if _KEPT.search(m[1]) else "", re.sub(r"\bUS(?=\\?\$)", "", text))
     text = re.sub(r'[~"\u201c\u201d]', " ", text.replace(r"\$", ""))
-    text = re.sub(
-        r"(?<=\d)k\b", "000", re.sub(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?![\d,])", lambda m: m[0].replace(",", ""), text)
-    )
+    text = re.sub(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?![\d,])", lambda m: m[0].replace(",", ""), text)
+    text = re.sub(r"(?<![\d,.])(\d+),(\d{1,2})(?![\d,])", r"\1.\2", text)  # a decimal comma
+    text = re.sub(r"(\d+(?:\.\d+)?)k\b", lambda m: _times(m[1], 1000), text)
     text = _AMC.sub(r"\\boxed{", _EQUATIONS.sub(r"\1. ", text))
     bare = _AROUND.sub(r" \1\2 ", text)
     if not re.search(r"\d", _AROUND.sub("", text)):  # else it may be a reference, as in: 42 by equation (3)
@@ -99,7 +123,11 @@ def plain(text: str) -> str:
 
 
 def differ(text: str) -> bool:
-    """Whether ``text`` is nothing but several numbers that are not the same, or ends with "either 1 or 2"."""
+    """Whether ``text`` is nothing but several numbers that are not the same, several units, a time or a bound, or ends with
+    "either 1 or 2"."""
+    text = re.sub(r"\\(?=[ ,;])", "", text).strip(" .")
+    if SEVERAL_UNITS.fullmatch(text) or _BOUND.fullmatch(text):
+        return True
     text = re.sub(r"[()\[\]*_+]", "", text).strip(" .")
     if either := _EITHER.search(text):
         return either[1].strip() != either[2].strip()

@@ -122,7 +122,7 @@ def _test(name: str, given: Any) -> tuple[dict[str, str], Any]:
             ast.parse(given["call"].strip(), mode="eval")
             json.dumps(given["output"], allow_nan=False)
             return {"call": given["call"]}, plain(given["output"])
-        except (SyntaxError, ValueError, RecursionError) as error:
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
             raise UnreadableTests(
                 f"{name} is {str(given)[:60]}; its call must be an expression, and its output JSON without NaN and Infinity "
                 f"({error})"

@@ -125,7 +125,7 @@ def print_answers(
 
 
 def _mark(row: dict[str, Any], cut: str) -> str:
-    """What ``rounds.cut`` did to an answer. A reward below 0 stays."""
+    """Whether ``rounds.cut`` applies to an answer. A reward below 0 stays."""
     if row["end"] != CUT or cut == "keep" or (cut == "zero" and row["reward"] < 0):
         return ""
     return " (cut)" if cut == "zero" else " (dropped)"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import raydpo
 from raydpo.config.rewards import RewardConfig
 from raydpo.rewards import equality, mathematics
 from raydpo.rewards.equality import final_part
@@ -32,7 +33,7 @@ DIFFERENT = [
     ("-3", "minus 3", 0.0),
     ("12:30", "2:5", 1.0),  # a ratio, not a time
     ("540", "He runs 540 meters in 7 days.", 0.0),  # the last number counts
-    ("18", "18 or more", 1.0),  # words around a number are not understood
+    ("18", "It is 18 or more.", 1.0),  # words around a number are not understood
     ("10:30 AM", "10:30 PM", 0.0),
     (r"\emptyset", r"\boxed{\varnothing}", 0.0),  # a sign that it does not know
     ("Paris", "Paris, because it is the capital.", 0.0),  # a word is compared with the whole answer
@@ -47,6 +48,9 @@ def function():
 
 
 def test_verdicts_are_those_of_a_person(function) -> None:
+    assert (
+        f"| {len(ROWS)} of {len(ROWS)} |" in Path(raydpo.__file__).with_name("guide").joinpath("measurements.md").read_text()
+    )
     assert len(ROWS) >= 200 and {verdict for *_, verdict in ROWS} == {"0", "1", "?"}
     results = function([answer for _, answer, _ in ROWS], answer=[gold for gold, *_ in ROWS])
     signs = ["?" if isinstance(one, ValueError) else str(int(one)) for one in results]

@@ -137,6 +137,14 @@ def test_prompts_to_which_no_reward_applies_are_refused():
     assert check_readable([math], [], [], "training", 0.0) == []
 
 
+def test_modules_of_the_working_directory_do_not_disturb_mathematics(place):
+    """A file named as a module of the standard library is not imported in its place."""
+    pytest.importorskip("math_verify")
+    for name in ("numbers", "re", "json"):
+        (place / f"{name}.py").write_text("print('not the real one')\nraise RuntimeError\n")
+    assert check_readable([RewardConfig(use="math")], [{"answer": 7}], ["record 1"], "training", 0.0) == []
+
+
 def test_a_function_whose_module_imports_torch_is_found(place):
     """torch.classes calls its file _classes.py, as if it were in the working directory."""
     (place / "heavy.py").write_text("import torch\ndef mine(completions, **kwargs): return [1.0 for _ in completions]\n")
