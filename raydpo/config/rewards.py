@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from pydantic import Field, model_validator
 
@@ -81,6 +81,11 @@ class RewardConfig(Section):
     """Number of duels that each answer begins; it is in as many again that others begin. A duel takes two requests, one for
     each order."""
 
+    @property
+    def duels(self) -> bool:
+        """Whether a judge compares answers in duels."""
+        return self.judge is not None and self.scale == "duels"
+
     @model_validator(mode="before")
     @classmethod
     def _of_name(cls, value: Any) -> Any:
@@ -151,10 +156,20 @@ def duels_of(answers: int, opponents: int) -> int:
     return min(answers * opponents, answers * (answers - 1) // 2)
 
 
-def only_duels(rewards: Sequence[RewardConfig]) -> bool:
+class _Reward(Protocol):
+    """What ``only_duels`` needs of a reward function, of a configuration or of stored rounds."""
+
+    @property
+    def weight(self) -> float: ...
+
+    @property
+    def duels(self) -> bool: ...
+
+
+def only_duels(rewards: Sequence[_Reward]) -> bool:
     """Whether nothing but a judge's duels decides the reward. It then is a win rate, times the weights."""
     weighted = [one for one in rewards if one.weight]
-    return bool(weighted) and all(one.judge is not None and one.scale != "score" and one.weight > 0 for one in weighted)
+    return bool(weighted) and all(one.duels and one.weight > 0 for one in weighted)
 
 
 def requests_of(reward: RewardConfig, prompts: int, n: int, against: int | None = None) -> int:

@@ -7,7 +7,6 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from raydpo.config.rewards import BUILT_IN, RewardConfig, reward_name
-from raydpo.data.nearest import quoted
 from raydpo.errors import ConfigError, some_of
 from raydpo.rewards.call import ARGUMENTS, NO_COLUMNS
 from raydpo.rewards.functions import RewardFunction, resolve
@@ -45,10 +44,11 @@ def check_rewards(rewards: Sequence[RewardConfig], columns: Collection[str] | No
         if reward.use in BUILT_IN:
             module = built_in(reward.use)
             module.check(reward)
-            read[name] = dict.fromkeys(module.column(reward), False)
+            names = module.column(reward)
+            read[name] = dict.fromkeys(names, False)
             if columns is not None:
-                _refuse_missing(name, [one for one in module.column(reward) if one not in columns], columns)
-                if taken := [one for one in module.column(reward) if one in NO_COLUMNS]:
+                _refuse_missing(name, [one for one in names if one not in columns], columns)
+                if taken := [one for one in names if one in NO_COLUMNS]:
                     raise ConfigError(
                         f"the reward {name} reads the column {taken[0]!r}, which it is not given, since reward functions "
                         "have an argument of this name; rename it with the source's 'columns'"
@@ -67,14 +67,14 @@ def _check_parameters(name: str, function: RewardFunction, columns: Collection[s
     named = {one for one, kind, _ in parameters if kind in ("POSITIONAL_OR_KEYWORD", "KEYWORD_ONLY")}
     if by_place := [one for one, kind, _ in parameters if kind == "POSITIONAL_ONLY"]:
         raise ConfigError(
-            f"the reward {name} ({function.name}) takes {quoted(by_place)} by position only, but it is called with "
+            f"the reward {name} ({function.name}) takes {_named(by_place)} by position only, but it is called with "
             "names; remove the / from its parameters"
         )
     needed = [one for one, kind, default in parameters if not default and not kind.startswith("VAR_")]
     _refuse_missing(name, [one for one in needed if one not in given], columns)
     if not any(kind == "VAR_KEYWORD" for _, kind, _ in parameters) and given - named:
         raise ConfigError(
-            f"the reward {name} ({function.name}) has no **kwargs and takes no {quoted(sorted(given - named))}, but it is "
+            f"the reward {name} ({function.name}) has no **kwargs and takes no {_named(sorted(given - named))}, but it is "
             "called with the prompts' columns and what TRL's trainers give; add **kwargs to its parameters"
         )
     return {one: one in needed for one in columns if one in named}

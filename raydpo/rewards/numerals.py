@@ -24,9 +24,8 @@ PLAIN = re.compile(rf"(?:{_NUMBER})(?:/\d+)?(?:\s*%|{_UNIT})?")
 """One number, which may have a currency, a percent sign or a unit."""
 LIST = re.compile(rf"(?:{_NUMBER})(?:(?:,|;|,?\s++(?:and|or))\s++(?:{_NUMBER}))+")
 """Several numbers: "1, 2 and 3"."""
-SEVERAL_UNITS = re.compile(
-    r"[-+]?\d[\d.,]*\s*(?:[A-Za-z]{2,}|[mghsl]\b)\.?(?:,?\s*(?:\band\s+)?\d[\d.,]*\s*(?:[A-Za-z]{2,}|[mghsl]\b)\.?)+"
-)
+_WITH_UNIT = r"\d[\d.,]*\s*(?:[A-Za-z]{2,}|[mghsl]\b)\.?"
+SEVERAL_UNITS = re.compile(rf"[-+]?{_WITH_UNIT}(?:,?\s*(?:\band\s+)?{_WITH_UNIT})+")
 """A length or a time in several units: "5 feet 10 inches"."""
 _BOUND = re.compile(
     r"(?i)(?:not|at (?:least|most)|(?:more|less|fewer|greater) than|over|under)\s[^\d]{0,20}[\d.,]+[^\d]*|\d{1,2}:\d\d[^\d]*"

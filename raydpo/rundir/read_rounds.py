@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import yaml
 
 from raydpo.config import RewardConfig, reward_name
+from raydpo.config.rewards import only_duels
 from raydpo.errors import RaydpoError
 from raydpo.rundir.directory import (
     CONFIG,
@@ -101,8 +102,7 @@ class RoundsRecord:
     @property
     def only_duels(self) -> bool:
         """Whether nothing but a judge's duels decides the reward, so that the success is a win rate."""
-        weighted = [one for one in self.rewards if one.weight]
-        return bool(weighted) and all(one.duels and one.weight > 0 for one in weighted)
+        return only_duels(self.rewards)
 
     @property
     def trained(self) -> list[dict[str, Any]]:
