@@ -26,14 +26,20 @@ LIST = re.compile(rf"(?:{_NUMBER})(?:(?:,|;|,?\s++(?:and|or))\s++(?:{_NUMBER}))+
 """Several numbers: "1, 2 and 3"."""
 _WITH_UNIT = r"\d[\d.,]*\s*(?:[A-Za-z]{2,}|[mghsl]\b)\.?"
 SEVERAL_UNITS = re.compile(rf"[-+]?{_WITH_UNIT}(?:,?\s*(?:\band\s+)?{_WITH_UNIT})+")
-"""A length or a time in several units: "5 feet 10 inches"."""
+"""A length or a time in several units: "5 feet 10 inches". Any word counts as a unit."""
+_MEASURE = (
+    r"\d[\d.,]*\s*(?:h|hrs?|hours?|min|minutes?|s|sec|seconds?|days?|weeks?|months?|years?|ft|feet|foot|in|inch(?:es)?|yards?|"
+    r"miles?|km|m|cm|mm|kg|g|lbs?|pounds?|oz|ounces?|dollars?|cents?)\b\.?"
+)
+_MEASURES = re.compile(rf"{_MEASURE}(?:,?\s*(?:\band\s+)?{_MEASURE})+")
+"""The same in an answer, where other words may be prose: "3 times 4 is 12 dollars"."""
 _BOUND = re.compile(
-    r"(?i)(?:not|at (?:least|most)|(?:more|less|fewer|greater) than|over|under)\s[^\d]{0,20}[\d.,]+[^\d]*|\d{1,2}:\d\d[^\d]*"
+    r"(?i)(?:not|at (?:least|most)|(?:more|less|fewer|greater) than)\s[^\d,:;.]{0,20}[\d.,]+[^\d]*|\d{1,2}:\d\d[^\d]*"
 )
 _EITHER = re.compile(rf"\b(?:either|between)\s++({_NUMBER})\s+(?:or|and)\s++({_NUMBER})$")
 _TIMES = r"(?:\\times|\\cdot|[*\u00d7\u00b7])"
 _POWER = re.compile(
-    rf"(?<![\d./^])(?<![/^]\s)(?<!\^\{{)(\d+(?:\.\d+)?)\s*(?:{_TIMES}\s*10\s*\^\s*(?:\{{\s*(-?\d+)\s*\}}|(-?\d+))|[eE]([+-]?\d+)\b)"
+    rf"(?<![\d.,/^])(?<![/^]\s)(?<!\^\{{)(\d+(?:\.\d+)?)\s*(?:{_TIMES}\s*10\s*\^\s*(?:\{{\s*(-?\d+)\s*\}}|(-?\d+))|[eE]([+-]?\d+)\b)"
 )
 _MIXED = re.compile(r"(?<![\d.,/^*+={}-])(?<![\d.,/^*+={}-]\s)(\d+) (\d+)/(\d+)(?![\d/.])")
 _THOUSANDS = re.compile(r"(?<=\d)(?:\{,\}|\\text\{,\}|,\\!|\\[,!; ])(?=\d{3}(?!\d))")
@@ -69,6 +75,8 @@ _SIGNS = {ord(sign): to for sign, to in zip("\u2212\u2013\u00d7\u00f7\u2044\u00a
     for sign, to in (("½", " 1/2"), ("¼", " 1/4"), ("¾", " 3/4"), ("²", "^2"), ("³", "^3"), ("∞", r"\infty "), ("≈", " "))
 }
 _ROOT = re.compile(r"√\s?(\d+|[a-z]|\([^()]*\))")
+_DECIMAL_COMMA = re.compile(r"(?<![\d,.(\[{])(0(?=,\d)|\d+(?=,\d{1,2}(?!\d))),(\d+)(?![\d,)\]}])")
+"""A decimal comma: behind 0, or before one or two digits. In brackets it may part coordinates."""
 _AMC = re.compile(r"\\boxed\{\s*\(?[A-J]\)?(?:\\[ ,;]|~|\s)+(?=\S)")
 """The letter of a choice before its value, in a box."""
 _EQUATIONS = re.compile(r"(\$\s*([^$=]{1,40}?)\s*=[^$]{1,200}\$)\s*(?:,|and|,\s*and)\s*(?=\$(?!\s*\2\s*=)[^$]*=)")
@@ -110,8 +118,8 @@ def plain(text: str) -> str:
     """``text`` without what keeps math-verify from reading a single number in it. For right answers that match ``PLAIN``."""
     text = _UNITS.sub(lambda m: m[1] if _KEPT.search(m[1]) else "", re.sub(r"\bUS(?=\\?\$)", "", text))
     text = re.sub(r'[~"\u201c\u201d]', " ", text.replace(r"\$", ""))
+    text = _DECIMAL_COMMA.sub(r"\1.\2", text)
     text = re.sub(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?![\d,])", lambda m: m[0].replace(",", ""), text)
-    text = re.sub(r"(?<![\d,.])(\d+),(\d{1,2})(?![\d,])", r"\1.\2", text)  # a decimal comma
     text = re.sub(r"(\d+(?:\.\d+)?)k\b", lambda m: _times(m[1], 1000), text)
     text = _AMC.sub(r"\\boxed{", _EQUATIONS.sub(r"\1. ", text))
     bare = _AROUND.sub(r" \1\2 ", text)
@@ -125,7 +133,7 @@ def differ(text: str) -> bool:
     """Whether ``text`` is nothing but several numbers that are not the same, several units, a time or a bound, or ends with
     "either 1 or 2"."""
     text = re.sub(r"\\(?=[ ,;])", "", text).strip(" .")
-    if SEVERAL_UNITS.fullmatch(text) or _BOUND.fullmatch(text):
+    if _MEASURES.fullmatch(text) or _BOUND.fullmatch(text):
         return True
     text = re.sub(r"[()\[\]*_+]", "", text).strip(" .")
     if either := _EITHER.search(text):
